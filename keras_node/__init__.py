@@ -1,0 +1,29 @@
+"""Neural ordinary differential equations for Keras 3 on TensorFlow."""
+
+import keras
+
+if keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        "keras_node needs Keras on the TensorFlow backend: set KERAS_BACKEND=tensorflow before Keras is imported. "
+        f"Received: backend={keras.backend.backend()!r}"
+    )
+
+from keras_node.gradients.backsolve import BacksolveAdjoint
+from keras_node.gradients.direct import DirectGradient
+from keras_node.layers.ode_layer import ODELayer
+from keras_node.odeint import odeint
+from keras_node.solution import Solution, Stats, Status
+from keras_node.solvers.runge_kutta import RungeKutta
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BacksolveAdjoint",
+    "DirectGradient",
+    "ODELayer",
+    "RungeKutta",
+    "Solution",
+    "Stats",
+    "Status",
+    "odeint",
+]

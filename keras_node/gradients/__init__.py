@@ -1,0 +1,31 @@
+"""Gradients: one file for each way to differentiate a solve. A gradient is called with a `Problem`."""
+
+import keras
+
+from keras_node.gradients.backsolve import BacksolveAdjoint
+from keras_node.gradients.direct import DirectGradient
+
+GRADIENTS = {"backsolve": BacksolveAdjoint, "direct": DirectGradient}
+
+
+def get(identifier):
+    """Returns the gradient that `identifier` stands for: an object, a name or a config.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for anything else.
+    """
+    if isinstance(identifier, tuple(GRADIENTS.values())):
+        return identifier
+    if isinstance(identifier, dict):
+        return keras.saving.deserialize_keras_object(identifier)
+    if isinstance(identifier, str):
+        if identifier not in GRADIENTS:
+            raise ValueError(
+                f"`gradient` must be one of {', '.join(GRADIENTS)}. Received: gradient={identifier!r}"
+            )
+        return GRADIENTS[identifier]()
+    raise TypeError(
+        f"`gradient` must be one of {', '.join(GRADIENTS)}, or an object such as `keras_node.BacksolveAdjoint()`. "
+        f"Received: gradient={identifier!r} (of type {type(identifier).__name__})"
+    )

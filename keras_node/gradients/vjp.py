@@ -1,0 +1,18 @@
+"""Vector-Jacobian products of nests."""
+
+import tensorflow as tf
+
+from keras_node.trees import Nest
+
+
+def vjp(tape: tf.GradientTape, outputs: Nest, inputs: Nest, cotangent: Nest) -> Nest:
+    """`cotangent * d outputs / d inputs` in the structure of `inputs`; zeros where nothing depends on them."""
+    flat = tf.nest.flatten(inputs)
+    gradients = tape.gradient(
+        tf.nest.flatten(outputs),
+        flat,
+        output_gradients=tf.nest.flatten(cotangent),
+        unconnected_gradients=tf.UnconnectedGradients.ZERO,
+    )
+    # The gradient of a lookup comes as IndexedSlices, which a loop cannot carry.
+    return tf.nest.pack_sequence_as(inputs, [tf.convert_to_tensor(g) for g in gradients])

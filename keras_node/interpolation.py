@@ -1,0 +1,123 @@
+"""Dense output: the solution between the ends of a step, at no further evaluation of the field."""
+
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from keras_node import trees
+from keras_node.clock import pick
+from keras_node.solvers.step import Step
+from keras_node.solvers.tableaus import ButcherTableau
+from keras_node.trees import Nest
+
+
+def interpolate(tableau: ButcherTableau, step: Step, theta: tf.Tensor) -> Nest:
+    """The continuous extension `y(t + theta dt) = y0 + dt * sum_i b_i(theta) k_i`, theta in [0, 1].
+
+    Reference: Hairer, Norsett & Wanner (1993), II.6.
+    """
+    powers = [theta]
+    while len(powers) < len(tableau.b_dense[0]):
+        powers.append(powers[-1] * theta)
+    weights = [_polynomial(row, powers) for row in tableau.b_dense]
+    increment = trees.weighted_sum(weights, [rates.y for rates in step.k])
+    y = trees.add(step.y0, trees.scale(step.dt, increment))
+    # The end of a step is known exactly; the polynomial would add rounding.
+    return trees.where(theta >= 1, step.y1, y)
+
+
+def _polynomial(coefficients, powers):
+    terms = [float(c) * power for c, power in zip(coefficients, powers, strict=True) if c != 0]
+    return sum(terms[1:], terms[0]) if terms else 0
+
+
+class Progress(NamedTuple):
+    """An attempted step on the clock: from `start`, over `length` to `end`; `accepted` says whether it stands."""
+
+    start: tf.Tensor
+    length: tf.Tensor
+    end: tf.Tensor
+    accepted: tf.Tensor
+
+
+class DenseOutput:
+    """Collects the solution at given readings of the clock while a solve goes by.
+
+    The memory that it keeps between steps is `(next, buffers)`: the number of states written, and for every leaf
+    of the state a buffer of them. Several readings may fall into one step, and none into another.
+
+    Args:
+        tableau: the method, for its continuous extension.
+        readings: `(T,)`, or `(T, batch)` where samples differ; `readings[0]` is the start.
+    """
+
+    def __init__(self, tableau: ButcherTableau, readings: tf.Tensor):
+        self.tableau = tableau
+        self.readings = readings
+        self.size = readings.shape[0] if readings.shape[0] is not None else tf.shape(readings)[0]
+        self.shared = readings.shape.rank == 1
+
+    def start(self, y0: Nest) -> tuple[tf.Tensor, Any]:
+        written = tf.ones_like(self.readings[0], dtype=tf.int32)
+        buffers = tf.nest.map_structure(self._new_buffer, y0)
+        return written, buffers
+
+    def update(self, memory, step: Step, progress: Progress):
+        def due(written):
+            reading = pick(self.readings, tf.minimum(written, self.size - 1))
+            return (written < self.size) & (reading <= progress.end) & progress.accepted
+
+        def emit(written, buffers):
+            now = due(written)
+            reading = pick(self.readings, tf.minimum(written, self.size - 1))
+            theta = tf.math.divide_no_nan(reading - progress.start, progress.length)
+            y = interpolate(self.tableau, step, tf.where(now, theta, 0))
+            buffers = tf.nest.map_structure(
+                lambda b, a: self._write(b, written, now, a), buffers, y
+            )
+            return written + tf.cast(now, tf.int32), buffers
+
+        return tf.while_loop(
+            lambda written, _: tf.reduce_any(due(written)),
+            emit,
+            memory,
+            maximum_iterations=self.size,
+        )
+
+    def result(self, memory, y0: Nest) -> Nest:
+        """The collected states; NaN at the times that a failed solve did not reach."""
+        written, buffers = memory
+        index = tf.range(self.size) if self.shared else tf.range(self.size)[:, None]
+        # A time equal to the first may have no step go by: in a solve of length zero none is made.
+        at_start = self.readings <= 0
+        reached = index < written
+
+        def leaf(buffer, first):
+            states = buffer.stack() if self.shared else buffer[: self.size]
+            expand = tf.ones([states.shape.rank - at_start.shape.rank], tf.int32)
+            starts, known = (
+                tf.reshape(m, tf.concat([tf.shape(m), expand], 0)) for m in (at_start, reached)
+            )
+            return tf.where(starts, first[None], tf.where(known, states, float("nan")))
+
+        return tf.nest.map_structure(leaf, buffers, y0)
+
+    def _new_buffer(self, leaf):
+        shape = [self.size if self.shared else self.size + 1]
+        # Filled at once, so that stacking it is defined when a solve fails halfway.
+        filled = tf.zeros(tf.concat([shape, tf.shape(leaf)], 0), leaf.dtype)
+        if not self.shared:
+            return filled
+        array = tf.TensorArray(
+            leaf.dtype, self.size, element_shape=leaf.shape, clear_after_read=False
+        )
+        return array.unstack(filled)
+
+    def _write(self, buffer, index, now, value):
+        if self.shared:
+            return buffer.write(index, value)
+        # A sample with nothing to write writes into the row behind the last, which is thrown away.
+        index = tf.where(now, index, self.size)
+        return tf.tensor_scatter_nd_update(
+            buffer, tf.stack([index, tf.range(tf.size(index))], axis=1), value
+        )

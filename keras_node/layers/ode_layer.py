@@ -1,0 +1,210 @@
+"""A layer of continuous depth."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+from keras_node import gradients, solvers
+from keras_node.odeint import odeint
+from keras_node.vector_field import build, call_arguments
+
+
+@keras.saving.register_keras_serializable(package="keras_node")
+class ODELayer(keras.layers.Layer):
+    """Integrates `dy/dt = f(t, y)` from its input.
+
+    The output is the state at `t1`,
+
+    `y(t1) = inputs + integral of f(t, y(t)) dt from t0 to t1`,
+
+    or, where `ts` is given, the states at these times. It is a residual network of continuous depth; every sample
+    of a batch follows the same field.
+
+    Args:
+        vector_field: what gives the rate of change: a Keras layer or model, or a callable registered with
+            `keras.saving.register_keras_serializable`. Its arguments are `(y)`, `(t, y)` or `(t, y, args)`; it
+            returns the shape of `y`. Noise inside it (dropout) is drawn once for a solve. State that it updates on
+            every evaluation (BatchNormalization in training) is refused.
+        t0: time of the input, a number. Defaults to `0.0`.
+        t1: time of the output, a number, before or after `t0`. Defaults to `1.0`.
+        solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`.
+        gradient: `"backsolve"` (default), `"direct"`, or an object such as `keras_node.BacksolveAdjoint()`.
+        augment_dims: number of zeros appended to the last axis of the input, which let trajectories pass each
+            other (augmented neural ODE). Defaults to `0`.
+        **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Call arguments:
+        inputs: the state at `t0`, a float tensor `(batch, ...)`, or a nest (tuple, list, dict) of them.
+        ts: times of the output, `(T,)`, or `(batch, T)` where every sample has its own; monotonic, from `t0` on.
+        args: nest of tensors for a field `f(t, y, args)`.
+        training: Python boolean, handed on to the field.
+
+    Input shape:
+        `(batch, ..., features)`, or a nest of such shapes.
+
+    Output shape:
+        The input's, its last axis longer by `augment_dims`; with `ts`, `(batch, T, ..., features)`.
+
+    A solve that fails (too many steps, a NaN, a vanishing step size) raises `tf.errors.InvalidArgumentError`, except
+    under XLA, where nothing can raise: its output is NaN there.
+
+    Example:
+
+    >>> field = keras.Sequential([keras.layers.Dense(32, activation="tanh"), keras.layers.Dense(8)])
+    >>> layer = keras_node.ODELayer(field)
+    >>> x = keras.random.normal((4, 8))
+    >>> layer(x).shape
+    TensorShape([4, 8])
+    >>> layer(x, ts=[0.0, 0.5, 1.0]).shape
+    TensorShape([4, 3, 8])
+
+    Reference:
+
+    - Chen et al. (2018), "Neural Ordinary Differential Equations".
+    - Dupont, Doucet & Teh (2019), "Augmented Neural ODEs".
+    """
+
+    def __init__(
+        self,
+        vector_field,
+        t0: float = 0.0,
+        t1: float = 1.0,
+        *,
+        solver="tsit5",
+        gradient="backsolve",
+        augment_dims: int = 0,
+        **kwargs,
+    ):
+        # The state keeps its precision under a mixed policy; the field casts for itself.
+        super().__init__(autocast=False, **kwargs)
+        if not np.isfinite(t0) or not np.isfinite(t1):
+            raise ValueError(f"`t0` and `t1` must be finite numbers. Received: t0={t0}, t1={t1}")
+        if augment_dims != int(augment_dims) or augment_dims < 0:
+            raise ValueError(
+                f"`augment_dims` must be an integer, 0 or more. Received: augment_dims={augment_dims}"
+            )
+        call_arguments(vector_field)
+        self.vector_field = vector_field
+        self.t0 = float(t0)
+        self.t1 = float(t1)
+        self.solver = solvers.get(solver)
+        self.gradient = gradients.get(gradient)
+        self.augment_dims = augment_dims
+        self.supports_masking = True
+
+    def build(self, inputs_shape, ts_shape=None, args_shape=None):
+        if not isinstance(self.vector_field, keras.Layer):
+            return
+
+        def spec(shape):
+            return keras.KerasTensor(shape, dtype=self.variable_dtype)
+
+        y = _map_shapes(lambda shape: spec(self._augmented_shape(shape)), inputs_shape)
+        rank = len(tf.nest.flatten(y)[0].shape)
+        own_times = self.solver.per_sample or (ts_shape is not None and len(ts_shape) == 2)
+        t = spec((None,) + (1,) * (rank - 1) if own_times else ())
+        build(
+            self.vector_field, t, y, None if args_shape is None else _map_shapes(spec, args_shape)
+        )
+
+    def call(self, inputs, ts=None, args=None, training=None):
+        y0 = tf.nest.map_structure(self._initial_state, inputs)
+        times = [self.t0, self.t1] if ts is None else self._times(ts)
+        solution = odeint(
+            self.vector_field,
+            y0,
+            times,
+            args=args,
+            solver=self.solver,
+            gradient=self.gradient,
+            training=training,
+        )
+
+        def output(y):
+            y = y[-1] if ts is None else ops.moveaxis(y[1:], 0, 1)
+            return ops.cast(y, self.compute_dtype)
+
+        return tf.nest.map_structure(output, solution.ys)
+
+    def compute_output_spec(self, inputs, ts=None, args=None, training=None):
+        del args, training
+        shapes = tf.nest.map_structure(lambda x: tf.TensorShape(x.shape), inputs)
+        ts_shape = (
+            None
+            if ts is None
+            else np.shape(ts)
+            if isinstance(ts, list | tuple)
+            else tuple(ts.shape)
+        )
+        return tf.nest.map_structure(
+            lambda shape: keras.KerasTensor(
+                self._output_shape(tuple(shape), ts_shape), dtype=self.compute_dtype
+            ),
+            shapes,
+        )
+
+    def compute_output_shape(self, inputs_shape, ts_shape=None, args_shape=None):
+        del args_shape
+        return _map_shapes(lambda shape: self._output_shape(shape, ts_shape), inputs_shape)
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            vector_field=keras.saving.serialize_keras_object(self.vector_field),
+            t0=self.t0,
+            t1=self.t1,
+            solver=keras.saving.serialize_keras_object(self.solver),
+            gradient=keras.saving.serialize_keras_object(self.gradient),
+            augment_dims=self.augment_dims,
+        )
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        config["vector_field"] = keras.saving.deserialize_keras_object(config["vector_field"])
+        return cls(**config)
+
+    def _initial_state(self, x):
+        if not tf.as_dtype(x.dtype).is_floating:
+            raise TypeError(
+                f"Layer {self.name!r} integrates floating-point states; cast or embed its input first. "
+                f"Received: inputs of dtype {tf.as_dtype(x.dtype).name} and shape {tuple(x.shape)}"
+            )
+        x = ops.cast(x, self.variable_dtype)
+        if self.augment_dims:
+            x = ops.pad(x, [(0, 0)] * (len(x.shape) - 1) + [(0, self.augment_dims)])
+        return x
+
+    def _times(self, ts):
+        """The times of a solve, `t0` first: `(T + 1,)` or `(T + 1, batch)`."""
+        ts = ops.transpose(ops.cast(ts, self.variable_dtype))
+        first = ops.zeros_like(ts[:1]) + self.t0
+        return ops.concatenate([first, ts], axis=0)
+
+    def _augmented_shape(self, shape):
+        if len(shape) < 2 and self.augment_dims:
+            raise ValueError(
+                f"`augment_dims` needs an axis beside the batch. Received: inputs of shape {tuple(shape)}"
+            )
+        return (*shape[:-1], None if shape[-1] is None else shape[-1] + self.augment_dims)
+
+    def _output_shape(self, shape, ts_shape):
+        shape = self._augmented_shape(shape)
+        if ts_shape is None:
+            return shape
+        if len(ts_shape) not in (1, 2):
+            raise ValueError(
+                f"`ts` must be of shape (T,) or (batch, T). Received: ts.shape={tuple(ts_shape)}"
+            )
+        return (shape[0], ts_shape[-1], *shape[1:])
+
+
+def _map_shapes(function, shapes):
+    """Applies a function to every shape of a nest, whose leaves are tuples or lists of dimensions."""
+    if isinstance(shapes, dict):
+        return {key: _map_shapes(function, shape) for key, shape in shapes.items()}
+    if all(d is None or isinstance(d, int) for d in shapes):
+        return function(tuple(shapes))
+    return type(shapes)(_map_shapes(function, shape) for shape in shapes)

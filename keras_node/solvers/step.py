@@ -1,0 +1,81 @@
+"""One explicit Runge-Kutta step for any Butcher tableau, in the notation of Hairer, Norsett & Wanner (1993), II.1."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_node import trees
+from keras_node.solvers.tableaus import ButcherTableau
+from keras_node.trees import Nest
+
+
+class Rates(NamedTuple):
+    """What a vector field gives to the solver: `dy/dt`, and the integrands of the quadratures.
+
+    A quadrature is a state that the right-hand side does not read. Its stage values are never formed and it does
+    not enter the error estimate; only its weighted sum over an accepted step is. It is shared by samples that may
+    run through time at different rates, so it is integrated over the clock.
+    """
+
+    y: Nest
+    quadrature: Nest = ()
+
+
+class Step(NamedTuple):
+    """A step from `(t, y0)` over `dt` to `y1`.
+
+    Attributes:
+        y1: the state at `t + dt`.
+        error: the embedded estimate of the local error of `y1`; `None` where the tableau has none.
+        k: the `Rates` at every stage.
+        stages: the pairs `(time, state)` at which they were evaluated.
+    """
+
+    t: tf.Tensor
+    dt: tf.Tensor
+    y0: Nest
+    y1: Nest
+    error: Nest | None
+    k: list[Rates]
+    stages: list[tuple[tf.Tensor, Nest]]
+
+
+def rk_step(
+    tableau: ButcherTableau,
+    vector_field: Callable[[tf.Tensor, Nest], Rates],
+    t: tf.Tensor,
+    dt: tf.Tensor,
+    y0: Nest,
+    k1: Rates | None = None,
+) -> Step:
+    """Takes one step.
+
+    Args:
+        tableau: the method's coefficients.
+        vector_field: `f(t, y)`.
+        t: start of the step, a scalar or `(batch,)`.
+        dt: signed length of the step, of the same shape.
+        y0: the state at `t`.
+        k1: `f(t, y0)` where it is known already (first same as last).
+    """
+
+    def moved_by(weights, k):
+        increment = trees.weighted_sum(weights, [rates.y for rates in k])
+        return trees.add(y0, trees.scale(dt, increment))
+
+    k = [vector_field(t, y0) if k1 is None else k1]
+    stages = [(t, y0)]
+    for a, c in zip(tableau.a, tableau.c[1:], strict=True):
+        stages.append((t + c * dt, moved_by(a, k)))
+        k.append(vector_field(*stages[-1]))
+    y1 = stages[-1][1] if tableau.fsal else moved_by(tableau.b, k)
+    error = None
+    if tableau.embedded:
+        error = trees.scale(dt, trees.weighted_sum(tableau.b_error, [rates.y for rates in k]))
+    return Step(t, dt, y0, y1, error, k, stages)
+
+
+def quadrature_rate(tableau: ButcherTableau, step: Step) -> Nest:
+    """The mean rates of the quadratures over a step."""
+    return trees.weighted_sum(tableau.b, [rates.quadrature for rates in step.k])

@@ -1,0 +1,146 @@
+"""How long the next step is: error norm, first step, constant steps and the PID controller.
+
+Step sizes are positive readings of the solver's clock (see `clock.py`), scalars for a joint solve and
+`(batch,)` for per-sample steps. No gradient flows through a step size.
+
+References: Hairer, Norsett & Wanner (1993), "Solving Ordinary Differential Equations I", II.4.
+Soderlind (2003), "Digital filters in adaptive time-stepping". ACM Trans. Math. Softw. 29(1).
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_node import trees
+from keras_node.trees import Nest
+
+
+class Decision(NamedTuple):
+    """What a controller says of an attempted step.
+
+    Attributes:
+        accept: whether the step stands; the Python `True` where none is ever rejected.
+        finite: whether the error estimate was a finite number.
+        step_size: what to attempt next.
+        history: the controller's memory for the next decision.
+    """
+
+    accept: tf.Tensor | bool
+    finite: tf.Tensor | bool
+    step_size: tf.Tensor
+    history: tuple[tf.Tensor, ...]
+
+
+def error_scale(y: Nest, rtol: float, atol: float) -> Nest:
+    return tf.nest.map_structure(lambda a: atol + rtol * tf.abs(a), y)
+
+
+def rms_norm(x: Nest, per_sample: bool) -> tf.Tensor:
+    """Root mean square over all elements of all leaves; with `per_sample`, over those of each sample."""
+    total, count = 0.0, 0
+    for leaf in tf.nest.flatten(x):
+        axes = list(range(1, leaf.shape.rank)) if per_sample else None
+        total = total + tf.reduce_sum(tf.square(leaf), axes)
+        size = tf.size(leaf) // tf.maximum(tf.shape(leaf)[0], 1) if per_sample else tf.size(leaf)
+        count = count + size
+    return tf.sqrt(total / tf.cast(tf.maximum(count, 1), total.dtype))
+
+
+def first_step_size(
+    rate_of_change,
+    y0: Nest,
+    k1: Nest,
+    longest: tf.Tensor,
+    controller: "PIDController",
+    per_sample: bool,
+) -> tf.Tensor:
+    """The starting step of Hairer, Norsett & Wanner II.4, at the cost of one evaluation.
+
+    Args:
+        rate_of_change: `g(clock, y)`, the derivative of the state with respect to the clock.
+        y0: the initial state.
+        k1: `g(0, y0)`.
+        longest: the length of the solve, which the trial step must not leave.
+        controller: gives tolerances and the order of the error estimate.
+        per_sample: whether every sample has its own step.
+    """
+    scale = error_scale(y0, controller.rtol, controller.atol)
+
+    def size(x):
+        return rms_norm(tf.nest.map_structure(tf.divide, x, scale), per_sample)
+
+    d0, d1 = size(y0), size(k1)
+    h0 = tf.where(
+        (d0 < 1e-5) | (d1 < 1e-5), tf.cast(1e-6, d0.dtype), 0.01 * tf.math.divide_no_nan(d0, d1)
+    )
+    h0 = tf.minimum(h0, longest)
+    k2 = rate_of_change(h0, trees.add(y0, trees.scale(h0, k1)))
+    d2 = tf.math.divide_no_nan(size(tf.nest.map_structure(tf.subtract, k2, k1)), h0)
+    steepest = tf.maximum(d1, d2)
+    h1 = tf.where(
+        steepest <= 1e-15,
+        tf.maximum(tf.cast(1e-6, h0.dtype), h0 * 1e-3),
+        (0.01 / tf.maximum(steepest, 1e-15)) ** (1.0 / controller.error_order),
+    )
+    h = tf.minimum(tf.minimum(100 * h0, h1), longest)
+    # A non-finite trial says nothing of the step; h0 is a careful choice, and the first step will tell.
+    return tf.stop_gradient(tf.where(tf.math.is_finite(h), h, h0))
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstantSteps:
+    """Accepts every step and keeps its size."""
+
+    def start(self, like: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        del like
+        return ()
+
+    def decide(self, step_size, error, y0, y1, history, per_sample) -> Decision:
+        del error, y0, y1, per_sample
+        return Decision(True, True, step_size, history)
+
+
+@dataclasses.dataclass(frozen=True)
+class PIDController:
+    """Accepts a step whose error norm is at most 1 and scales the next one by
+
+    `safety * e[n] ** -(p + i + d) * e[n-1] ** (p + 2 d) * e[n-2] ** -d`, exponents divided by `error_order`.
+    """
+
+    rtol: float
+    atol: float
+    error_order: float
+    pcoeff: float = 0.0
+    icoeff: float = 1.0
+    dcoeff: float = 0.0
+    safety: float = 0.9
+    min_factor: float = 0.2
+    max_factor: float = 10.0
+
+    def start(self, like: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """The history before the first step: as many past error norms as the coefficients look at."""
+        depth = 2 if self.dcoeff else 1 if self.pcoeff else 0
+        return (tf.ones_like(like),) * depth
+
+    def decide(self, step_size, error, y0, y1, history, per_sample) -> Decision:
+        largest = tf.nest.map_structure(lambda a, b: tf.maximum(tf.abs(a), tf.abs(b)), y0, y1)
+        scaled = tf.nest.map_structure(tf.divide, error, error_scale(largest, self.rtol, self.atol))
+        norm = tf.stop_gradient(rms_norm(trees.stop_gradient(scaled), per_sample))
+        # A non-finite error counts as a very large one: a smaller step may stay in the field's domain.
+        finite = tf.math.is_finite(norm)
+        accept = finite & (norm <= 1)
+        norm = tf.where(finite, tf.maximum(norm, 1e-10), 1e10)
+        p, i, d = (c / self.error_order for c in (self.pcoeff, self.icoeff, self.dcoeff))
+        exponents = (-(p + i + d), p + 2 * d, -d)
+        factor = tf.cast(self.safety, norm.dtype)
+        for past, exponent in zip((norm, *history), exponents, strict=False):
+            factor = factor * past**exponent
+        # After a rejection the step must shrink, whatever the history says.
+        most = tf.where(accept, tf.cast(self.max_factor, norm.dtype), self.safety)
+        factor = tf.clip_by_value(factor, self.min_factor, most)
+        new_history = (norm, *history)[: len(history)]
+        history = tuple(
+            tf.where(accept, new, old) for new, old in zip(new_history, history, strict=True)
+        )
+        return Decision(accept, finite, step_size * factor, history)

@@ -1,0 +1,242 @@
+"""From a Keras layer or a callable to a pure function `f(t, y, params)`.
+
+Inside a solve the field reads its variables through a `keras.StatelessScope`, so the solve sees every tensor
+that it must differentiate, updates of state (seeds, moving averages) have no effect while it runs, and noise is
+the same at every evaluation: a solve integrates one field.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_node import trees
+from keras_node.trees import Nest
+
+_KEYWORDS = ("training", "mask")
+
+
+class VectorField:
+    """A vector field for one solve, with its parameters explicit.
+
+    Args:
+        function: a Keras layer, or a callable, `f(y)`, `f(t, y)` or `f(t, y, args)`.
+        t0: the first time, where a callable is evaluated once to see what it reads.
+        y0: the initial state.
+        args: nest of tensors handed to the field, or `None`.
+        training: passed on where the field takes it.
+
+    Attributes:
+        params: the tensors that the field reads and a gradient may be asked for: the values of its trainable
+            variables, then the float leaves of `args`.
+    """
+
+    def __init__(
+        self,
+        function: keras.Layer | Callable,
+        t0: tf.Tensor,
+        y0: Nest,
+        args: Any = None,
+        training: bool | None = None,
+    ):
+        self.function = function
+        self.num_arguments, takes_training = call_arguments(function)
+        if args is not None and self.num_arguments < 3:
+            raise ValueError(
+                "`args` needs a vector field `f(t, y, args)`. "
+                f"Received: args={args!r} for {function!r}, which takes {self.num_arguments} argument(s)"
+            )
+        self.keywords = {"training": training} if takes_training and training is not None else {}
+        self.args = tf.nest.map_structure(
+            lambda a: _to_tensor(a, tf.nest.flatten(y0)[0].dtype), args
+        )
+        self._float_args = [a for a in tf.nest.flatten(self.args) if _is_float(a)]
+
+        self._trainable, self._constant = [], []
+        if isinstance(function, keras.Layer):
+            if not function.built:
+                build(function, trees.align(t0, tf.nest.flatten(y0)[0]), y0, self.args)
+            self._trainable = list(function.trainable_variables)
+            self._constant = list(function.non_trainable_variables)
+        if self._constant or not isinstance(function, keras.Layer):
+            self._advance_state(t0, y0)
+        else:
+            self._read_variables()
+
+    @property
+    def params(self) -> list[tf.Tensor]:
+        return self._values + self._float_args
+
+    def __call__(self, t: tf.Tensor, y: Nest, params: list[tf.Tensor]) -> Nest:
+        """`f(t, y)` at the given parameters, in the structure, shapes and dtypes of `y`."""
+        values, float_args = params[: len(self._values)], iter(params[len(self._values) :])
+        args = tf.nest.map_structure(lambda a: next(float_args) if _is_float(a) else a, self.args)
+        variables = self._trainable + self._constant
+        mapping = list(zip(variables, values + self._constant_values, strict=True))
+        with keras.StatelessScope(
+            mapping, collect_losses=True, initialize_variables=False
+        ) as scope:
+            dy = self._evaluate(t, y, args)
+        if scope.losses:
+            raise ValueError(
+                "A vector field is evaluated at a solver's stages, where a loss has no meaning; activity regularizers "
+                "and `add_loss` cannot be used inside it. Regularize weights, or integrate the loss as a part of the "
+                f"state. Received: {self.function!r}, which adds {len(scope.losses)} loss(es) per evaluation"
+            )
+        return dy
+
+    def _evaluate(self, t, y, args):
+        dy = self.function(*field_inputs(self.num_arguments, t, y, args), **self.keywords)
+        return like_state(dy, y, self.function)
+
+    def _read_variables(self):
+        self._values = [tf.convert_to_tensor(v.value) for v in self._trainable]
+        self._constant_values = [tf.convert_to_tensor(v.value) for v in self._constant]
+
+    def _advance_state(self, t0, y0):
+        """Evaluates the field once to learn which variables it reads and updates.
+
+        A seed moves on by one solve. An update of anything else depends on the state, and has no meaning at
+        the stages of a solver.
+        """
+        known = {id(v) for v in self._trainable + self._constant}
+        scope = _RecordingScope()
+        with scope:
+            self._evaluate(t0, trees.stop_gradient(y0), self.args)
+        for variable in scope.read.values():
+            if id(variable) not in known:
+                (self._trainable if variable.trainable else self._constant).append(variable)
+        self._read_variables()
+        for variable, value in scope.updates:
+            if not _is_seed(variable):
+                raise ValueError(
+                    f"A vector field cannot update state while it is integrated, and {variable.path!r} is "
+                    "updated on every evaluation. For BatchNormalization, use LayerNormalization or "
+                    "GroupNormalization inside the field, put the BatchNormalization before or after the ODE "
+                    f"layer, or call the field with `training=False`. Received: {self.function!r}"
+                )
+            variable.assign(value)
+
+
+class _RecordingScope(keras.StatelessScope):
+    """Notes every Keras variable that is read or updated."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = {}
+        self._updated = {}
+
+    def get_current_value(self, variable):
+        self.read[id(variable)] = variable
+        return super().get_current_value(variable)
+
+    def add_update(self, update):
+        variable, _ = update
+        self._updated[id(variable)] = variable
+        super().add_update(update)
+
+    @property
+    def updates(self):
+        return [(v, self.state_mapping[i]) for i, v in self._updated.items()]
+
+
+def call_arguments(function: keras.Layer | Callable) -> tuple[int, bool]:
+    """How many of `t`, `y`, `args` a field takes, and whether it takes `training`."""
+    if not callable(function):
+        raise TypeError(
+            "A vector field must be a Keras layer or a callable `f(y)`, `f(t, y)` or `f(t, y, args)`. "
+            f"Received: {function!r} (of type {type(function).__name__})"
+        )
+    is_layer = isinstance(function, keras.Layer)
+    parameters = inspect.signature(function.call if is_layer else function).parameters.values()
+    positional = [
+        p
+        for p in parameters
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        and p.name not in _KEYWORDS
+        and (p.default is p.empty or p.name == "args")
+    ]
+    if not 1 <= len(positional) <= 3:
+        raise ValueError(
+            "A vector field takes `(y)`, `(t, y)` or `(t, y, args)`. "
+            f"Received: {function!r} with signature ({', '.join(p.name for p in parameters)})"
+        )
+    return len(positional), is_layer or any(p.name == "training" for p in parameters)
+
+
+def field_inputs(num_arguments: int, t: tf.Tensor, y: Nest, args: Any) -> tuple:
+    """What a field is called with; `t` broadcasts against the first leaf of the state."""
+    if num_arguments == 1:
+        return (y,)
+    t = trees.align(t, tf.nest.flatten(y)[0])
+    return (t, y) if num_arguments == 2 else (t, y, args)
+
+
+def build(layer: keras.Layer, t: Any, y: Nest, args: Any = None) -> None:
+    """Builds a layer for arguments of these shapes and checks that it returns a derivative of `y`."""
+    num_arguments, _ = call_arguments(layer)
+    t, y, args = (tf.nest.map_structure(_to_symbolic, x) for x in (t, y, args))
+    inputs = {1: (y,), 2: (t, y), 3: (t, y, args)}[num_arguments]
+    like_state(layer.compute_output_spec(*inputs) if layer.built else layer(*inputs), y, layer)
+
+
+def _to_symbolic(x):
+    return (
+        None
+        if x is None
+        else keras.KerasTensor(x.shape, dtype=keras.backend.standardize_dtype(x.dtype))
+    )
+
+
+def _to_tensor(x, dtype):
+    if x is None or tf.is_tensor(x):
+        return x
+    if isinstance(x, keras.Variable | tf.Variable):
+        return tf.convert_to_tensor(x)
+    x = tf.convert_to_tensor(x)
+    # A number or an array takes the state's precision; NumPy's default would not mix with float32.
+    return tf.cast(x, dtype) if x.dtype.is_floating else x
+
+
+def _is_float(x) -> bool:
+    return tf.is_tensor(x) and x.dtype.is_floating
+
+
+def _is_seed(variable) -> bool:
+    return not tf.as_dtype(variable.dtype).is_floating
+
+
+def like_state(dy: Nest, y: Nest, function) -> Nest:
+    """Checks that a field's output is a derivative of `y` and gives it the dtypes of `y`."""
+    try:
+        tf.nest.assert_same_structure(y, dy)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "A vector field must return the structure of the state. "
+            f"Received: {_shapes(dy)} for a state of {_shapes(y)}, from {function!r}"
+        ) from error
+
+    def leaf(d, a):
+        symbolic = isinstance(d, keras.KerasTensor)
+        d = d if symbolic else tf.convert_to_tensor(d)
+        if not tf.as_dtype(d.dtype).is_floating:
+            raise TypeError(
+                "A vector field must return floating-point values. "
+                f"Received: dtype={tf.as_dtype(d.dtype).name} for a state of dtype {tf.as_dtype(a.dtype).name}, "
+                f"from {function!r}"
+            )
+        if not tf.TensorShape(d.shape).is_compatible_with(a.shape):
+            raise ValueError(
+                "A vector field must return the shape of the state, since it is its rate of change. "
+                f"Received: shape={tuple(d.shape)} for a state of shape {tuple(a.shape)}, from {function!r}"
+            )
+        # What a layer forgets of the static shape, the loop needs.
+        return d if symbolic else tf.ensure_shape(tf.cast(d, a.dtype), a.shape)
+
+    return tf.nest.map_structure(leaf, dy, y)
+
+
+def _shapes(nest) -> str:
+    return str(tf.nest.map_structure(lambda x: tuple(getattr(x, "shape", ())), nest))
