@@ -116,9 +116,7 @@ def integrate(
         decision = controller.decide(length, step.error, s.y, step.y1, s.history, per_sample)
         always = decision.accept is True and not per_sample
         accepted = running & decision.accept
-        keep = (
-            (lambda new, old: new) if always else (lambda new, old: trees.where(accepted, new, old))
-        )
+        keep = (lambda new, old: new) if always else (lambda new, old: trees.where(accepted, new, old))
 
         reading, y = keep(end, s.reading), keep(step.y1, s.y)
         k1 = keep(step.k[-1], s.k1) if tableau.fsal else ()
@@ -128,12 +126,8 @@ def integrate(
             memory = observer.update(s.memory, step, Progress(s.reading, length, end, accepted))
 
         # A step that was cut short at a stop says little of the length of the next.
-        step_size = tf.where(
-            accepted & lands, tf.maximum(decision.step_size, proposed), decision.step_size
-        )
-        evaluations = s.num_evaluations + tf.cast(running, tf.int32) * _evaluations_per_step(
-            tableau
-        )
+        step_size = tf.where(accepted & lands, tf.maximum(decision.step_size, proposed), decision.step_size)
+        evaluations = s.num_evaluations + tf.cast(running, tf.int32) * _evaluations_per_step(tableau)
         segment = s.segment
         if several_segments:
             arrived = accepted & lands

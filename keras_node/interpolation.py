@@ -1,5 +1,6 @@
 """Dense output: the solution between the ends of a step, at no further evaluation of the field."""
 
+from math import comb
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -16,19 +17,25 @@ def interpolate(tableau: ButcherTableau, step: Step, theta: tf.Tensor) -> Nest:
 
     Reference: Hairer, Norsett & Wanner (1993), II.6.
     """
-    powers = [theta]
-    while len(powers) < len(tableau.b_dense[0]):
-        powers.append(powers[-1] * theta)
-    weights = [_polynomial(row, powers) for row in tableau.b_dense]
+    basis = _bernstein_basis(theta, degree=len(tableau.b_bernstein[0]))
+    weights = [
+        sum(b * polynomial for b, polynomial in zip(row, basis, strict=True)) if any(row) else 0
+        for row in tableau.b_bernstein
+    ]
     increment = trees.weighted_sum(weights, [rates.y for rates in step.k])
     y = trees.add(step.y0, trees.scale(step.dt, increment))
     # The end of a step is known exactly; the polynomial would add rounding.
     return trees.where(theta >= 1, step.y1, y)
 
 
-def _polynomial(coefficients, powers):
-    terms = [float(c) * power for c, power in zip(coefficients, powers, strict=True) if c != 0]
-    return sum(terms[1:], terms[0]) if terms else 0
+def _bernstein_basis(theta: tf.Tensor, degree: int) -> list[tf.Tensor]:
+    """The polynomials 1 to `degree`; the first one, 0, has no part in an increment."""
+    # Products, since the gradient of a power is not defined at 0.
+    from_start, to_end = [tf.ones_like(theta)], [tf.ones_like(theta)]
+    for _ in range(degree):
+        from_start.append(from_start[-1] * theta)
+        to_end.append(to_end[-1] * (1 - theta))
+    return [comb(degree, j) * from_start[j] * to_end[degree - j] for j in range(1, degree + 1)]
 
 
 class Progress(NamedTuple):
@@ -72,9 +79,7 @@ class DenseOutput:
             reading = pick(self.readings, tf.minimum(written, self.size - 1))
             theta = tf.math.divide_no_nan(reading - progress.start, progress.length)
             y = interpolate(self.tableau, step, tf.where(now, theta, 0))
-            buffers = tf.nest.map_structure(
-                lambda b, a: self._write(b, written, now, a), buffers, y
-            )
+            buffers = tf.nest.map_structure(lambda b, a: self._write(b, written, now, a), buffers, y)
             return written + tf.cast(now, tf.int32), buffers
 
         return tf.while_loop(
@@ -95,9 +100,7 @@ class DenseOutput:
         def leaf(buffer, first):
             states = buffer.stack() if self.shared else buffer[: self.size]
             expand = tf.ones([states.shape.rank - at_start.shape.rank], tf.int32)
-            starts, known = (
-                tf.reshape(m, tf.concat([tf.shape(m), expand], 0)) for m in (at_start, reached)
-            )
+            starts, known = (tf.reshape(m, tf.concat([tf.shape(m), expand], 0)) for m in (at_start, reached))
             return tf.where(starts, first[None], tf.where(known, states, float("nan")))
 
         return tf.nest.map_structure(leaf, buffers, y0)
@@ -108,9 +111,7 @@ class DenseOutput:
         filled = tf.zeros(tf.concat([shape, tf.shape(leaf)], 0), leaf.dtype)
         if not self.shared:
             return filled
-        array = tf.TensorArray(
-            leaf.dtype, self.size, element_shape=leaf.shape, clear_after_read=False
-        )
+        array = tf.TensorArray(leaf.dtype, self.size, element_shape=leaf.shape, clear_after_read=False)
         return array.unstack(filled)
 
     def _write(self, buffer, index, now, value):
@@ -118,6 +119,4 @@ class DenseOutput:
             return buffer.write(index, value)
         # A sample with nothing to write writes into the row behind the last, which is thrown away.
         index = tf.where(now, index, self.size)
-        return tf.tensor_scatter_nd_update(
-            buffer, tf.stack([index, tf.range(tf.size(index))], axis=1), value
-        )
+        return tf.tensor_scatter_nd_update(buffer, tf.stack([index, tf.range(tf.size(index))], axis=1), value)

@@ -58,7 +58,6 @@ def odeint(
         tf.errors.InvalidArgumentError: when a solve fails and `throw` is true, except under XLA.
 
     Example:
-
     >>> solution = keras_node.odeint(lambda t, y: -y, tf.constant([1.0, 2.0]), [0.0, 1.0, 2.0])
     >>> solution.ys.shape
     TensorShape([3, 2])
@@ -77,9 +76,7 @@ def odeint(
         status = tf.where(valid, status, int(Status.NON_FINITE))
     if throw:
         ys = check_status(status, ys, "The solve")
-    ys = tf.nest.map_structure(
-        lambda y, o: tf.cast(y, o.dtype) if tf.is_tensor(o) else y, ys, original
-    )
+    ys = tf.nest.map_structure(lambda y, o: tf.cast(y, o.dtype) if tf.is_tensor(o) else y, ys, original)
     return Solution(ts, ys, stats, status)
 
 
@@ -110,13 +107,9 @@ def _to_times(ts: Any, like: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
         raise TypeError(f"`ts` must be floating-point. Received: ts.dtype={ts.dtype.name}")
     ts = tf.cast(ts, like.dtype)
     if ts.shape.rank not in (1, 2):
-        raise ValueError(
-            f"`ts` must be 1-D or 2-D, (T,) or (T, batch). Received: ts.shape={tuple(ts.shape)}"
-        )
+        raise ValueError(f"`ts` must be 1-D or 2-D, (T,) or (T, batch). Received: ts.shape={tuple(ts.shape)}")
     if ts.shape[0] is not None and ts.shape[0] < 2:
-        raise ValueError(
-            f"`ts` must hold the initial time and at least one more. Received: ts.shape={tuple(ts.shape)}"
-        )
+        raise ValueError(f"`ts` must hold the initial time and at least one more. Received: ts.shape={tuple(ts.shape)}")
     values = tf.get_static_value(ts)
     if values is None:
         valid = tf.reduce_all(ts[1:] >= ts[:-1], 0) | tf.reduce_all(ts[1:] <= ts[:-1], 0)
@@ -124,9 +117,7 @@ def _to_times(ts: Any, like: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
         # A solve over times that turn back would run to some end: let it run over none, and mark its result.
         return tf.where(valid, ts, tf.zeros_like(ts)), valid
     steps = np.diff(values, axis=0)
-    valid = (np.all(steps >= 0, axis=0) | np.all(steps <= 0, axis=0)) & np.all(
-        np.isfinite(values), axis=0
-    )
+    valid = (np.all(steps >= 0, axis=0) | np.all(steps <= 0, axis=0)) & np.all(np.isfinite(values), axis=0)
     if not np.all(valid):
         sample = "" if values.ndim == 1 else f" for sample {np.argmin(valid)}"
         received = values if values.ndim == 1 else values[:, np.argmin(valid)]
@@ -160,9 +151,7 @@ def _mark_invalid(valid: tf.Tensor, ys: Nest) -> Nest:
     def leaf(y):
         mask = tf.reshape(
             valid,
-            tf.concat(
-                [[1], tf.shape(valid), tf.ones([y.shape.rank - 1 - valid.shape.rank], tf.int32)], 0
-            ),
+            tf.concat([[1], tf.shape(valid), tf.ones([y.shape.rank - 1 - valid.shape.rank], tf.int32)], 0),
         )
         return tf.concat([y[:1], tf.where(mask, y[1:], float("nan"))], axis=0)
 

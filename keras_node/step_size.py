@@ -71,9 +71,7 @@ def first_step_size(
         return rms_norm(tf.nest.map_structure(tf.divide, x, scale), per_sample)
 
     d0, d1 = size(y0), size(k1)
-    h0 = tf.where(
-        (d0 < 1e-5) | (d1 < 1e-5), tf.cast(1e-6, d0.dtype), 0.01 * tf.math.divide_no_nan(d0, d1)
-    )
+    h0 = tf.where((d0 < 1e-5) | (d1 < 1e-5), tf.cast(1e-6, d0.dtype), 0.01 * tf.math.divide_no_nan(d0, d1))
     h0 = tf.minimum(h0, longest)
     k2 = rate_of_change(h0, trees.add(y0, trees.scale(h0, k1)))
     d2 = tf.math.divide_no_nan(size(tf.nest.map_structure(tf.subtract, k2, k1)), h0)
@@ -140,7 +138,5 @@ class PIDController:
         most = tf.where(accept, tf.cast(self.max_factor, norm.dtype), self.safety)
         factor = tf.clip_by_value(factor, self.min_factor, most)
         new_history = (norm, *history)[: len(history)]
-        history = tuple(
-            tf.where(accept, new, old) for new, old in zip(new_history, history, strict=True)
-        )
+        history = tuple(tf.where(accept, new, old) for new, old in zip(new_history, history, strict=True))
         return Decision(accept, finite, step_size * factor, history)

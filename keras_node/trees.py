@@ -53,9 +53,7 @@ def stop_gradient(x: Nest) -> Nest:
 
 
 def nan_like(x: Nest) -> Nest:
-    return tf.nest.map_structure(
-        lambda a: tf.fill(tf.shape(a), tf.constant(float("nan"), a.dtype)), x
-    )
+    return tf.nest.map_structure(lambda a: tf.fill(tf.shape(a), tf.constant(float("nan"), a.dtype)), x)
 
 
 def poison(failed: tf.Tensor, x: Nest) -> Nest:

@@ -49,9 +49,7 @@ class VectorField:
                 f"Received: args={args!r} for {function!r}, which takes {self.num_arguments} argument(s)"
             )
         self.keywords = {"training": training} if takes_training and training is not None else {}
-        self.args = tf.nest.map_structure(
-            lambda a: _to_tensor(a, tf.nest.flatten(y0)[0].dtype), args
-        )
+        self.args = tf.nest.map_structure(lambda a: _to_tensor(a, tf.nest.flatten(y0)[0].dtype), args)
         self._float_args = [a for a in tf.nest.flatten(self.args) if _is_float(a)]
 
         self._trainable, self._constant = [], []
@@ -75,9 +73,7 @@ class VectorField:
         args = tf.nest.map_structure(lambda a: next(float_args) if _is_float(a) else a, self.args)
         variables = self._trainable + self._constant
         mapping = list(zip(variables, values + self._constant_values, strict=True))
-        with keras.StatelessScope(
-            mapping, collect_losses=True, initialize_variables=False
-        ) as scope:
+        with keras.StatelessScope(mapping, collect_losses=True, initialize_variables=False) as scope:
             dy = self._evaluate(t, y, args)
         if scope.losses:
             raise ValueError(
@@ -183,11 +179,7 @@ def build(layer: keras.Layer, t: Any, y: Nest, args: Any = None) -> None:
 
 
 def _to_symbolic(x):
-    return (
-        None
-        if x is None
-        else keras.KerasTensor(x.shape, dtype=keras.backend.standardize_dtype(x.dtype))
-    )
+    return None if x is None else keras.KerasTensor(x.shape, dtype=keras.backend.standardize_dtype(x.dtype))
 
 
 def _to_tensor(x, dtype):

@@ -7,13 +7,12 @@ import pytest
 from scipy.integrate import RK23, RK45
 
 from keras_node.solvers import tableaus
+from keras_node.solvers.rooted_trees import rooted_trees
 from keras_node.solvers.tableaus import TABLEAUS, ButcherTableau
 
 every_tableau = pytest.mark.parametrize("tableau", TABLEAUS.values(), ids=TABLEAUS)
 embedded_tableaus = {name: tableau for name, tableau in TABLEAUS.items() if tableau.embedded}
-every_embedded_tableau = pytest.mark.parametrize(
-    "tableau", embedded_tableaus.values(), ids=embedded_tableaus
-)
+every_embedded_tableau = pytest.mark.parametrize("tableau", embedded_tableaus.values(), ids=embedded_tableaus)
 
 
 def nudged(numbers, index=-1, by=1e-9):
@@ -107,12 +106,12 @@ def test_coefficients_agree_with_scipy(name, reference):
 
 
 def test_rooted_trees_are_as_many_as_counted_by_cayley():
-    orders = [tree.order for tree in tableaus._rooted_trees(8)]
+    orders = [tree.order for tree in rooted_trees(8)]
     assert np.bincount(orders).tolist() == [0, 1, 1, 2, 4, 9, 20, 48, 115]
 
 
 def test_densities_are_those_of_the_textbook():
-    density = {tree.brackets: tree.density for tree in tableaus._rooted_trees(4)}
+    density = {tree.brackets: tree.density for tree in rooted_trees(4)}
     assert density == {
         "[]": 1,
         "[[]]": 2,

@@ -21,9 +21,7 @@ def get(identifier):
         return keras.saving.deserialize_keras_object(identifier)
     if isinstance(identifier, str):
         if identifier not in GRADIENTS:
-            raise ValueError(
-                f"`gradient` must be one of {', '.join(GRADIENTS)}. Received: gradient={identifier!r}"
-            )
+            raise ValueError(f"`gradient` must be one of {', '.join(GRADIENTS)}. Received: gradient={identifier!r}")
         return GRADIENTS[identifier]()
     raise TypeError(
         f"`gradient` must be one of {', '.join(GRADIENTS)}, or an object such as `keras_node.BacksolveAdjoint()`. "

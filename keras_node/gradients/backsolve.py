@@ -35,7 +35,6 @@ class BacksolveAdjoint:
             the cost of more steps. Per-sample steps need `"state"`.
 
     Example:
-
     >>> gradient = keras_node.BacksolveAdjoint(solver=keras_node.RungeKutta("tsit5", rtol=1e-5))
     >>> layer = keras_node.ODELayer(keras.layers.Dense(2), gradient=gradient)
 
@@ -70,17 +69,13 @@ class BacksolveAdjoint:
 
             def gradient(*upstream):
                 dys = tf.nest.pack_sequence_as(outputs, upstream).ys
-                return tf.nest.flatten(
-                    self._backward(forward._replace(solver=solver), trajectory.ys, dys)
-                )
+                return tf.nest.flatten(self._backward(forward._replace(solver=solver), trajectory.ys, dys))
 
             return tf.nest.flatten(trajectory), gradient
 
         return tf.nest.pack_sequence_as(outputs, solve_with_adjoint(*tf.nest.flatten(inputs)))
 
-    def _backward(
-        self, problem: Problem, ys: Nest, dys: Nest
-    ) -> tuple[Nest, tf.Tensor, list[tf.Tensor]]:
+    def _backward(self, problem: Problem, ys: Nest, dys: Nest) -> tuple[Nest, tf.Tensor, list[tf.Tensor]]:
         """The gradients of `y0`, `ts` and `params`, from those of the states at `ts`."""
         vector_field, y0, ts, params, solver, throw = problem[:6]
         times = per_sample_times(ts, solver, y0)[::-1]
@@ -113,9 +108,7 @@ class BacksolveAdjoint:
 
             def rates(t, state, rate):
                 dstate, dgradients = augmented(t, state[:2], rate)
-                return Rates(
-                    (*dstate, trees.scale(rate, dgradients))
-                )  # over time, not over the clock
+                return Rates((*dstate, trees.scale(rate, dgradients)))  # over time, not over the clock
 
             def full_jump(i, state):
                 return (*jump(i, state[:2]), state[2])
@@ -128,12 +121,8 @@ class BacksolveAdjoint:
 
         if throw:
             # An upstream gradient that is not finite is the loss's own affair (a loss scaler skips that step).
-            usable = tf.reduce_all(
-                [tf.reduce_all(tf.math.is_finite(d)) for d in tf.nest.flatten(dys)]
-            )
-            adjoint = check_status(
-                tf.where(usable, integral.status, 0), adjoint, "The solve of the adjoint"
-            )
+            usable = tf.reduce_all([tf.reduce_all(tf.math.is_finite(d)) for d in tf.nest.flatten(dys)])
+            adjoint = check_status(tf.where(usable, integral.status, 0), adjoint, "The solve of the adjoint")
         dts = tf.zeros_like(ts)
         if problem.times_vary:
             dts = _time_gradient(vector_field, params, ts, ys, dys, adjoint)
@@ -203,9 +192,7 @@ def _time_gradient(vector_field, params, ts, ys, dys, adjoint):
         rate = vector_field(t, y, params)
         products = tf.nest.map_structure(tf.multiply, dy, rate)
         axes = 1 if ts.shape.rank == 2 else 0
-        return tf.add_n(
-            [tf.reduce_sum(p, list(range(axes, p.shape.rank))) for p in tf.nest.flatten(products)]
-        )
+        return tf.add_n([tf.reduce_sum(p, list(range(axes, p.shape.rank))) for p in tf.nest.flatten(products)])
 
     def at(i, states):
         return tf.nest.map_structure(lambda x: x[i], states)

@@ -14,7 +14,6 @@ class DirectGradient:
     `max_steps` of an adaptive solver, so choose a small `max_steps` or a constant `num_steps` there.
 
     Example:
-
     >>> layer = keras_node.ODELayer(keras.layers.Dense(2), gradient=keras_node.DirectGradient())
     >>> layer(keras.ops.ones((3, 2))).shape
     TensorShape([3, 2])

@@ -50,7 +50,6 @@ class ODELayer(keras.layers.Layer):
     under XLA, where nothing can raise: its output is NaN there.
 
     Example:
-
     >>> field = keras.Sequential([keras.layers.Dense(32, activation="tanh"), keras.layers.Dense(8)])
     >>> layer = keras_node.ODELayer(field)
     >>> x = keras.random.normal((4, 8))
@@ -81,9 +80,7 @@ class ODELayer(keras.layers.Layer):
         if not np.isfinite(t0) or not np.isfinite(t1):
             raise ValueError(f"`t0` and `t1` must be finite numbers. Received: t0={t0}, t1={t1}")
         if augment_dims != int(augment_dims) or augment_dims < 0:
-            raise ValueError(
-                f"`augment_dims` must be an integer, 0 or more. Received: augment_dims={augment_dims}"
-            )
+            raise ValueError(f"`augment_dims` must be an integer, 0 or more. Received: augment_dims={augment_dims}")
         call_arguments(vector_field)
         self.vector_field = vector_field
         self.t0 = float(t0)
@@ -104,9 +101,7 @@ class ODELayer(keras.layers.Layer):
         rank = len(tf.nest.flatten(y)[0].shape)
         own_times = self.solver.per_sample or (ts_shape is not None and len(ts_shape) == 2)
         t = spec((None,) + (1,) * (rank - 1) if own_times else ())
-        build(
-            self.vector_field, t, y, None if args_shape is None else _map_shapes(spec, args_shape)
-        )
+        build(self.vector_field, t, y, None if args_shape is None else _map_shapes(spec, args_shape))
 
     def call(self, inputs, ts=None, args=None, training=None):
         y0 = tf.nest.map_structure(self._initial_state, inputs)
@@ -130,17 +125,9 @@ class ODELayer(keras.layers.Layer):
     def compute_output_spec(self, inputs, ts=None, args=None, training=None):
         del args, training
         shapes = tf.nest.map_structure(lambda x: tf.TensorShape(x.shape), inputs)
-        ts_shape = (
-            None
-            if ts is None
-            else np.shape(ts)
-            if isinstance(ts, list | tuple)
-            else tuple(ts.shape)
-        )
+        ts_shape = None if ts is None else np.shape(ts) if isinstance(ts, list | tuple) else tuple(ts.shape)
         return tf.nest.map_structure(
-            lambda shape: keras.KerasTensor(
-                self._output_shape(tuple(shape), ts_shape), dtype=self.compute_dtype
-            ),
+            lambda shape: keras.KerasTensor(self._output_shape(tuple(shape), ts_shape), dtype=self.compute_dtype),
             shapes,
         )
 
@@ -185,9 +172,7 @@ class ODELayer(keras.layers.Layer):
 
     def _augmented_shape(self, shape):
         if len(shape) < 2 and self.augment_dims:
-            raise ValueError(
-                f"`augment_dims` needs an axis beside the batch. Received: inputs of shape {tuple(shape)}"
-            )
+            raise ValueError(f"`augment_dims` needs an axis beside the batch. Received: inputs of shape {tuple(shape)}")
         return (*shape[:-1], None if shape[-1] is None else shape[-1] + self.augment_dims)
 
     def _output_shape(self, shape, ts_shape):
@@ -195,9 +180,7 @@ class ODELayer(keras.layers.Layer):
         if ts_shape is None:
             return shape
         if len(ts_shape) not in (1, 2):
-            raise ValueError(
-                f"`ts` must be of shape (T,) or (batch, T). Received: ts.shape={tuple(ts_shape)}"
-            )
+            raise ValueError(f"`ts` must be of shape (T,) or (batch, T). Received: ts.shape={tuple(ts_shape)}")
         return (shape[0], ts_shape[-1], *shape[1:])
 
 

@@ -53,7 +53,6 @@ class RungeKutta:
             `step_size` with `num_steps`, for values out of range, and for options of adaptive steps with constant ones.
 
     Example:
-
     >>> solver = keras_node.RungeKutta("dopri5", rtol=1e-5, atol=1e-8)
     >>> solution = keras_node.odeint(lambda y: -y, 1.0, [0.0, 1.0], solver=solver)
     >>> round(float(solution.ys[-1]), 4)
@@ -146,9 +145,7 @@ class RungeKutta:
 
     def _check(self) -> None:
         if self.method not in TABLEAUS:
-            raise ValueError(
-                f"`method` must be one of {', '.join(TABLEAUS)}. Received: method={self.method!r}"
-            )
+            raise ValueError(f"`method` must be one of {', '.join(TABLEAUS)}. Received: method={self.method!r}")
         if self.step_size is not None and self.num_steps is not None:
             raise ValueError(
                 "Give either `step_size` or `num_steps`, not both. "
@@ -187,9 +184,7 @@ class RungeKutta:
             self._refuse_unused({"max_steps": 4096}, "`num_steps`")
 
     def _refuse_unused(self, defaults: dict, mode: str) -> None:
-        unused = {
-            name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]
-        }
+        unused = {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
         if unused:
             raise ValueError(
                 f"These options have no effect with {mode}; leave them out. Received: "

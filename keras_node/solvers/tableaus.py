@@ -19,52 +19,11 @@ References:
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from math import comb
 
 import numpy as np
 
-
-class _RootedTree(NamedTuple):
-    """The tree that grafts `branch` onto the root of `trunk`, both indices of smaller trees.
-
-    The single node has neither: it says 0. `density` is gamma in HNW.
-    """
-
-    order: int
-    density: int
-    trunk: int
-    branch: int
-    brackets: str
-
-
-@functools.cache
-def _rooted_trees(max_order: int) -> tuple[_RootedTree, ...]:
-    """All rooted trees of at most `max_order` nodes, those with fewer nodes first."""
-    if max_order == 1:
-        return (_RootedTree(order=1, density=1, trunk=0, branch=0, brackets="[]"),)
-    smaller = _rooted_trees(max_order - 1)
-    grafted = (
-        _RootedTree(
-            order=max_order,
-            density=max_order * trunk.density // trunk.order * branch.density,
-            trunk=i,
-            branch=j,
-            brackets=trunk.brackets[:-1] + branch.brackets + "]",
-        )
-        for i, trunk in enumerate(smaller)
-        for j, branch in enumerate(smaller)
-        # A root takes its branches in ascending order, so that every tree arises once.
-        if trunk.order + branch.order == max_order and j >= trunk.branch
-    )
-    return (*smaller, *grafted)
-
-
-def _elementary_weights(a: np.ndarray, trees: tuple[_RootedTree, ...]) -> np.ndarray:
-    """Phi in HNW for every tree and stage: shape `(trees, stages)`."""
-    weights = np.ones((len(trees), len(a)))
-    for i, tree in enumerate(trees[1:], 1):
-        weights[i] = weights[tree.trunk] * (a @ weights[tree.branch])
-    return weights
+from keras_node.solvers.rooted_trees import elementary_weights, rooted_trees
 
 
 def _equal(actual: np.ndarray, expected: np.ndarray, size: np.ndarray) -> np.ndarray:
@@ -124,6 +83,16 @@ class ButcherTableau:
         """Whether a step comes with an estimate of its error."""
         return self.b_error is not None
 
+    @functools.cached_property
+    def b_bernstein(self) -> tuple[tuple[float, ...], ...]:
+        """The rows of `b_dense` in the Bernstein basis, `comb(q, j) theta^j (1 - theta)^(q - j)`, j = 1 to q.
+
+        Powers of theta cancel near the end of a step, which costs float32 two digits; this basis does not.
+        """
+        q = len(self.b_dense[0])
+        to_bernstein = [[comb(j, m) / comb(q, m) if m <= j else 0 for j in range(1, q + 1)] for m in range(1, q + 1)]
+        return tuple(map(tuple, (np.array(self.b_dense) @ np.array(to_bernstein)).tolist()))
+
     def __post_init__(self) -> None:
         self._check_shapes()
         a = np.zeros((self.num_stages, self.num_stages))
@@ -174,15 +143,15 @@ class ButcherTableau:
 
         The sum of `weights_i Phi_i` must be `1 / gamma`, or `theta**tree.order / gamma`.
         """
-        trees = _rooted_trees(order)
-        elementary_weights = _elementary_weights(a, trees)
-        actual = elementary_weights @ weights
+        trees = rooted_trees(order)
+        phi = elementary_weights(a, trees)
+        actual = phi @ weights
         expected = np.array([1 / tree.density for tree in trees])
         if weights.ndim == 2:
             powers = np.arange(1, weights.shape[1] + 1)
             orders = np.array([tree.order for tree in trees])
             expected = np.where(orders[:, None] == powers, expected[:, None], 0)
-        holds = _equal(actual, expected, np.abs(elementary_weights) @ np.abs(weights))
+        holds = _equal(actual, expected, np.abs(phi) @ np.abs(weights))
         for i, tree in enumerate(trees):
             if not holds[i].all():
                 condition = f"to be of order {order}, {field} must satisfy the order condition of "
@@ -392,7 +361,5 @@ DOPRI8 = ButcherTableau(
 # fmt: on
 
 TABLEAUS: dict[str, ButcherTableau] = {
-    constant.name: constant
-    for constant in list(globals().values())
-    if isinstance(constant, ButcherTableau)
+    constant.name: constant for constant in list(globals().values()) if isinstance(constant, ButcherTableau)
 }

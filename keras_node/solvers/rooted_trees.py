@@ -1,0 +1,52 @@
+"""Rooted trees: one for each condition that a Runge-Kutta method of some order must satisfy.
+
+Reference: Hairer, Norsett & Wanner (1993), "Solving Ordinary Differential Equations I", II.2.
+"""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+
+class RootedTree(NamedTuple):
+    """The tree that grafts `branch` onto the root of `trunk`, both indices of smaller trees.
+
+    The single node has neither: it says 0. `density` is gamma in HNW.
+    """
+
+    order: int
+    density: int
+    trunk: int
+    branch: int
+    brackets: str
+
+
+@functools.cache
+def rooted_trees(max_order: int) -> tuple[RootedTree, ...]:
+    """All rooted trees of at most `max_order` nodes, those with fewer nodes first."""
+    if max_order == 1:
+        return (RootedTree(order=1, density=1, trunk=0, branch=0, brackets="[]"),)
+    smaller = rooted_trees(max_order - 1)
+    grafted = (
+        RootedTree(
+            order=max_order,
+            density=max_order * trunk.density // trunk.order * branch.density,
+            trunk=i,
+            branch=j,
+            brackets=trunk.brackets[:-1] + branch.brackets + "]",
+        )
+        for i, trunk in enumerate(smaller)
+        for j, branch in enumerate(smaller)
+        # A root takes its branches in ascending order, so that every tree arises once.
+        if trunk.order + branch.order == max_order and j >= trunk.branch
+    )
+    return (*smaller, *grafted)
+
+
+def elementary_weights(a: np.ndarray, trees: tuple[RootedTree, ...]) -> np.ndarray:
+    """Phi in HNW for every tree and stage: shape `(trees, stages)`."""
+    weights = np.ones((len(trees), len(a)))
+    for i, tree in enumerate(trees[1:], 1):
+        weights[i] = weights[tree.trunk] * (a @ weights[tree.branch])
+    return weights
