@@ -10,7 +10,10 @@ if keras.backend.backend() != "tensorflow":
 
 from keras_node.gradients.backsolve import BacksolveAdjoint
 from keras_node.gradients.direct import DirectGradient
+from keras_node.layers.gru_ode import GRUODEField
 from keras_node.layers.ode_layer import ODELayer
+from keras_node.layers.ode_rnn import ODERNN
+from keras_node.layers.ode_rnn_cell import ODERNNCell
 from keras_node.odeint import odeint
 from keras_node.solution import Solution, Stats, Status
 from keras_node.solvers.runge_kutta import RungeKutta
@@ -18,9 +21,12 @@ from keras_node.solvers.runge_kutta import RungeKutta
 __version__ = "0.1.0"
 
 __all__ = [
+    "ODERNN",
     "BacksolveAdjoint",
     "DirectGradient",
+    "GRUODEField",
     "ODELayer",
+    "ODERNNCell",
     "RungeKutta",
     "Solution",
     "Stats",

@@ -64,7 +64,7 @@ def odeint(
     """
     solver, gradient = solvers.get(solver), gradients.get(gradient)
     original, y0 = y0, _to_state(y0)
-    times_vary = tf.is_tensor(ts) or isinstance(ts, tf.Variable | keras.Variable)
+    times_vary = any(tf.is_tensor(t) or isinstance(t, tf.Variable | keras.Variable) for t in tf.nest.flatten(ts))
     ts, valid = _to_times(ts, tf.nest.flatten(y0)[0])
     _check_batch(y0, ts, solver)
 

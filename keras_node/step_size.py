@@ -33,6 +33,7 @@ class Decision(NamedTuple):
 
 
 def error_scale(y: Nest, rtol: float, atol: float) -> Nest:
+    """`atol + rtol * |y|`, the error that is allowed."""
     return tf.nest.map_structure(lambda a: atol + rtol * tf.abs(a), y)
 
 
@@ -101,8 +102,9 @@ class ConstantSteps:
 
 @dataclasses.dataclass(frozen=True)
 class PIDController:
-    """Accepts a step whose error norm is at most 1 and scales the next one by
+    """Accepts a step whose error norm `e` is at most 1, and chooses the next from the last norms.
 
+    The factor between the two is
     `safety * e[n] ** -(p + i + d) * e[n-1] ** (p + 2 d) * e[n-2] ** -d`, exponents divided by `error_order`.
     """
 

@@ -34,6 +34,7 @@ def scale(factor: tf.Tensor | float, x: Nest) -> Nest:
 
 
 def add(x: Nest, y: Nest) -> Nest:
+    """Sum, leaf by leaf."""
     return tf.nest.map_structure(tf.add, x, y)
 
 
@@ -49,10 +50,12 @@ def weighted_sum(weights: Sequence[float | tf.Tensor], xs: Sequence[Nest]) -> Ne
 
 
 def stop_gradient(x: Nest) -> Nest:
+    """Values that are constants of differentiation."""
     return tf.nest.map_structure(tf.stop_gradient, x)
 
 
 def nan_like(x: Nest) -> Nest:
+    """NaN in the shapes of `x`."""
     return tf.nest.map_structure(lambda a: tf.fill(tf.shape(a), tf.constant(float("nan"), a.dtype)), x)
 
 

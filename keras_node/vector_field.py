@@ -88,8 +88,8 @@ class VectorField:
         return like_state(dy, y, self.function)
 
     def _read_variables(self):
-        self._values = [tf.convert_to_tensor(v.value) for v in self._trainable]
-        self._constant_values = [tf.convert_to_tensor(v.value) for v in self._constant]
+        self._values = [_full_precision(v.value) for v in self._trainable]
+        self._constant_values = [_full_precision(v.value) for v in self._constant]
 
     def _advance_state(self, t0, y0):
         """Evaluates the field once to learn which variables it reads and updates.
@@ -190,6 +190,12 @@ def _to_tensor(x, dtype):
     x = tf.convert_to_tensor(x)
     # A number or an array takes the state's precision; NumPy's default would not mix with float32.
     return tf.cast(x, dtype) if x.dtype.is_floating else x
+
+
+def _full_precision(value):
+    """A variable's value; under a mixed policy it comes in half precision, in which a gradient is not summed up."""
+    value = tf.convert_to_tensor(value)
+    return tf.cast(value, tf.float32) if value.dtype in (tf.float16, tf.bfloat16) else value
 
 
 def _is_float(x) -> bool:

@@ -90,18 +90,10 @@ class ODELayer(keras.layers.Layer):
         self.augment_dims = augment_dims
         self.supports_masking = True
 
-    def build(self, inputs_shape, ts_shape=None, args_shape=None):
-        if not isinstance(self.vector_field, keras.Layer):
-            return
-
-        def spec(shape):
-            return keras.KerasTensor(shape, dtype=self.variable_dtype)
-
-        y = _map_shapes(lambda shape: spec(self._augmented_shape(shape)), inputs_shape)
-        rank = len(tf.nest.flatten(y)[0].shape)
-        own_times = self.solver.per_sample or (ts_shape is not None and len(ts_shape) == 2)
-        t = spec((None,) + (1,) * (rank - 1) if own_times else ())
-        build(self.vector_field, t, y, None if args_shape is None else _map_shapes(spec, args_shape))
+    def build(self, inputs_shape, ts_shape=None):
+        # Keras does not tell the shapes of an argument called `args`; with it, the first call builds the field.
+        if isinstance(self.vector_field, keras.Layer) and call_arguments(self.vector_field)[0] < 3:
+            self._build_field(inputs_shape, ts_shape is not None and len(ts_shape) == 2, None)
 
     def call(self, inputs, ts=None, args=None, training=None):
         y0 = tf.nest.map_structure(self._initial_state, inputs)
@@ -123,16 +115,18 @@ class ODELayer(keras.layers.Layer):
         return tf.nest.map_structure(output, solution.ys)
 
     def compute_output_spec(self, inputs, ts=None, args=None, training=None):
-        del args, training
+        del training
         shapes = tf.nest.map_structure(lambda x: tf.TensorShape(x.shape), inputs)
         ts_shape = None if ts is None else np.shape(ts) if isinstance(ts, list | tuple) else tuple(ts.shape)
+        if args is not None and isinstance(self.vector_field, keras.Layer):
+            own_times = ts_shape is not None and len(ts_shape) == 2
+            self._build_field(tf.nest.map_structure(lambda x: tuple(x.shape), inputs), own_times, args)
         return tf.nest.map_structure(
             lambda shape: keras.KerasTensor(self._output_shape(tuple(shape), ts_shape), dtype=self.compute_dtype),
             shapes,
         )
 
-    def compute_output_shape(self, inputs_shape, ts_shape=None, args_shape=None):
-        del args_shape
+    def compute_output_shape(self, inputs_shape, ts_shape=None):
         return _map_shapes(lambda shape: self._output_shape(shape, ts_shape), inputs_shape)
 
     def get_config(self):
@@ -152,6 +146,15 @@ class ODELayer(keras.layers.Layer):
         config = dict(config)
         config["vector_field"] = keras.saving.deserialize_keras_object(config["vector_field"])
         return cls(**config)
+
+    def _build_field(self, inputs_shape, own_times, args):
+        def spec(shape):
+            return keras.KerasTensor(shape, dtype=self.variable_dtype)
+
+        y = _map_shapes(lambda shape: spec(self._augmented_shape(shape)), inputs_shape)
+        rank = len(tf.nest.flatten(y)[0].shape)
+        own_times = own_times or self.solver.per_sample
+        build(self.vector_field, spec((None,) + (1,) * (rank - 1) if own_times else ()), y, args)
 
     def _initial_state(self, x):
         if not tf.as_dtype(x.dtype).is_floating:

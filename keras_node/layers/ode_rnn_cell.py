@@ -1,0 +1,210 @@
+"""A recurrent cell whose state keeps moving between observations."""
+
+import keras
+from keras import ops
+
+from keras_node import gradients, solvers
+from keras_node.odeint import odeint
+from keras_node.vector_field import build, call_arguments
+
+# `keras.layers.RNN` renews the dropout masks of cells of this class, which has no public name of its own.
+(_DropoutRNNCell,) = (base for base in keras.layers.GRUCell.__bases__ if hasattr(base, "reset_dropout_mask"))
+
+
+@keras.saving.register_keras_serializable(package="keras_node")
+class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
+    """Wraps a recurrent cell: its state follows an ODE until the observation comes, which the cell then takes in.
+
+    From the observation at `t[i - 1]` to that at `t[i]`,
+
+    `h' = h[i - 1] + integral of f(t, h(t)) dt from 0 to t[i] - t[i - 1]`
+
+    `output[i], h[i] = cell(x[i], h')`
+
+    It serves wherever a Keras cell does: in `keras.layers.RNN`, stateful or not, and in
+    `keras.layers.StackedRNNCells`. Every sample of a batch has an interval of its own, all in one solve. For series
+    with times and masks, `keras_node.ODERNN` is the layer.
+
+    Args:
+        cell: the Keras cell to wrap: a `SimpleRNNCell`, `GRUCell`, `LSTMCell`, `StackedRNNCells` or your own layer.
+        vector_field: what moves the state: a Keras layer or model, or a registered callable, `(h)` or `(t, h)`. `t` is
+            the time since the last observation; it runs from 0 to the interval.
+        time_feature: whether the last channel of the input is the interval, the time elapsed since the previous
+            observation; the cell does not see that channel. An interval of zero leaves the state exactly as it was,
+            a negative one moves it backwards. Defaults to `True`.
+        interval: without `time_feature`, the interval before every observation. Defaults to `1.0`.
+        solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`.
+        gradient: `"backsolve"` (default), `"direct"`, or an object such as `keras_node.BacksolveAdjoint()`.
+        evolve: which of the cell's states move, an index or several; of several, the field sees and moves the
+            concatenation. Defaults to `0`, the first: `h` of an `LSTMCell` moves and its memory `c` stays (ODE-LSTM).
+            `(0, 1)` moves both. States of stacked cells are counted through.
+        **kwargs: arguments of `keras.layers.Layer`, such as `name`. `dtype` defaults to the cell's.
+
+    Call arguments:
+        inputs: the observation, `(batch, features)`, with `time_feature` `(batch, features + 1)`.
+        states: the states of the wrapped cell.
+        training: Python boolean, handed on to the field and the cell.
+
+    Input shape:
+        `(batch, features)`, or `(batch, features + 1)` with `time_feature`.
+
+    Output shape:
+        That of the wrapped cell: its output, and its states.
+
+    In a stack of cells only the first receives the time. To move the states of several cells, wrap the stack:
+    `ODERNNCell(keras.layers.StackedRNNCells([...]), field, evolve=(0, 1))`, or stack `keras_node.ODERNN` layers.
+
+    Example:
+    >>> field = keras.Sequential([keras.layers.Dense(16, activation="tanh"), keras.layers.Dense(8)])
+    >>> cell = keras_node.ODERNNCell(keras.layers.LSTMCell(8), field)
+    >>> x, elapsed = keras.random.normal((2, 5, 3)), keras.random.uniform((2, 5, 1))
+    >>> keras.layers.RNN(cell)(keras.ops.concatenate([x, elapsed], axis=-1)).shape
+    TensorShape([2, 8])
+
+    Reference:
+
+    - Rubanova, Chen & Duvenaud (2019), "Latent ODEs for Irregularly-Sampled Time Series".
+    - Lechner & Hasani (2020), "Learning Long-Term Dependencies in Irregularly-Sampled Time Series".
+    """
+
+    def __init__(
+        self,
+        cell,
+        vector_field,
+        *,
+        time_feature: bool = True,
+        interval: float = 1.0,
+        solver="tsit5",
+        gradient="backsolve",
+        evolve=None,
+        **kwargs,
+    ):
+        if not isinstance(cell, keras.Layer) or not hasattr(cell, "state_size"):
+            raise TypeError(
+                "`cell` must be a Keras layer with `state_size`, such as `keras.layers.GRUCell(32)`. "
+                f"Received: cell={cell!r} (of type {type(cell).__name__})"
+            )
+        # The input is not cast: a time must not lose its digits under a mixed policy.
+        super().__init__(autocast=False, **{"dtype": cell.dtype_policy, **kwargs})
+        if call_arguments(vector_field)[0] == 3:
+            raise ValueError(f"The field of a cell takes `(h)` or `(t, h)`. Received: vector_field={vector_field!r}")
+        if time_feature and interval != 1.0:
+            raise ValueError(
+                "`interval` has no effect where the last channel of the input is the interval; pass "
+                f"`time_feature=False` with it. Received: interval={interval}, time_feature={time_feature}"
+            )
+        self.cell = cell
+        self.vector_field = vector_field
+        self.time_feature = time_feature
+        self.interval = float(interval)
+        self.solver = solvers.get(solver)
+        self.gradient = gradients.get(gradient)
+        self.evolve = _indices(evolve, len(self._state_sizes()))
+
+    @property
+    def state_size(self):
+        return self.cell.state_size
+
+    @property
+    def output_size(self):
+        return getattr(self.cell, "output_size", None)
+
+    def get_initial_state(self, batch_size=None):
+        if hasattr(self.cell, "get_initial_state"):
+            return self.cell.get_initial_state(batch_size=batch_size)
+        return keras.tree.map_structure(
+            lambda size: ops.zeros((batch_size, size), dtype=self.compute_dtype), self.state_size
+        )
+
+    def build(self, input_shape):
+        if self.time_feature:
+            if len(input_shape) != 2 or input_shape[-1] < 2:
+                raise ValueError(
+                    "With `time_feature` the input of a step is `(batch, features + 1)`: the observation's features "
+                    f"and, in the last channel, the time elapsed. Received: input_shape={tuple(input_shape)}"
+                )
+            input_shape = (input_shape[0], input_shape[-1] - 1)
+        if not self.cell.built:
+            self.cell.build(input_shape)
+        if isinstance(self.vector_field, keras.Layer):
+            size = sum(self._state_sizes()[i] for i in self.evolve)
+            own_times = self.time_feature or self.solver.per_sample
+            t = keras.KerasTensor((None, 1) if own_times else (), dtype=self.variable_dtype)
+            build(self.vector_field, t, keras.KerasTensor((None, size), dtype=self.variable_dtype))
+
+    def call(self, inputs, states, training=None):
+        ts = [0.0, self.interval]
+        if self.time_feature:
+            inputs, elapsed = inputs[:, :-1], inputs[:, -1]
+            ts = ops.stack([ops.zeros_like(elapsed), elapsed])
+        leaves = keras.tree.flatten(states)
+        moved = self._move([leaves[i] for i in self.evolve], ts, training)
+        for i, state in zip(self.evolve, moved, strict=True):
+            leaves[i] = state
+        return self.cell(inputs, keras.tree.pack_sequence_as(states, leaves))
+
+    def _move(self, states, ts, training):
+        """The states after the interval."""
+        h = states[0] if len(states) == 1 else ops.concatenate(states, axis=-1)
+        h = odeint(self.vector_field, h, ts, solver=self.solver, gradient=self.gradient, training=training).ys[-1]
+        ends = [sum(s.shape[-1] for s in states[:i]) for i in range(1, len(states))]
+        return ops.split(h, ends, axis=-1) if ends else [h]
+
+    def _state_sizes(self):
+        return keras.tree.flatten(self.state_size)
+
+    # The wrapped cell draws its masks at its first step and keeps them for the series.
+
+    def get_dropout_mask(self, step_input):
+        del step_input
+
+    def get_recurrent_dropout_mask(self, step_input):
+        del step_input
+
+    def reset_dropout_mask(self):
+        for cell in _dropout_cells(self.cell):
+            cell.reset_dropout_mask()
+
+    def reset_recurrent_dropout_mask(self):
+        for cell in _dropout_cells(self.cell):
+            cell.reset_recurrent_dropout_mask()
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            cell=keras.saving.serialize_keras_object(self.cell),
+            vector_field=keras.saving.serialize_keras_object(self.vector_field),
+            time_feature=self.time_feature,
+            interval=self.interval,
+            solver=keras.saving.serialize_keras_object(self.solver),
+            gradient=keras.saving.serialize_keras_object(self.gradient),
+            evolve=self.evolve,
+        )
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        for name in ("cell", "vector_field"):
+            config[name] = keras.saving.deserialize_keras_object(config[name])
+        return cls(**config)
+
+
+def _indices(evolve, num_states):
+    """The states to move, as a tuple of different indices from 0 on."""
+    indices = (0,) if evolve is None else tuple(evolve) if isinstance(evolve, list | tuple) else (evolve,)
+    usable = all(isinstance(i, int) and not isinstance(i, bool) and -num_states <= i < num_states for i in indices)
+    positive = tuple(i % num_states for i in indices) if usable else ()
+    if not positive or len(set(positive)) < len(positive):
+        raise ValueError(
+            "`evolve` must be the index of one of the cell's states, or a tuple of different ones. "
+            f"Received: evolve={evolve!r} for a cell with {num_states} state(s)"
+        )
+    return positive
+
+
+def _dropout_cells(cell):
+    """The cells with dropout masks in a cell, which may be a stack."""
+    if hasattr(cell, "reset_dropout_mask"):
+        return [cell]
+    return [dropout_cell for part in getattr(cell, "cells", ()) for dropout_cell in _dropout_cells(part)]

@@ -1,0 +1,220 @@
+"""Gradients of every kind, against finite differences, against each other and in every mode."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_node
+from keras_node.gradients import GRADIENTS
+
+TIGHT = {"rtol": 1e-9, "atol": 1e-9}
+SHARED = np.array([0.0, 0.4, 0.4, 1.3])
+REVERSED = np.array([1.0, 0.6, 0.1])
+OWN = np.array([[0.0, 0.2, 0.5], [0.6, 0.2, 0.1], [1.2, 0.9, -0.3]])
+MATRIX = tf.constant([[-0.1, 1.1, 0.3], [-1.2, 0.2, 0.1], [0.4, -0.3, -0.5]], tf.float64)
+Y0 = tf.constant([[1.0, 0.5, -0.2], [0.3, -1.0, 0.8], [0.1, 0.9, 0.4]], tf.float64)
+
+
+def field(t, y, matrix):
+    return tf.tanh(y @ matrix) + 0.3 * tf.sin(2 * t) * y
+
+
+def loss(y0, matrix, ts, gradient, solver):
+    ys = keras_node.odeint(field, y0, ts, args=matrix, gradient=gradient, solver=solver).ys
+    weights = tf.reshape(tf.cast(tf.range(1, tf.size(ys) + 1), ys.dtype), tf.shape(ys)) / 10
+    return tf.reduce_sum(weights * tf.sin(ys))
+
+
+def gradients_of(inputs, gradient, solver):
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        value = loss(*inputs, gradient, solver)
+    return tape.gradient(value, inputs)
+
+
+def finite_differences(function, x, epsilon=1e-5):
+    """Central differences of a scalar function."""
+    flat, result = x.numpy().ravel(), []
+    for i in range(flat.size):
+        values = []
+        for sign in (1, -1):
+            moved = flat.copy()
+            moved[i] += sign * epsilon
+            values.append(function(tf.reshape(tf.constant(moved), x.shape)))
+        result.append((values[0] - values[1]) / (2 * epsilon))
+    return np.reshape(result, x.shape)
+
+
+def perturbable(ts):
+    """Repeated times may not be moved past each other; apart they can."""
+    return not np.any(np.diff(ts, axis=0) == 0)
+
+
+@pytest.mark.parametrize("per_sample", [False, True], ids=["joint", "per_sample"])
+@pytest.mark.parametrize("ts", [SHARED, REVERSED, OWN], ids=["repeated", "reversed", "own"])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_gradients_equal_finite_differences(gradient, ts, per_sample):
+    solver = keras_node.RungeKutta("dopri5", per_sample=per_sample, **TIGHT)
+    inputs = [Y0, MATRIX, tf.constant(ts)]
+    actual = tf.function(gradients_of)(inputs, gradient, solver)
+    value = tf.function(lambda *inputs: loss(*inputs, "direct", solver))
+    for i, computed in enumerate(actual):
+        if i == 2 and not perturbable(ts):
+            continue
+        expected = finite_differences(lambda x, i=i: value(*inputs[:i], x, *inputs[i + 1 :]), inputs[i])
+        np.testing.assert_allclose(computed, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_repeated_time_has_the_gradient_of_its_own_state():
+    """Where finite differences would turn time back: each of two equal times moves its state along the field."""
+    solver = keras_node.RungeKutta("dopri5", **TIGHT)
+    direct, backsolve = (
+        gradients_of([Y0, MATRIX, tf.constant(SHARED)], gradient, solver)[2] for gradient in ("direct", "backsolve")
+    )
+    np.testing.assert_allclose(direct, backsolve, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["graph", "xla"])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_gradients_are_the_same_eagerly_in_a_graph_and_under_xla(gradient, mode):
+    solver = keras_node.RungeKutta("tsit5", rtol=1e-6, max_steps=64)
+    inputs = [Y0, MATRIX, tf.constant(OWN)]
+    eager = gradients_of(inputs, gradient, solver)
+    compiled = tf.function(gradients_of, jit_compile=mode == "xla")(inputs, gradient, solver)
+    for a, b in zip(compiled, eager, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("norm", ["state", "full"])
+def test_the_error_of_the_adjoint_falls_with_the_tolerances(norm):
+    inputs = [Y0, MATRIX, tf.constant([0.0, 2.0], tf.float64)]
+    exact = gradients_of(inputs, "direct", keras_node.RungeKutta("dopri5", rtol=1e-10, atol=1e-10))
+    errors = []
+    for rtol in (1e-3, 1e-5, 1e-7):
+        solver = keras_node.RungeKutta("dopri5", rtol=rtol, atol=rtol)
+        computed = gradients_of(inputs, keras_node.BacksolveAdjoint(norm=norm), solver)
+        errors.append(max(np.max(np.abs(a - b)) for a, b in zip(computed, exact, strict=True)))
+    assert errors[0] > 10 * errors[1] > 100 * errors[2] > 0
+    assert errors[2] < 1e-5
+
+
+def test_the_full_norm_needs_times_that_samples_share():
+    with pytest.raises(ValueError, match="Received: norm="):
+        keras_node.odeint(lambda y: -y, Y0, OWN, gradient=keras_node.BacksolveAdjoint(norm="full"))
+
+
+def test_the_backward_solve_may_have_a_solver_of_its_own():
+    inputs = [Y0, MATRIX, tf.constant([0.0, 1.0], tf.float64)]
+    exact = gradients_of(inputs, "direct", keras_node.RungeKutta("dopri5", **TIGHT))
+    backward = keras_node.BacksolveAdjoint(solver=keras_node.RungeKutta("rk4", num_steps=40))
+    computed = gradients_of(inputs, backward, keras_node.RungeKutta("dopri5", **TIGHT))
+    for a, b in zip(computed, exact, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("solver", ["euler", "rk4"])
+def test_direct_gradients_of_constant_steps_are_those_of_the_discrete_solution(gradient, solver):
+    if gradient == "backsolve":
+        pytest.skip("the adjoint's gradient is that of the exact solution")
+    inputs = [Y0, MATRIX, tf.constant([0.0, 0.5, 1.5], tf.float64)]
+    solver = keras_node.solvers.get(solver)
+    actual = gradients_of(inputs, gradient, solver)
+    value = tf.function(lambda *inputs: loss(*inputs, gradient, solver))
+    for i, computed in enumerate(actual):
+        expected = finite_differences(lambda x, i=i: value(*inputs[:i], x, *inputs[i + 1 :]), inputs[i])
+        np.testing.assert_allclose(computed, expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_nest_of_states_and_of_arguments_has_gradients(gradient):
+    y0 = {"a": tf.ones((2, 1), tf.float64), "b": (tf.constant([[0.5], [1.0]], tf.float64),)}
+    args = {"frequency": tf.constant(1.7, tf.float64), "count": tf.constant(2)}
+
+    def oscillator(t, y, args):
+        factor = args["frequency"] * tf.cast(args["count"], tf.float64)
+        return {"a": factor * y["b"][0], "b": (-factor * y["a"],)}
+
+    solver = keras_node.RungeKutta("dopri5", **TIGHT)
+    with tf.GradientTape() as tape:
+        tape.watch([y0, args["frequency"]])
+        ys = keras_node.odeint(oscillator, y0, [0.0, 1.0], args=args, solver=solver, gradient=gradient).ys
+        value = tf.reduce_sum(ys["a"][-1])
+    dy0, dfrequency = tape.gradient(value, [y0, args["frequency"]])
+    w = 2 * 1.7
+    np.testing.assert_allclose(dy0["a"], np.full((2, 1), np.cos(w)), rtol=1e-6)
+    np.testing.assert_allclose(dy0["b"][0], np.full((2, 1), np.sin(w)), rtol=1e-6)
+    np.testing.assert_allclose(dfrequency, 2 * (-2 * np.sin(w) + 1.5 * np.cos(w)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_weights_unused_and_frozen_get_zeros_and_nothing(gradient):
+    class Field(keras.layers.Layer):
+        def build(self, shape):
+            self.used = self.add_weight(shape=(3,), initializer="ones", name="used")
+            self.unused = self.add_weight(shape=(3,), initializer="ones", name="unused")
+            self.frozen = self.add_weight(shape=(3,), initializer="ones", trainable=False, name="frozen")
+
+        def call(self, y):
+            return -self.used * self.frozen * y
+
+    layer = Field(dtype="float64")
+    y0 = tf.ones((2, 3), tf.float64)
+    solver = keras_node.RungeKutta("dopri5", **TIGHT)
+    with tf.GradientTape() as tape:
+        value = tf.reduce_sum(keras_node.odeint(layer, y0, [0.0, 1.0], solver=solver, gradient=gradient).ys[-1])
+    used, unused = tape.gradient(value, [layer.used.value, layer.unused.value])
+    np.testing.assert_allclose(used, -2 * np.exp(-1) * np.ones(3), rtol=1e-6)
+    if gradient != "direct":  # plain backpropagation says None, as for any unused weight
+        np.testing.assert_array_equal(unused, np.zeros(3))
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_callable_over_a_keras_variable_has_its_gradient(gradient):
+    rate = keras.Variable(0.5, dtype="float64")
+    solver = keras_node.RungeKutta("dopri5", **TIGHT)
+    with tf.GradientTape() as tape:
+        ys = keras_node.odeint(
+            lambda y: -rate * y, tf.ones((1,), tf.float64), [0.0, 2.0], solver=solver, gradient=gradient
+        ).ys
+        value = tf.reduce_sum(ys[-1])
+    np.testing.assert_allclose(tape.gradient(value, rate.value), -2 * np.exp(-1.0), rtol=1e-6)
+
+
+def test_the_adjoint_runs_with_the_dropout_mask_of_the_solve():
+    inputs = tf.constant(np.random.default_rng(0).normal(size=(4, 8)))
+    results = {}
+    for gradient in GRADIENTS:
+        keras.utils.set_random_seed(0)
+        layer = keras.Sequential(
+            [
+                keras.layers.Dense(16, activation="tanh", dtype="float64"),
+                keras.layers.Dropout(0.5, seed=3, dtype="float64"),
+                keras.layers.Dense(8, dtype="float64"),
+            ]
+        )
+        solver = keras_node.RungeKutta("dopri5", **TIGHT)
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            ys = keras_node.odeint(layer, inputs, [0.0, 1.0], solver=solver, gradient=gradient, training=True).ys
+            value = tf.reduce_sum(ys[-1] ** 2)
+        results[gradient] = tape.gradient(value, [inputs, *[v.value for v in layer.trainable_variables]])
+    for gradient in GRADIENTS:
+        for a, b in zip(results[gradient], results["direct"], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+def test_a_failed_backward_solve_gives_nan_rather_than_a_number(mode):
+    backward = keras_node.BacksolveAdjoint(solver=keras_node.RungeKutta("tsit5", rtol=1e-9, atol=1e-9, max_steps=2))
+
+    def gradient(y0):
+        with tf.GradientTape() as tape:
+            tape.watch(y0)
+            ys = keras_node.odeint(lambda t, y: tf.sin(9 * t) * y, y0, [0.0, 5.0], gradient=backward, throw=False).ys
+            value = tf.reduce_sum(ys[-1])
+        return tape.gradient(value, y0)
+
+    run = gradient if mode == "eager" else tf.function(gradient, jit_compile=mode == "xla")
+    assert np.isnan(run(tf.ones((2,)))).all()

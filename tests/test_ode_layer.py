@@ -1,0 +1,259 @@
+"""ODELayer as a Keras user meets it: in models, in fit, on disk, elsewhere."""
+
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_node
+
+TIGHT = keras_node.RungeKutta("tsit5", rtol=1e-6, atol=1e-8)
+
+
+def mlp(units, hidden=16, **kwargs):
+    return keras.Sequential([keras.layers.Dense(hidden, activation="tanh", **kwargs), keras.layers.Dense(units)])
+
+
+def classifier(**kwargs):
+    keras.utils.set_random_seed(1)
+    return keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(6), keras_node.ODELayer(mlp(6), **kwargs), keras.layers.Dense(2)]
+    )
+
+
+@keras.saving.register_keras_serializable(package="keras_node_tests")
+def rotation(t, y, args=None):
+    return tf.stack([-y[..., 1], y[..., 0]], axis=-1)
+
+
+@pytest.fixture(scope="module")
+def data():
+    x = np.random.default_rng(0).normal(size=(96, 4)).astype("float32")
+    return x, (x[:, 0] * x[:, 1] > 0).astype("int32")
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("options", [{}, {"gradient": "direct", "solver": "rk4"}], ids=["backsolve", "direct"])
+def test_fit_trains_with_and_without_xla(data, options, jit_compile):
+    model = classifier(**options)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(0.02), loss, jit_compile=jit_compile)
+    history = model.fit(*data, epochs=15, batch_size=32, verbose=0).history["loss"]
+    assert history[-1] < 0.7 * history[0]
+
+
+def test_several_layers_and_a_shared_field_have_right_gradients():
+    shared = mlp(3)
+    inputs = keras.Input((3,))
+    x = keras_node.ODELayer(shared, solver=TIGHT)(inputs)
+    x = keras_node.ODELayer(mlp(3), t1=0.5, solver=TIGHT)(x)
+    outputs = keras_node.ODELayer(shared, t0=1.0, t1=0.0, solver=TIGHT)(x)
+    model = keras.Model(inputs, outputs)
+    assert len(model.trainable_variables) == 8
+    x = tf.constant(np.random.default_rng(1).normal(size=(2, 3)), tf.float32)
+
+    def value():
+        return tf.reduce_sum(model(x) ** 2)
+
+    with tf.GradientTape() as tape:
+        loss = value()
+    gradients = tape.gradient(loss, [v.value for v in model.trainable_variables])
+    for variable, gradient in zip(model.trainable_variables, gradients, strict=True):
+        direction = np.random.default_rng(2).normal(size=variable.shape).astype("float32")
+        before, values = variable.numpy(), []
+        for sign in (1, -1):
+            variable.assign(before + sign * 1e-2 * direction)
+            values.append(float(value()))
+        variable.assign(before)
+        np.testing.assert_allclose(np.sum(gradient * direction), (values[0] - values[1]) / 2e-2, rtol=2e-2, atol=2e-3)
+
+
+def test_dropout_draws_one_mask_for_a_solve_and_another_for_the_next():
+    class Noise(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dropout = keras.layers.Dropout(0.5, seed=0)
+
+        def call(self, y, training=None):
+            return self.dropout(keras.ops.ones_like(y), training=training)
+
+    layer = keras_node.ODELayer(Noise())
+    x = tf.zeros((1, 200))
+    first, second = layer(x, training=True).numpy(), layer(x, training=True).numpy()
+    for result in (first, second):
+        assert np.all(np.isclose(result, 0, atol=1e-5) | np.isclose(result, 2, atol=1e-5))
+        assert 50 < np.count_nonzero(result > 1) < 150
+    assert np.any(np.abs(first - second) > 1)
+    np.testing.assert_allclose(layer(x, training=False), np.ones((1, 200)), rtol=1e-5)
+
+
+def test_regularizers_count_once():
+    layer = keras_node.ODELayer(mlp(3, kernel_regularizer=keras.regularizers.L2(0.1)))
+    layer(tf.ones((2, 3)))
+    kernel = layer.vector_field.layers[0].kernel
+    assert len(layer.losses) == 1
+    np.testing.assert_allclose(layer.losses[0], 0.1 * np.sum(kernel.numpy() ** 2), rtol=1e-6)
+
+
+def test_frozen_weights_stay(data):
+    model = classifier()
+    model.layers[1].vector_field.layers[0].trainable = False
+    before = [v.numpy() for v in model.layers[1].vector_field.weights]
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(*data, epochs=1, verbose=0)
+    after = [v.numpy() for v in model.layers[1].vector_field.weights]
+    assert all(np.array_equal(a, b) for a, b in zip(before[:2], after[:2], strict=True))
+    assert not np.array_equal(before[2], after[2])
+
+
+def test_times_give_the_states_at_them():
+    layer = keras_node.ODELayer(rotation, solver=TIGHT)
+    x = tf.constant([[1.0, 0.0], [0.0, 2.0]])
+    shared = layer(x, ts=[0.0, 0.5, 1.0])
+    assert shared.shape == (2, 3, 2)
+    np.testing.assert_allclose(shared[:, -1], layer(x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(shared[:, 0], x)
+    ts = tf.constant([[0.5, 1.0, 1.5], [0.1, 0.2, 0.2]])
+    own = layer(x, ts=ts)
+    np.testing.assert_allclose(own[0, :, 0], np.cos(ts[0]), atol=1e-4)
+    np.testing.assert_allclose(own[1, :, 1], 2 * np.cos(ts[1]), atol=1e-4)
+
+
+def test_shapes_are_known_beforehand():
+    layer = keras_node.ODELayer(mlp(5), augment_dims=2)
+    x = keras.Input((3,))
+    assert layer(x).shape == (None, 5)
+    assert layer(x, ts=keras.Input((7,))).shape == (None, 7, 5)
+    assert layer(x, ts=[0.1, 0.2]).shape == (None, 2, 5)
+    assert layer.compute_output_shape((None, 3)) == (None, 5)
+    assert layer.compute_output_shape((4, 3), ts_shape=(7,)) == (4, 7, 5)
+    assert layer(tf.ones((4, 3)), ts=tf.ones((4, 7))).shape == (4, 7, 5)
+
+
+def test_a_state_in_a_dict_goes_through_a_functional_model():
+    @keras.saving.register_keras_serializable(package="keras_node_tests")
+    class Spring(keras.layers.Layer):
+        def call(self, y):
+            return {"x": y["v"], "v": -y["x"]}
+
+    inputs = {"x": keras.Input((2,), name="x"), "v": keras.Input((2,), name="v")}
+    model = keras.Model(inputs, keras_node.ODELayer(Spring(), t1=float(np.pi), solver=TIGHT)(inputs))
+    outputs = model({"x": tf.ones((3, 2)), "v": tf.zeros((3, 2))})
+    np.testing.assert_allclose(outputs["x"], -np.ones((3, 2)), atol=1e-4)
+
+
+def test_arguments_reach_the_field():
+    @keras.saving.register_keras_serializable(package="keras_node_tests")
+    class Controlled(keras.layers.Layer):
+        def call(self, t, y, args):
+            return args["push"] * keras.ops.ones_like(y)
+
+    layer = keras_node.ODELayer(Controlled())
+    outputs = layer(tf.zeros((2, 3)), args={"push": tf.constant([[1.0], [2.0]])})
+    np.testing.assert_allclose(outputs, [[1.0] * 3, [2.0] * 3], rtol=1e-5)
+
+
+def test_saved_and_loaded_a_model_gives_the_same(tmp_path, data):
+    inputs = keras.Input((4,))
+    gradient = keras_node.BacksolveAdjoint(solver=keras_node.RungeKutta("dopri5", rtol=1e-4), norm="full")
+    x = keras_node.ODELayer(mlp(5), t1=0.7, solver=TIGHT, gradient=gradient, augment_dims=1)(inputs)
+    x = keras.layers.Dense(2)(x)
+    model = keras.Model(inputs, keras_node.ODELayer(rotation, solver="rk4", gradient="direct")(x))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(data[0]), model(data[0]))
+    for old, new in zip(model.layers, loaded.layers, strict=True):
+        assert {**old.get_config(), "vector_field": 0} == {**new.get_config(), "vector_field": 0}
+    assert loaded.layers[1].gradient.solver.rtol == 1e-4
+
+
+def test_an_exported_model_is_served_without_keras_node(tmp_path, data):
+    model = classifier(solver=TIGHT)
+    expected = model(data[0][:7])
+    model.export(tmp_path / "served", verbose=False)
+    np.save(tmp_path / "x.npy", data[0][:7])
+    script = (
+        "import sys; sys.modules['keras_node'] = None; sys.modules['keras'] = None\n"
+        "import numpy as np, tensorflow as tf\n"
+        "served = tf.saved_model.load('served')\n"
+        "np.save('y.npy', served.serve(np.load('x.npy')))\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True)
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float64"])
+def test_other_precisions_train(data, policy):
+    keras.utils.set_random_seed(0)
+    field = keras.Sequential(
+        [keras.layers.Dense(8, activation="tanh", dtype=policy), keras.layers.Dense(4, dtype=policy)]
+    )
+    layer = keras_node.ODELayer(field, dtype=policy)
+    assert layer(data[0]).dtype == layer.compute_dtype
+    model = keras.Sequential([layer, keras.layers.Dense(2, dtype="float32")])
+    model.compile(keras.optimizers.Adam(0.02), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    history = model.fit(*data, epochs=5, verbose=0).history["loss"]
+    assert history[-1] < history[0]
+
+
+def test_batch_normalization_in_training_is_refused_by_name():
+    field = keras.Sequential([keras.layers.Dense(3), keras.layers.BatchNormalization(name="the_culprit")])
+    layer = keras_node.ODELayer(field)
+    with pytest.raises(ValueError, match="the_culprit"):
+        layer(tf.ones((2, 3)), training=True)
+    assert layer(tf.ones((2, 3)), training=False).shape == (2, 3)
+
+
+def test_a_loss_inside_the_field_is_refused():
+    with pytest.raises(ValueError, match="activity regularizers"):
+        keras_node.ODELayer(keras.layers.Dense(3, activity_regularizer="l2"))(tf.ones((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: keras_node.odeint(lambda y: y, tf.ones(2), [0.0]), ValueError, "at least one more"),
+        (lambda: keras_node.odeint(lambda y: y, tf.ones(2), tf.ones((2, 3, 4))), ValueError, r"\(2, 3, 4\)"),
+        (lambda: keras_node.odeint(lambda y: y, tf.ones(2), [0.0, 2.0, 1.0]), ValueError, "monotonic"),
+        (lambda: keras_node.odeint(lambda y: y, tf.ones(2), [0.0, np.nan]), ValueError, "finite"),
+        (lambda: keras_node.odeint(lambda y: y, tf.ones(2, tf.int32), [0.0, 1.0]), TypeError, "int32"),
+        (lambda: keras_node.odeint(lambda y: y[:1], tf.ones(2), [0.0, 1.0]), ValueError, r"shape=\(1,\)"),
+        (lambda: keras_node.odeint(lambda y: (y, y), tf.ones(2), [0.0, 1.0]), ValueError, "structure"),
+        (lambda: keras_node.odeint(lambda y: tf.cast(y, tf.int32), tf.ones(2), [0.0, 1.0]), TypeError, "int32"),
+        (lambda: keras_node.odeint(lambda a, b, c, d: a, tf.ones(2), [0.0, 1.0]), ValueError, "a, b, c, d"),
+        (lambda: keras_node.odeint(3, tf.ones(2), [0.0, 1.0]), TypeError, "Received: 3"),
+        (lambda: keras_node.odeint(lambda y: y, tf.ones(2), [0.0, 1.0], args=1.0), ValueError, "args"),
+        (lambda: keras_node.odeint(lambda y: y, tf.ones(2), [0.0, 1.0], solver="rk5"), ValueError, "rk5"),
+        (lambda: keras_node.odeint(lambda y: y, tf.ones(2), [0.0, 1.0], gradient="adjoint"), ValueError, "adjoint"),
+        (lambda: keras_node.odeint(lambda y: y, tf.ones(()), [[0.0], [1.0]]), ValueError, "batch"),
+        (lambda: keras_node.odeint(lambda y: y, tf.ones((3, 1)), np.ones((2, 2))), ValueError, "batch of 2"),
+        (lambda: keras_node.RungeKutta("rk4"), ValueError, "num_steps"),
+        (lambda: keras_node.RungeKutta("rk4", step_size=0.1, num_steps=3), ValueError, "not both"),
+        (lambda: keras_node.RungeKutta("tsit5", rtol=0.0), ValueError, "rtol"),
+        (lambda: keras_node.RungeKutta("tsit5", atol=-1.0), ValueError, "atol"),
+        (lambda: keras_node.RungeKutta("rk4", num_steps=2, rtol=1e-5), ValueError, "no effect"),
+        (lambda: keras_node.RungeKutta("tsit5", max_steps=0), ValueError, "max_steps"),
+        (lambda: keras_node.BacksolveAdjoint(norm="max"), ValueError, "max"),
+        (lambda: keras_node.ODELayer(lambda y: y, t1=np.inf), ValueError, "inf"),
+        (lambda: keras_node.ODELayer(lambda y: y, augment_dims=-1), ValueError, "-1"),
+        (lambda: keras_node.ODELayer(lambda y: y)(tf.ones((2, 3), tf.int32)), TypeError, "int32"),
+        (lambda: keras_node.ODELayer(keras.layers.Dense(4))(keras.Input((3,))), ValueError, "shape of the state"),
+    ],
+)
+def test_bad_input_is_refused_with_what_arrived(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_the_import_is_light_and_needs_the_tensorflow_backend():
+    light = "import sys, keras_node; assert not {'tensorflow_probability', 'tf_keras'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", light], check=True, capture_output=True)
+    other = (
+        "import sys, types; keras = sys.modules['keras'] = types.ModuleType('keras');"
+        "keras.backend = types.SimpleNamespace(backend=lambda: 'jax'); import keras_node"
+    )
+    result = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True)
+    assert "keras_node needs Keras on the TensorFlow backend" in result.stderr
