@@ -47,7 +47,7 @@ def in_graph(function, **kwargs):
 
 
 def reference(layer, x, times, h, valid=None, backwards=False):
-    """Outputs of a Python loop over the samples and their valid steps; a masked step repeats the last output, or zero."""
+    """Outputs of a Python loop over the samples and their valid steps; masked steps repeat the last output, or zero."""
     cell, outputs = layer.cell, []
     for b in range(x.shape[0]):
         state, t, row = h[b : b + 1], None, []
