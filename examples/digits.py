@@ -60,15 +60,12 @@ class EpochTimer(keras.callbacks.Callback):
     """Notes the seconds of every epoch."""
 
     def on_train_begin(self, logs=None):
-        """Start an empty list."""
         self.seconds = []
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Start the clock."""
         self.start = time.perf_counter()
 
     def on_epoch_end(self, epoch, logs=None):
-        """Stop the clock."""
         self.seconds.append(time.perf_counter() - self.start)
 
 

@@ -63,8 +63,10 @@ def make_clock(times: tf.Tensor, per_sample: bool) -> Clock:
 
 def pick(values: tf.Tensor, index: tf.Tensor | int) -> tf.Tensor:
     """`values[index]` for one index; for one of each sample, `values[index[b]]` or `values[index[b], b]`."""
-    if isinstance(index, int) or index.shape.rank == 0:
+    if isinstance(index, int):
         return values[index]
-    if values.shape.rank == 1:
+    # Not `values[index]`: XLA takes the start of a slice for a constant, and would compile anew for every value
+    # that the index may have come from, a network's weights among them.
+    if index.shape.rank == 0 or values.shape.rank == 1:
         return tf.gather(values, index)
     return tf.gather_nd(values, tf.stack([index, tf.range(tf.size(index))], axis=1))

@@ -86,6 +86,18 @@ def test_gradients_are_the_same_eagerly_in_a_graph_and_under_xla(gradient, mode)
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("ts", [SHARED, OWN], ids=["shared", "own"])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_xla_compiles_once_for_all_values(gradient, ts):
+    """What XLA takes for a constant is no parameter of the program, and a new value would compile it anew."""
+    solver = keras_node.RungeKutta("bosh3", max_steps=8)
+    inputs = [Y0, MATRIX, tf.constant(ts)]
+    function = tf.function(lambda *inputs: gradients_of(list(inputs), gradient, solver), jit_compile=True)
+    program = function.experimental_get_compiler_ir(*inputs)(stage="hlo")
+    signature = program[program.index("ENTRY") :].split("->")[0]
+    assert [signature.count(f"arg{i}") for i in range(3)] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("norm", ["state", "full"])
 def test_the_error_of_the_adjoint_falls_with_the_tolerances(norm):
     inputs = [Y0, MATRIX, tf.constant([0.0, 2.0], tf.float64)]

@@ -195,10 +195,10 @@ def _time_gradient(vector_field, params, ts, ys, dys, adjoint):
         return tf.add_n([tf.reduce_sum(p, list(range(axes, p.shape.rank))) for p in tf.nest.flatten(products)])
 
     def at(i, states):
-        return tf.nest.map_structure(lambda x: x[i], states)
+        return tf.nest.map_structure(lambda x: pick(x, i), states)
 
     later = tf.map_fn(
-        lambda i: along_field(ts[i], at(i, ys), at(i, dys)),
+        lambda i: along_field(pick(ts, i), at(i, ys), at(i, dys)),
         tf.range(1, tf.shape(ts)[0]),
         fn_output_signature=tf.TensorSpec(ts.shape[1:], ts.dtype),
     )
