@@ -9,6 +9,7 @@ if keras.backend.backend() != "tensorflow":
     )
 
 from keras_node.gradients.backsolve import BacksolveAdjoint
+from keras_node.gradients.checkpointed import CheckpointedAdjoint
 from keras_node.gradients.direct import DirectGradient
 from keras_node.layers.gru_ode import GRUODEField
 from keras_node.layers.ode_layer import ODELayer
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ODERNN",
     "BacksolveAdjoint",
+    "CheckpointedAdjoint",
     "DirectGradient",
     "GRUODEField",
     "ODELayer",

@@ -23,11 +23,13 @@ class Clock(NamedTuple):
         stops: readings at the ends of the segments, `(S + 1,)`, or `(S + 1, batch)` with per-sample steps.
         times: the times of these readings, `(S + 1,)` or `(S + 1, batch)`.
         rate: time by reading in every segment, `(S,)` or `(S, batch)`.
+        kinks: whether the field may jump at the inner stops, so that a segment must not look at its ends.
     """
 
     stops: tf.Tensor
     times: tf.Tensor
     rate: tf.Tensor
+    kinks: bool = False
 
     @property
     def num_segments(self) -> int | None:
@@ -37,18 +39,44 @@ class Clock(NamedTuple):
     def end(self) -> tf.Tensor:
         return self.stops[-1]
 
-    def time(self, segment: tf.Tensor, reading: tf.Tensor) -> tf.Tensor:
+    def time(self, segment: tf.Tensor | int, reading: tf.Tensor) -> tf.Tensor:
         elapsed = reading - pick(self.stops, segment)
-        return pick(self.times, segment) + elapsed * pick(self.rate, segment)
+        return self.inside(segment, pick(self.times, segment) + elapsed * pick(self.rate, segment))
+
+    def duration(self, segment: tf.Tensor | int, length: tf.Tensor) -> tf.Tensor:
+        """The time that passes, with its sign, while the clock moves on by `length` in a segment."""
+        duration = length * pick(self.rate, segment)
+        if self.num_segments == 1:
+            return duration
+        # A segment of no length has no rate, yet moving its end would give it one.
+        spans = self.times[1:] - self.times[:-1]
+        return duration + pick(tf.where(self._lengths() == 0, spans, 0), segment)
+
+    def inside(self, segment: tf.Tensor | int, time: tf.Tensor) -> tf.Tensor:
+        """`time`, kept off the ends of its segment by the least amount if they are kinks."""
+        if not self.kinks:
+            return time
+        start, end = pick(self.times, segment), pick(self.times, segment + 1)
+        first, last = tf.math.nextafter(start, end), tf.math.nextafter(end, start)
+        return tf.clip_by_value(time, tf.minimum(first, last), tf.maximum(first, last))
 
     def read(self, ts: tf.Tensor) -> tf.Tensor:
-        """The readings at which it is `ts`, for a clock that runs at one rate."""
-        readings = tf.math.divide_no_nan(ts - self.times[0], self.rate[0])
+        """The readings at which it is `ts`, `(T,)` or `(T, batch)`."""
+        elapsed = tf.math.divide_no_nan(ts[:, None] - self.times[:-1], self.rate)  # (T, S) or (T, S, batch)
+        # The whole of a segment with a later one begun, even where a sample rests in it.
+        behind = tf.cumsum(tf.cast(elapsed > 0, tf.int32), axis=1, exclusive=True, reverse=True) > 0
+        lengths = self._lengths()
+        passed = tf.where(behind, lengths, tf.minimum(tf.maximum(elapsed, 0), lengths))
         # Rounding must not put the last time behind the end, where no step arrives.
-        return tf.minimum(tf.maximum(readings, 0), self.end)
+        return tf.minimum(tf.reduce_sum(passed, axis=1), self.end)
+
+    def _lengths(self) -> tf.Tensor:
+        """The lengths of the segments, in the shape of `rate` or one to broadcast with it."""
+        lengths = self.stops[1:] - self.stops[:-1]
+        return lengths[:, None] if lengths.shape.rank < self.rate.shape.rank else lengths
 
 
-def make_clock(times: tf.Tensor, per_sample: bool) -> Clock:
+def make_clock(times: tf.Tensor, per_sample: bool, kinks: bool = False) -> Clock:
     """A clock that stops at every one of `times`, `(S + 1,)` or `(S + 1, batch)`, monotonic along axis 0."""
     spans = times[1:] - times[:-1]
     lengths = tf.stop_gradient(tf.abs(spans))
@@ -58,7 +86,31 @@ def make_clock(times: tf.Tensor, per_sample: bool) -> Clock:
     else:
         rate = tf.math.divide_no_nan(spans, lengths)
     stops = tf.concat([tf.zeros_like(lengths[:1]), tf.cumsum(lengths)], axis=0)
-    return Clock(stops, times, rate)
+    return Clock(stops, times, rate, kinks)
+
+
+def merge(times: tf.Tensor, more: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Puts more times in between monotonic ones; those that lie outside move to the nearer end.
+
+    Args:
+        times: `(T,)` or `(T, batch)`, in either direction.
+        more: `(M,)`, or `(M, batch)` with the batch of `times`.
+
+    Returns:
+        All times, `(T + M, ...)`, and for each of them its index in `times`, or -1. The first and the last stay so.
+    """
+    first, last = times[0], times[-1]
+    if times.shape.rank > more.shape.rank:
+        more = tf.tile(more[:, None], [1, tf.shape(times)[1]])
+    more = tf.clip_by_value(more, tf.minimum(first, last), tf.maximum(first, last))
+    inner = tf.concat([times[1:-1], more], axis=0)
+    order = tf.argsort(inner * tf.where(last < first, -1, tf.ones_like(first)), axis=0, stable=True)
+    inner = take(inner, order)
+    count = tf.shape(times)[0]
+    index = tf.where(order < count - 2, order + 1, -1)
+    ends = tf.zeros_like(index[:1])
+    merged = tf.concat([first[None], inner, last[None]], axis=0)
+    return merged, tf.concat([ends, index, ends + count - 1], axis=0)
 
 
 def pick(values: tf.Tensor, index: tf.Tensor | int) -> tf.Tensor:
@@ -70,3 +122,10 @@ def pick(values: tf.Tensor, index: tf.Tensor | int) -> tf.Tensor:
     if index.shape.rank == 0 or values.shape.rank == 1:
         return tf.gather(values, index)
     return tf.gather_nd(values, tf.stack([index, tf.range(tf.size(index))], axis=1))
+
+
+def take(values: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+    """`values[index]`, or with an index `(N, batch)` of every sample's own, `values[index[n, b], b]`."""
+    if index.shape.rank == 1:
+        return tf.gather(values, index)
+    return tf.gather_nd(values, tf.stack([index, tf.zeros_like(index) + tf.range(tf.shape(index)[1])], axis=-1))

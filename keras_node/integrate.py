@@ -4,7 +4,7 @@ It knows nothing of gradients, layers or Keras. Gradient methods give it their o
 steps through an observer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import tensorflow as tf
@@ -33,14 +33,14 @@ class Integral(NamedTuple):
     Attributes:
         y1: the state at the last time; NaN where the solve failed.
         quadrature: the integral of the quadrature's rates, added to its initial value; NaN likewise.
-        memory: what the observer kept.
+        memories: what every observer kept.
         stats: a `Stats`.
         status: a value of `Status`.
     """
 
     y1: Nest
     quadrature: Nest
-    memory: Any
+    memories: tuple
     stats: Stats
     status: tf.Tensor
 
@@ -53,7 +53,7 @@ class _LoopState(NamedTuple):
     quadrature: Nest
     k1: Rates | tuple  # the rates at (reading, y) of a method that is first same as last, else ()
     history: tuple[tf.Tensor, ...]  # of the controller
-    memory: Any  # of the observer
+    memories: tuple  # of the observers
     status: tf.Tensor
     num_evaluations: tf.Tensor
     num_steps: tf.Tensor
@@ -67,7 +67,7 @@ def integrate(
     solver: RungeKutta,
     *,
     quadrature: Nest = (),
-    observer: Observer | None = None,
+    observers: Sequence[Observer] = (),
     jump: Callable[[tf.Tensor, Nest], Nest] | None = None,
 ) -> Integral:
     """Integrates `dy/dt = f(t, y)` from the clock's first stop to its last.
@@ -78,7 +78,7 @@ def integrate(
         clock: a `Clock`; a step ends at every one of its stops.
         solver: the method and the control of its step size.
         quadrature: initial values of the quadratures (see `Rates`).
-        observer: sees every attempted step.
+        observers: see every attempted step.
         jump: `jump(i, y)`, the state behind the `i`-th stop from the state before it, for the stops between
             the first and the last. The field is evaluated afresh there.
     """
@@ -107,9 +107,9 @@ def integrate(
 
         step = rk_step(
             tableau,
-            lambda t, y: vector_field(t, y, rate),
+            lambda t, y: vector_field(clock.inside(segment, t), y, rate),
             t=clock.time(segment, s.reading),
-            dt=length * rate,
+            dt=clock.duration(segment, length),
             y0=s.y,
             k1=s.k1 if tableau.fsal else None,
         )
@@ -121,9 +121,8 @@ def integrate(
         reading, y = keep(end, s.reading), keep(step.y1, s.y)
         k1 = keep(step.k[-1], s.k1) if tableau.fsal else ()
         gained = trees.add(s.quadrature, trees.scale(length, quadrature_rate(tableau, step)))
-        memory = s.memory
-        if observer is not None:
-            memory = observer.update(s.memory, step, Progress(s.reading, length, end, accepted))
+        progress = Progress(segment, s.reading, length, end, accepted)
+        memories = tuple(o.update(m, step, progress) for o, m in zip(observers, s.memories, strict=True))
 
         # A step that was cut short at a stop says little of the length of the next.
         step_size = tf.where(accepted & lands, tf.maximum(decision.step_size, proposed), decision.step_size)
@@ -151,7 +150,7 @@ def integrate(
             quadrature=keep(gained, s.quadrature),
             k1=k1,
             history=decision.history,
-            memory=memory,
+            memories=memories,
             status=tf.where(stuck, cause, s.status),
             num_evaluations=evaluations,
             num_steps=s.num_steps + tf.cast(accepted, tf.int32),
@@ -179,7 +178,7 @@ def integrate(
         quadrature=quadrature,
         k1=k1 if tableau.fsal else (),
         history=controller.start(step_size),
-        memory=() if observer is None else observer.start(y0),
+        memories=tuple(observer.start(y0) for observer in observers),
         status=status,
         num_evaluations=tf.fill(control, evaluations),
         num_steps=tf.zeros(control, tf.int32),
@@ -189,7 +188,7 @@ def integrate(
         lambda s: tf.reduce_any(unfinished(s)),
         lambda s: (body(s),),
         (start,),
-        maximum_iterations=_step_limit(solver, clock),
+        maximum_iterations=step_limit(solver, clock),
     )
 
     status = tf.where(unfinished(s), int(Status.MAX_STEPS), s.status)
@@ -197,7 +196,7 @@ def integrate(
     return Integral(
         y1=trees.poison(status != 0, s.y),
         quadrature=trees.poison(tf.reduce_any(status != 0), s.quadrature),
-        memory=s.memory,
+        memories=s.memories,
         stats=Stats(s.num_evaluations, s.num_steps, s.num_rejected),
         status=status,
     )
@@ -209,7 +208,7 @@ def _first_evaluations(vector_field, y0, clock, solver, control):
     rate = pick(clock.rate, 0)
     k1, evaluations = (), 0
     if solver.tableau.fsal or adaptive_start:
-        k1, evaluations = vector_field(clock.times[0], y0, rate), 1
+        k1, evaluations = vector_field(clock.inside(0, clock.times[0]), y0, rate), 1
     if not adaptive_start:
         given = solver.first_step if solver.adaptive else solver.step_size or 0.0
         return k1, tf.fill(control, tf.cast(given, clock.stops.dtype)), evaluations
@@ -235,7 +234,8 @@ def _evaluations_per_step(tableau) -> int:
     return tableau.num_stages - 1 if tableau.fsal else tableau.num_stages
 
 
-def _step_limit(solver: RungeKutta, clock: Clock) -> int | tf.Tensor:
+def step_limit(solver: RungeKutta, clock: Clock) -> int | tf.Tensor:
+    """How many steps a solve attempts at most."""
     if solver.num_steps is None:
         return solver.max_steps
     segments = clock.num_segments

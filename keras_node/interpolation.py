@@ -24,8 +24,9 @@ def interpolate(tableau: ButcherTableau, step: Step, theta: tf.Tensor) -> Nest:
     ]
     increment = trees.weighted_sum(weights, [rates.y for rates in step.k])
     y = trees.add(step.y0, trees.scale(step.dt, increment))
-    # The end of a step is known exactly; the polynomial would add rounding.
-    return trees.where(theta >= 1, step.y1, y)
+    # The end of a step is known exactly, where the polynomial adds rounding; its derivatives are those to have.
+    rounding = trees.stop_gradient(tf.nest.map_structure(tf.subtract, step.y1, y))
+    return trees.add(y, trees.where(theta >= 1, rounding, tf.nest.map_structure(tf.zeros_like, y)))
 
 
 def _bernstein_basis(theta: tf.Tensor, degree: int) -> list[tf.Tensor]:
@@ -39,12 +40,22 @@ def _bernstein_basis(theta: tf.Tensor, degree: int) -> list[tf.Tensor]:
 
 
 class Progress(NamedTuple):
-    """An attempted step on the clock: from `start`, over `length` to `end`; `accepted` says whether it stands."""
+    """An attempted step on the clock, in one of its segments.
 
+    It goes from the reading `start` over `length` to `end`; `accepted` says whether it stands.
+    """
+
+    segment: tf.Tensor | int
     start: tf.Tensor
     length: tf.Tensor
     end: tf.Tensor
     accepted: tf.Tensor
+
+
+def new_buffer(size: int | tf.Tensor, like: tf.Tensor) -> tf.TensorArray:
+    """Room for `size` tensors, filled with zeros so that stacking it is defined when a solve ends early."""
+    array = tf.TensorArray(like.dtype, size, element_shape=like.shape, clear_after_read=False)
+    return array.unstack(tf.zeros(tf.concat([[size], tf.shape(like)], 0), like.dtype))
 
 
 class DenseOutput:
@@ -106,13 +117,9 @@ class DenseOutput:
         return tf.nest.map_structure(leaf, buffers, y0)
 
     def _new_buffer(self, leaf):
-        shape = [self.size if self.shared else self.size + 1]
-        # Filled at once, so that stacking it is defined when a solve fails halfway.
-        filled = tf.zeros(tf.concat([shape, tf.shape(leaf)], 0), leaf.dtype)
-        if not self.shared:
-            return filled
-        array = tf.TensorArray(leaf.dtype, self.size, element_shape=leaf.shape, clear_after_read=False)
-        return array.unstack(filled)
+        if self.shared:
+            return new_buffer(self.size, leaf)
+        return tf.zeros(tf.concat([[self.size + 1], tf.shape(leaf)], 0), leaf.dtype)
 
     def _write(self, buffer, index, now, value):
         if self.shared:

@@ -1,12 +1,12 @@
 """A solve as every gradient method sees it: from an initial state to the states at the requested times."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_node.clock import Clock, make_clock
-from keras_node.integrate import integrate
+from keras_node.clock import Clock, make_clock, merge
+from keras_node.integrate import Observer, integrate
 from keras_node.interpolation import DenseOutput
 from keras_node.solution import Stats
 from keras_node.solvers.runge_kutta import RungeKutta
@@ -44,23 +44,45 @@ class Trajectory(NamedTuple):
     status: tf.Tensor
 
 
-def solve(problem: Problem) -> Trajectory:
-    """Integrates forwards through `ts`; differentiable by ordinary backpropagation."""
+def solve(problem: Problem, observers: Sequence[Observer] = ()) -> tuple[Trajectory, tuple]:
+    """Integrates forwards through `ts`; differentiable by ordinary backpropagation.
+
+    Returns:
+        The trajectory and what the observers kept.
+    """
     vector_field, y0, ts, params, solver = problem[:5]
-    clock, readings = _clock(ts, solver, y0)
+    clock, readings = solve_clock(ts, solver, y0)
 
     def rates(t, y, rate):
         del rate
         return Rates(vector_field(t, y, params))
 
-    if ts.shape[0] == 2:
-        integral = integrate(rates, y0, clock, solver)
+    # Behind a kink the state goes on as it is, and the field is evaluated afresh.
+    jump = (lambda i, y: y) if clock.kinks else None
+    output = None if ts.shape[0] == 2 else DenseOutput(solver.tableau, readings)
+    watching = observers if output is None else (*observers, output)
+    integral = integrate(rates, y0, clock, solver, observers=watching, jump=jump)
+    if output is None:
         ys = tf.nest.map_structure(lambda a, b: tf.stack([a, b]), y0, integral.y1)
     else:
-        output = DenseOutput(solver.tableau, readings)
-        integral = integrate(rates, y0, clock, solver, observer=output)
-        ys = output.result(integral.memory, y0)
-    return Trajectory(ys, integral.stats, integral.status)
+        ys = output.result(integral.memories[-1], y0)
+    return Trajectory(ys, integral.stats, integral.status), integral.memories[: len(observers)]
+
+
+def leave_start(problem: Problem, trajectory: Trajectory) -> Trajectory:
+    """Adds the gradient of times that equal the first: no step leads to them, yet moving one moves its state."""
+    vector_field, y0, ts, params = problem[:4]
+    if not problem.times_vary:
+        return trajectory
+    rate = vector_field(ts[0], y0, params)
+    # Zero, with the gradient of `ts[i] - ts[0]`.
+    elapsed = tf.where(ts == ts[:1], ts - ts[:1], 0)
+
+    def leaf(y, dy):
+        shape = tf.concat([tf.shape(elapsed), tf.ones([y.shape.rank - elapsed.shape.rank], tf.int32)], 0)
+        return y + tf.reshape(elapsed, shape) * tf.where(tf.math.is_finite(dy), dy, 0)
+
+    return trajectory._replace(ys=tf.nest.map_structure(leaf, trajectory.ys, rate))
 
 
 def per_sample_times(ts: tf.Tensor, solver: RungeKutta, y0: Nest) -> tf.Tensor:
@@ -71,11 +93,17 @@ def per_sample_times(ts: tf.Tensor, solver: RungeKutta, y0: Nest) -> tf.Tensor:
     return ts
 
 
-def _clock(ts: tf.Tensor, solver: RungeKutta, y0: Nest) -> tuple[Clock, tf.Tensor]:
+def solve_clock(ts: tf.Tensor, solver: RungeKutta, y0: Nest) -> tuple[Clock, tf.Tensor]:
     """The clock of a solve, and its readings at `ts`."""
     ts = per_sample_times(ts, solver, y0)
     if solver.num_steps is not None:
         clock = make_clock(ts, solver.per_sample)
-        return clock, clock.stops
-    clock = make_clock(tf.stack([ts[0], ts[-1]]), solver.per_sample)
+        # Where no time passes between two of `ts`, the reading of the second has a derivative of its own.
+        readings = clock.read(ts)
+        stops = clock.stops if clock.stops.shape.rank == readings.shape.rank else clock.stops[:, None]
+        return clock, stops + readings - tf.stop_gradient(readings)
+    times = tf.stack([ts[0], ts[-1]])
+    if solver.step_at:
+        times, _ = merge(times, tf.constant(solver.step_at, ts.dtype))
+    clock = make_clock(times, solver.per_sample, kinks=bool(solver.step_at))
     return clock, clock.read(ts)

@@ -83,6 +83,20 @@ class VectorField:
             )
         return dy
 
+    def closed_over(self, t: tf.Tensor, y: Nest) -> list[tf.Tensor]:
+        """Float tensors that carry what the field reads beside its arguments and `params`.
+
+        In a graph they are such tensors themselves. Eagerly nothing tells of them but the field's value, which is
+        watched by a tape if one of them is.
+        """
+        arguments = trees.stop_gradient((t, y, self.params))
+        if tf.executing_eagerly():
+            return tf.nest.flatten(self(*arguments))
+        known = {id(x) for x in tf.nest.flatten((arguments, self.args, self._constant_values))}
+        trace = tf.function(lambda: self(*arguments), autograph=False).get_concrete_function()
+        captured = [x for x in trace.captured_inputs if x.dtype.is_floating and id(x) not in known]
+        return captured + [tf.convert_to_tensor(v) for v in trace.trainable_variables]
+
     def _evaluate(self, t, y, args):
         dy = self.function(*field_inputs(self.num_arguments, t, y, args), **self.keywords)
         return like_state(dy, y, self.function)

@@ -3,9 +3,10 @@
 import keras
 
 from keras_node.gradients.backsolve import BacksolveAdjoint
+from keras_node.gradients.checkpointed import CheckpointedAdjoint
 from keras_node.gradients.direct import DirectGradient
 
-GRADIENTS = {"backsolve": BacksolveAdjoint, "direct": DirectGradient}
+GRADIENTS = {"backsolve": BacksolveAdjoint, "checkpointed": CheckpointedAdjoint, "direct": DirectGradient}
 
 
 def get(identifier):

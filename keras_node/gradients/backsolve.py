@@ -1,13 +1,15 @@
 """The adjoint method: the gradient as a second ODE, solved backwards in time."""
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from keras_node import solvers, trees
-from keras_node.clock import make_clock, pick
+from keras_node.clock import make_clock, merge, pick, take
+from keras_node.gradients.custom import solve_with_gradient
 from keras_node.gradients.vjp import vjp
 from keras_node.integrate import integrate
-from keras_node.solution import Stats, check_status
+from keras_node.solution import check_status
 from keras_node.solve import Problem, Trajectory, per_sample_times, solve
 from keras_node.solvers.step import Rates
 from keras_node.trees import Nest
@@ -27,12 +29,15 @@ class BacksolveAdjoint:
     This is the gradient of the exact solution, solved approximately: its error falls with the tolerances, and it
     differs from the gradient of the discrete solution by about as much as the solution itself is off. A field
     that is strongly contracting forwards in time is unstable backwards, and `y` then drifts from the path it came:
-    ask for more times, or use another gradient.
+    give `num_checkpoints`, or use another gradient. Second derivatives go through the steps of the backward solve.
 
     Args:
         solver: the solver of the backward solve; `None` is the one of the forward solve.
         norm: `"state"` controls the error of `(y, a)` only, `"full"` that of the parameters' gradient as well, at
             the cost of more steps. Per-sample steps need `"state"`.
+        num_checkpoints: number of states of the forward solution, evenly spaced in time, from which `y` starts again
+            on its way back, as it does at every time of `ts`. The adjoint is then a solve over shorter intervals, in
+            which less drift builds up, at the cost of about one more step for each and of keeping these states.
 
     Example:
     >>> gradient = keras_node.BacksolveAdjoint(solver=keras_node.RungeKutta("tsit5", rtol=1e-5))
@@ -44,11 +49,16 @@ class BacksolveAdjoint:
     - Kidger, Chen & Lyons (2021), "Hey, that's not an ODE": the norm over the state only.
     """
 
-    def __init__(self, solver=None, norm: str = "state"):
+    def __init__(self, solver=None, norm: str = "state", num_checkpoints: int | None = None):
         if norm not in ("state", "full"):
             raise ValueError(f'`norm` must be "state" or "full". Received: norm={norm!r}')
         self.solver = None if solver is None else solvers.get(solver)
+        if num_checkpoints is not None and (num_checkpoints != int(num_checkpoints) or num_checkpoints < 1):
+            raise ValueError(
+                f"`num_checkpoints` must be a positive integer. Received: num_checkpoints={num_checkpoints}"
+            )
         self.norm = norm
+        self.num_checkpoints = num_checkpoints
 
     def __call__(self, problem: Problem) -> Trajectory:
         solver = self.solver or problem.solver
@@ -58,36 +68,44 @@ class BacksolveAdjoint:
                 'time of its own. Use norm="state", or times and steps that the samples share. '
                 f'Received: norm="full", ts of shape {tuple(problem.ts.shape)}, solver={solver!r}'
             )
-        inputs = (problem.y0, problem.ts, problem.params)
-        outputs = Trajectory(problem.y0, Stats(0, 0, 0), 0)
 
-        @tf.custom_gradient
-        def solve_with_adjoint(*flat):
-            y0, ts, params = tf.nest.pack_sequence_as(inputs, flat)
-            forward = problem._replace(y0=y0, ts=ts, params=params)
-            trajectory = solve(forward)
+        if self.num_checkpoints is None:
+            return solve_with_gradient(problem, solve, self._backward)
+        if problem.solver.num_steps is not None:
+            raise ValueError(
+                "`num_checkpoints` needs adaptive steps or a `step_size`: with `num_steps`, steps are counted between "
+                "two times of `ts`, of which you may ask for more. "
+                f"Received: num_checkpoints={self.num_checkpoints}, solver={problem.solver!r}"
+            )
+        # A state of the solution to start again from is what a time of `ts` has.
+        parts = np.arange(1, self.num_checkpoints + 1) / (self.num_checkpoints + 1)
+        first, last = tf.stop_gradient(problem.ts[0]), tf.stop_gradient(problem.ts[-1])
+        ts, index = merge(problem.ts, tf.stack([first + part * (last - first) for part in parts]))
+        trajectory = solve_with_gradient(problem._replace(ts=ts), solve, self._backward)
+        wanted = tf.argsort(tf.where(index < 0, tf.size(index), index), axis=0, stable=True)[: tf.shape(problem.ts)[0]]
+        return trajectory._replace(ys=tf.nest.map_structure(lambda y: take(y, wanted), trajectory.ys))
 
-            def gradient(*upstream):
-                dys = tf.nest.pack_sequence_as(outputs, upstream).ys
-                return tf.nest.flatten(self._backward(forward._replace(solver=solver), trajectory.ys, dys))
-
-            return tf.nest.flatten(trajectory), gradient
-
-        return tf.nest.pack_sequence_as(outputs, solve_with_adjoint(*tf.nest.flatten(inputs)))
-
-    def _backward(self, problem: Problem, ys: Nest, dys: Nest) -> tuple[Nest, tf.Tensor, list[tf.Tensor]]:
+    def _backward(self, problem: Problem, memory: tuple, ys: Nest, dys: Nest) -> tuple[Nest, tf.Tensor, list]:
         """The gradients of `y0`, `ts` and `params`, from those of the states at `ts`."""
-        vector_field, y0, ts, params, solver, throw = problem[:6]
-        times = per_sample_times(ts, solver, y0)[::-1]
-        clock = make_clock(times, solver.per_sample)
+        del memory
+        vector_field, y0, ts, params, forward_solver, throw = problem[:6]
+        solver = self.solver or forward_solver
+        times, stops_at = per_sample_times(ts, solver, y0)[::-1], None
+        kinks = sorted({*forward_solver.step_at, *solver.step_at})
+        if kinks:
+            times, stops_at = merge(times, tf.constant(kinks, times.dtype))
+        clock = make_clock(times, solver.per_sample, kinks=bool(kinks))
 
         def at(i, states):
             """The states at `ts[-1 - i]`; `i` is one index, or one for each sample."""
             return tf.nest.map_structure(lambda x: pick(x[::-1], i), states)
 
         def jump(i, state):
+            i = i if stops_at is None else pick(stops_at, i)
             _, adjoint = state
-            return at(i, ys), trees.add(adjoint, at(i, dys))
+            behind = (at(i, ys), trees.add(adjoint, at(i, dys)))
+            # At a kink alone the state goes on as it is, and the field is evaluated afresh.
+            return behind if stops_at is None else trees.where(i >= 0, behind, state)
 
         state = (at(0, ys), at(0, dys))
         gradients = tf.nest.map_structure(tf.zeros_like, params)
@@ -99,10 +117,10 @@ class BacksolveAdjoint:
                 state,
                 clock,
                 solver,
-                observer=observer,
+                observers=[observer],
                 jump=jump,
             )
-            (_, adjoint), gradients = integral.y1, integral.memory
+            (_, adjoint), (gradients,) = integral.y1, integral.memories
             gradients = trees.poison(tf.reduce_any(integral.status != 0), gradients)
         elif self.norm == "full":
 
@@ -130,7 +148,7 @@ class BacksolveAdjoint:
 
     def get_config(self) -> dict:
         solver = keras.saving.serialize_keras_object(self.solver) if self.solver else None
-        return {"solver": solver, "norm": self.norm}
+        return {"solver": solver, "norm": self.norm, "num_checkpoints": self.num_checkpoints}
 
     @classmethod
     def from_config(cls, config: dict) -> "BacksolveAdjoint":

@@ -2,7 +2,7 @@
 
 import keras
 
-from keras_node.solve import Problem, Trajectory, solve
+from keras_node.solve import Problem, Trajectory, leave_start, solve
 
 
 @keras.saving.register_keras_serializable(package="keras_node")
@@ -20,7 +20,8 @@ class DirectGradient:
     """
 
     def __call__(self, problem: Problem) -> Trajectory:
-        return solve(problem)
+        trajectory, _ = solve(problem)
+        return leave_start(problem, trajectory)
 
     def get_config(self) -> dict:
         return {}

@@ -1,5 +1,8 @@
 """The solver that a user chooses: an explicit Runge-Kutta method and the control of its step size."""
 
+import math
+from collections.abc import Sequence
+
 import keras
 
 from keras_node.solvers.tableaus import TABLEAUS, ButcherTableau
@@ -39,6 +42,9 @@ class RungeKutta:
             `DirectGradient` reserves memory for this many.
         per_sample: whether every sample of the batch has a time, a step size and an error of its own, so that its
             solution does not depend on the others in its batch. The state's first axis is then the batch.
+        step_at: times at which a step ends and the field is evaluated afresh, for a field that has a jump or a kink
+            there: a switch, a dose, a change of control. Up to such a time the field is seen as it is before, and
+            from it on as it is after. Not with `num_steps`.
         first_step: length of the first attempted step of an adaptive solve, in units of time. By default it is
             chosen at the cost of one evaluation.
         pcoeff: proportional coefficient of the PID step size controller. Defaults to `0.0`.
@@ -74,6 +80,7 @@ class RungeKutta:
         num_steps: int | None = None,
         max_steps: int = 4096,
         per_sample: bool = False,
+        step_at: Sequence[float] = (),
         first_step: float | None = None,
         pcoeff: float = 0.0,
         icoeff: float = 1.0,
@@ -89,6 +96,7 @@ class RungeKutta:
         self.num_steps = num_steps
         self.max_steps = max_steps
         self.per_sample = per_sample
+        self.step_at = tuple(float(t) for t in step_at)
         self.first_step = first_step
         self.pcoeff = pcoeff
         self.icoeff = icoeff
@@ -129,6 +137,7 @@ class RungeKutta:
             "num_steps": self.num_steps,
             "max_steps": self.max_steps,
             "per_sample": self.per_sample,
+            "step_at": list(self.step_at),
             **{name: getattr(self, name) for name in _CONTROLLER_DEFAULTS},
         }
 
@@ -137,7 +146,7 @@ class RungeKutta:
         return cls(**config)
 
     def __repr__(self) -> str:
-        defaults = {"step_size": None, "num_steps": None, "max_steps": 4096, "per_sample": False}
+        defaults = {"step_size": None, "num_steps": None, "max_steps": 4096, "per_sample": False, "step_at": []}
         defaults |= _CONTROLLER_DEFAULTS
         config = self.get_config()
         changed = "".join(f", {k}={config[k]!r}" for k, v in defaults.items() if config[k] != v)
@@ -167,6 +176,8 @@ class RungeKutta:
             value = getattr(self, name)
             if value is not None and (value != int(value) or value < 1):
                 raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
+        if not all(math.isfinite(t) for t in self.step_at):
+            raise ValueError(f"`step_at` must hold finite times. Received: step_at={self.step_at}")
         if self.safety > 1 or self.min_factor >= 1 or self.max_factor <= 1:
             raise ValueError(
                 "A controller needs `safety <= 1`, `min_factor < 1` and `max_factor > 1`. Received: "
@@ -181,7 +192,7 @@ class RungeKutta:
         if not self.adaptive:
             self._refuse_unused(_CONTROLLER_DEFAULTS, "constant steps")
         if self.num_steps is not None:
-            self._refuse_unused({"max_steps": 4096}, "`num_steps`")
+            self._refuse_unused({"max_steps": 4096, "step_at": ()}, "`num_steps`")
 
     def _refuse_unused(self, defaults: dict, mode: str) -> None:
         unused = {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}

@@ -48,6 +48,7 @@ def rk_step(
     dt: tf.Tensor,
     y0: Nest,
     k1: Rates | None = None,
+    last_rate: bool = True,
 ) -> Step:
     """Takes one step.
 
@@ -58,6 +59,8 @@ def rk_step(
         dt: signed length of the step, of the same shape.
         y0: the state at `t`.
         k1: `f(t, y0)` where it is known already (first same as last).
+        last_rate: whether a method that is first same as last evaluates the field at `y1`. Without it the step
+            has no error estimate and no dense output.
     """
 
     def moved_by(weights, k):
@@ -68,10 +71,11 @@ def rk_step(
     stages = [(t, y0)]
     for a, c in zip(tableau.a, tableau.c[1:], strict=True):
         stages.append((t + c * dt, moved_by(a, k)))
-        k.append(vector_field(*stages[-1]))
+        if last_rate or not tableau.fsal or len(stages) < tableau.num_stages:
+            k.append(vector_field(*stages[-1]))
     y1 = stages[-1][1] if tableau.fsal else moved_by(tableau.b, k)
     error = None
-    if tableau.embedded:
+    if tableau.embedded and len(k) == tableau.num_stages:
         error = trees.scale(dt, trees.weighted_sum(tableau.b_error, [rates.y for rates in k]))
     return Step(t, dt, y0, y1, error, k, stages)
 

@@ -1,0 +1,74 @@
+"""A solve whose gradient is a computation of our own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+from keras_node.solution import Stats
+from keras_node.solve import Problem, Trajectory
+from keras_node.trees import Nest
+
+
+def solve_with_gradient(
+    problem: Problem,
+    forward: Callable[[Problem], tuple[Trajectory, Any]],
+    backward: Callable[[Problem, Any, Nest, Nest], tuple[Nest, tf.Tensor, list[tf.Tensor]]],
+) -> Trajectory:
+    """Solves by `forward`, with a gradient by `backward`.
+
+    Args:
+        problem: what to solve.
+        forward: `forward(problem)` gives the trajectory and a memory for `backward`, constants of differentiation.
+        backward: `backward(problem, memory, ys, dys)` gives the gradients of `y0`, `ts` and `params` from those of
+            `ys`. It is differentiated in its turn for second derivatives: the tensors of `problem` and `ys` are
+            connected to what the solve came from.
+    """
+    inputs = (problem.y0, problem.ts, problem.params)
+    outputs = Trajectory(problem.y0, Stats(0, 0, 0), 0)
+    solved = []
+
+    @tf.custom_gradient
+    def differentiable(*flat):
+        # An eager tape would otherwise record every operation of the solve, in memory that grows with it.
+        y0, ts, params = tf.nest.pack_sequence_as(inputs, [tf.stop_gradient(x) for x in flat])
+        trajectory, memory = forward(problem._replace(y0=y0, ts=ts, params=params))
+
+        def gradient(*upstream, variables=None):
+            y0, ts, params = tf.nest.pack_sequence_as(inputs, flat)
+            dys = tf.nest.pack_sequence_as(outputs, upstream).ys
+            (ys,) = solved
+            gradients = backward(problem._replace(y0=y0, ts=ts, params=params), memory, ys, dys)
+            flat_gradients = tf.nest.flatten(gradients)
+            # A TensorFlow variable in a closure: `_refuse` sees to it that nobody takes `None` for an answer.
+            return flat_gradients if variables is None else (flat_gradients, [None] * len(variables))
+
+        return tf.nest.flatten(trajectory), gradient
+
+    trajectory = tf.nest.pack_sequence_as(outputs, differentiable(*tf.nest.flatten(inputs)))
+    solved.append(trajectory.ys)
+    closed_over = problem.vector_field.closed_over(problem.ts[0], problem.y0)
+    if closed_over:
+        nothing = _refuse(closed_over, problem.vector_field.function)
+        ys = tf.nest.map_structure(lambda y: y + tf.cast(nothing, y.dtype), trajectory.ys)
+        trajectory = trajectory._replace(ys=ys)
+    return trajectory
+
+
+def _refuse(tensors: list[tf.Tensor], function: Any) -> tf.Tensor:
+    """A zero that raises when a gradient with respect to one of these tensors is asked for."""
+
+    @tf.custom_gradient
+    def zero(*tensors):
+        def gradient(upstream):
+            del upstream
+            raise ValueError(
+                "A gradient is asked for a tensor or a TensorFlow variable that the vector field closes over. This "
+                "gradient method cannot see it there: pass it through `args` to a field `f(t, y, args)`, make it a "
+                'weight of a Keras layer, or use gradient="direct". '
+                f"Received: {function!r}"
+            )
+
+        return tf.zeros(()), gradient
+
+    return zero(*tensors)
