@@ -8,6 +8,7 @@ if keras.backend.backend() != "tensorflow":
         f"Received: backend={keras.backend.backend()!r}"
     )
 
+from keras_node.gradcheck import GradientCheck, gradcheck
 from keras_node.gradients.backsolve import BacksolveAdjoint
 from keras_node.gradients.checkpointed import CheckpointedAdjoint
 from keras_node.gradients.direct import DirectGradient
@@ -27,11 +28,13 @@ __all__ = [
     "CheckpointedAdjoint",
     "DirectGradient",
     "GRUODEField",
+    "GradientCheck",
     "ODELayer",
     "ODERNNCell",
     "RungeKutta",
     "Solution",
     "Stats",
     "Status",
+    "gradcheck",
     "odeint",
 ]

@@ -104,7 +104,7 @@ def merge(times: tf.Tensor, more: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         more = tf.tile(more[:, None], [1, tf.shape(times)[1]])
     more = tf.clip_by_value(more, tf.minimum(first, last), tf.maximum(first, last))
     inner = tf.concat([times[1:-1], more], axis=0)
-    order = tf.argsort(inner * tf.where(last < first, -1, tf.ones_like(first)), axis=0, stable=True)
+    order = tf.argsort(tf.where(last < first, -inner, inner), axis=0, stable=True)
     inner = take(inner, order)
     count = tf.shape(times)[0]
     index = tf.where(order < count - 2, order + 1, -1)

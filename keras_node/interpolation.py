@@ -81,24 +81,30 @@ class DenseOutput:
         return written, buffers
 
     def update(self, memory, step: Step, progress: Progress):
-        def due(written):
-            reading = pick(self.readings, tf.minimum(written, self.size - 1))
-            return (written < self.size) & (reading <= progress.end) & progress.accepted
-
-        def emit(written, buffers):
-            now = due(written)
-            reading = pick(self.readings, tf.minimum(written, self.size - 1))
-            theta = tf.math.divide_no_nan(reading - progress.start, progress.length)
-            y = interpolate(self.tableau, step, tf.where(now, theta, 0))
-            buffers = tf.nest.map_structure(lambda b, a: self._write(b, written, now, a), buffers, y)
-            return written + tf.cast(now, tf.int32), buffers
-
         return tf.while_loop(
-            lambda written, _: tf.reduce_any(due(written)),
-            emit,
+            lambda *memory: tf.reduce_any(self.due(memory, progress)),
+            lambda *memory: self.emit(memory, step, progress),
             memory,
             maximum_iterations=self.size,
         )
+
+    def due(self, memory, progress: Progress) -> tf.Tensor:
+        """Whether the next state lies in the step, `()`, or `(batch,)` where samples differ."""
+        written, _ = memory
+        reading = pick(self.readings, tf.minimum(written, self.size - 1))
+        return (written < self.size) & (reading <= progress.end) & progress.accepted
+
+    def emit(self, memory, step: Step, progress: Progress):
+        """Writes one state, where it is due."""
+        written, buffers = memory
+        now = self.due(memory, progress)
+        reading = pick(self.readings, tf.minimum(written, self.size - 1))
+        theta = tf.math.divide_no_nan(reading - progress.start, progress.length)
+        y = interpolate(self.tableau, step, tf.where(now, theta, 0))
+        # Behind the last row there is one for what is not due, which is thrown away.
+        row = tf.where(now, written, self.size)
+        buffers = tf.nest.map_structure(lambda buffer, leaf: self._write(buffer, row, leaf), buffers, y)
+        return written + tf.cast(now, tf.int32), buffers
 
     def result(self, memory, y0: Nest) -> Nest:
         """The collected states; NaN at the times that a failed solve did not reach."""
@@ -109,7 +115,7 @@ class DenseOutput:
         reached = index < written
 
         def leaf(buffer, first):
-            states = buffer.stack() if self.shared else buffer[: self.size]
+            states = (buffer.stack() if self.shared else buffer)[: self.size]
             expand = tf.ones([states.shape.rank - at_start.shape.rank], tf.int32)
             starts, known = (tf.reshape(m, tf.concat([tf.shape(m), expand], 0)) for m in (at_start, reached))
             return tf.where(starts, first[None], tf.where(known, states, float("nan")))
@@ -118,12 +124,10 @@ class DenseOutput:
 
     def _new_buffer(self, leaf):
         if self.shared:
-            return new_buffer(self.size, leaf)
+            return new_buffer(self.size + 1, leaf)
         return tf.zeros(tf.concat([[self.size + 1], tf.shape(leaf)], 0), leaf.dtype)
 
-    def _write(self, buffer, index, now, value):
+    def _write(self, buffer, row, value):
         if self.shared:
-            return buffer.write(index, value)
-        # A sample with nothing to write writes into the row behind the last, which is thrown away.
-        index = tf.where(now, index, self.size)
-        return tf.tensor_scatter_nd_update(buffer, tf.stack([index, tf.range(tf.size(index))], axis=1), value)
+            return buffer.write(row, value)
+        return tf.tensor_scatter_nd_update(buffer, tf.stack([row, tf.range(tf.size(row))], axis=1), value)

@@ -180,17 +180,22 @@ class Replay:
         """The states at `ts`, by all steps at once; differentiable by ordinary backpropagation."""
         clock, readings = solve_clock(ts, self.problem.solver, y0)
         output = DenseOutput(self.tableau, readings)
+        limit = step_limit(self.problem.solver, clock)
 
         def body(n, y, memory):
             step, progress = self.step(n, y, params, clock)
-            memory = output.update(memory, step, progress) if self.dense else ()
-            return n + 1, step.y1, memory
+            if not self.dense:
+                return n + 1, step.y1, memory
+            # Stays for a round for each state that it writes: XLA cannot differentiate a loop in a loop twice.
+            stays = tf.reduce_any(output.due(memory, progress))
+            y = trees.where(stays, y, step.y1)
+            return n + tf.cast(~stays, tf.int32), y, output.emit(memory, step, progress)
 
         _, y1, memory = tf.while_loop(
             lambda n, *_: n < self.record.count,
             body,
             (0, y0, output.start(y0) if self.dense else ()),
-            maximum_iterations=step_limit(self.problem.solver, clock),
+            maximum_iterations=limit + output.size if self.dense else limit,
         )
         if self.dense:
             return output.result(memory, y0)

@@ -36,7 +36,14 @@ def solve_with_gradient(
 
         def gradient(*upstream, variables=None):
             y0, ts, params = tf.nest.pack_sequence_as(inputs, flat)
-            dys = tf.nest.pack_sequence_as(outputs, upstream).ys
+            # The gradient of a lookup comes as IndexedSlices, which a loop cannot carry.
+            dys = tf.nest.map_structure(tf.convert_to_tensor, tf.nest.pack_sequence_as(outputs, upstream).ys)
+            if not solved:
+                # Only forward mode asks before the solve has returned, and would get zeros.
+                raise NotImplementedError(
+                    "tf.autodiff.ForwardAccumulator cannot see through this gradient method. Use "
+                    'gradient="direct" (eagerly, or with the accumulator around a `tf.function`), or reverse mode.'
+                )
             (ys,) = solved
             gradients = backward(problem._replace(y0=y0, ts=ts, params=params), memory, ys, dys)
             flat_gradients = tf.nest.flatten(gradients)
