@@ -66,7 +66,8 @@ class Clock(NamedTuple):
         # The whole of a segment with a later one begun, even where a sample rests in it.
         behind = tf.cumsum(tf.cast(elapsed > 0, tf.int32), axis=1, exclusive=True, reverse=True) > 0
         lengths = self._lengths()
-        passed = tf.where(behind, lengths, tf.minimum(tf.maximum(elapsed, 0), lengths))
+        begun = tf.where(elapsed > 0, tf.minimum(elapsed, lengths), 0)
+        passed = tf.where(behind, lengths, begun)
         # Rounding must not put the last time behind the end, where no step arrives.
         return tf.minimum(tf.reduce_sum(passed, axis=1), self.end)
 

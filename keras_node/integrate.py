@@ -140,7 +140,8 @@ def integrate(
                 )
 
         # Time must move: a step that the clock cannot resolve would be attempted for ever.
-        stuck = running & (reading < clock.end) & (reading + step_size <= reading)
+        moves = lands | (end > s.reading) if solver.num_steps is not None else reading + step_size > reading
+        stuck = running & (reading < clock.end) & ~moves
         cause = tf.where(decision.finite, int(Status.STEP_SIZE_UNDERFLOW), int(Status.NON_FINITE))
         return _LoopState(
             reading=reading,

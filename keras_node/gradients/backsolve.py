@@ -103,7 +103,8 @@ class BacksolveAdjoint:
         def jump(i, state):
             i = i if stops_at is None else pick(stops_at, i)
             _, adjoint = state
-            behind = (at(i, ys), trees.add(adjoint, at(i, dys)))
+            index = tf.maximum(i, 0)
+            behind = (at(index, ys), trees.add(adjoint, at(index, dys)))
             # At a kink alone the state goes on as it is, and the field is evaluated afresh.
             return behind if stops_at is None else trees.where(i >= 0, behind, state)
 
@@ -111,7 +112,7 @@ class BacksolveAdjoint:
         gradients = tf.nest.map_structure(tf.zeros_like, params)
         augmented = _augmented(vector_field, params)
         if solver.per_sample:
-            observer = ParameterGradient(vector_field, params, solver.tableau)
+            observer = ParameterGradient(vector_field, params, clock, solver.tableau)
             integral = integrate(
                 lambda *at: Rates(augmented(*at).y),
                 state,
@@ -180,9 +181,10 @@ class ParameterGradient:
     the vector-Jacobian products: one sum over stages and samples for every attempted step.
     """
 
-    def __init__(self, vector_field, params, tableau):
+    def __init__(self, vector_field, params, clock, tableau):
         self.vector_field = vector_field
         self.params = params
+        self.clock = clock
         self.tableau = tableau
 
     def start(self, state):
@@ -197,7 +199,7 @@ class ParameterGradient:
             for weight, (t, state) in zip(self.tableau.b, step.stages, strict=True):
                 if weight != 0:
                     y, adjoint = trees.where(progress.accepted, state, step.y0)
-                    rates.append(self.vector_field(t, y, self.params))
+                    rates.append(self.vector_field(self.clock.inside(progress.segment, t), y, self.params))
                     dt = tf.where(progress.accepted, step.dt, 0)
                     weights.append(trees.scale(-weight * dt, adjoint))
         return trees.add(gradients, vjp(tape, rates, self.params, weights))

@@ -1,0 +1,113 @@
+"""CheckpointedAdjoint: equal to backpropagation through the accepted steps, whatever is kept of them."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_node
+
+OWN = np.array([[0.0, 0.2, 0.5], [0.6, 0.2, 0.1], [1.2, 0.9, -0.3]])
+MATRIX = tf.constant([[-0.1, 1.1], [-1.2, 0.2]], tf.float64)
+Y0 = {
+    "a": tf.constant([[1.0, 0.5], [0.3, -1.0], [0.1, 0.9]], tf.float64),
+    "b": tf.constant([[0.2], [0.1], [-0.4]], tf.float64),
+}
+
+
+def field(t, y, matrix):
+    # Steep around t = 0.3, so that steps are rejected.
+    push = tf.exp(-200 * (t - 0.3) ** 2)
+    return {"a": tf.tanh(y["a"] @ matrix) + push * y["b"], "b": tf.reduce_sum(y["a"], -1, keepdims=True) * tf.sin(t)}
+
+
+def gradients_of(inputs, gradient, solver, field=field):
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        y0, matrix, ts = inputs
+        ys = keras_node.odeint(field, y0, ts, args=matrix, gradient=gradient, solver=solver).ys
+        weights = tf.reshape(tf.range(1, tf.size(ys["a"]) + 1, dtype=tf.float64), tf.shape(ys["a"])) / 10
+        value = tf.reduce_sum(weights * tf.sin(ys["a"])) + tf.reduce_sum(ys["b"] ** 2)
+    return tf.nest.flatten(tape.gradient(value, inputs))
+
+
+@pytest.mark.parametrize("num_checkpoints", [None, 1, 2, 3, 8])
+@pytest.mark.parametrize(
+    ("ts", "options"),
+    [
+        ([0.0, 1.2], {}),
+        ([1.1, 1.1, 0.6, 0.2, 0.1], {}),
+        (OWN, {}),
+        (OWN, {"per_sample": True}),
+        ([0.0, 0.5, 1.2], {"step_at": [0.25, 0.7]}),
+    ],
+    ids=["two", "reversed", "own", "per_sample", "step_at"],
+)
+def test_it_is_the_gradient_of_the_discrete_solution(ts, options, num_checkpoints):
+    solver = keras_node.RungeKutta("bosh3", rtol=1e-4, max_steps=256, **options)
+    inputs = [Y0, MATRIX, tf.constant(ts, tf.float64)]
+    stats = keras_node.odeint(field, Y0, ts, args=MATRIX, solver=solver).stats
+    assert np.max(stats.num_rejected) > 0 and np.max(stats.num_steps) > 16  # several times more than checkpoints
+    gradient = keras_node.CheckpointedAdjoint(num_checkpoints)
+    compute = tf.function(gradients_of)
+    for a, b in zip(compute(inputs, gradient, solver), compute(inputs, "direct", solver), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"num_steps": 7}, {"step_size": 0.11}], ids=str)
+def test_constant_steps(options):
+    solver = keras_node.RungeKutta("rk38", **options)
+    inputs = [Y0, MATRIX, tf.constant([0.0, 0.4, 1.0], tf.float64)]
+    compute = tf.function(gradients_of)
+    checkpointed = compute(inputs, keras_node.CheckpointedAdjoint(num_checkpoints=3), solver)
+    for a, b in zip(checkpointed, compute(inputs, "direct", solver), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_checkpoints", [None, 4])
+def test_xla_and_an_unknown_number_of_times(num_checkpoints):
+    solver = keras_node.RungeKutta("bosh3", rtol=1e-4, max_steps=64)
+    gradient = keras_node.CheckpointedAdjoint(num_checkpoints)
+    inputs = [Y0, MATRIX, tf.constant([0.0, 0.4, 1.0], tf.float64)]
+    expected = gradients_of(inputs, "direct", solver)
+    specs = tf.nest.map_structure(lambda x: tf.TensorSpec([None] * x.shape.rank, x.dtype), inputs)
+    for options in ({"jit_compile": True}, {"input_signature": [specs]}):
+        compute = tf.function(lambda inputs: gradients_of(inputs, gradient, solver), **options)
+        for a, b in zip(compute(inputs), expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_rejected_steps_cost_nothing_backwards():
+    calls = []
+
+    def counted(t, y, matrix):
+        calls.append(1)
+        return field(t, y, matrix)
+
+    solver = keras_node.RungeKutta("bosh3", rtol=1e-4)
+    with tf.GradientTape() as tape:
+        tape.watch(Y0)
+        solution = keras_node.odeint(counted, Y0, [0.0, 1.2], args=MATRIX, gradient="checkpointed", solver=solver)
+    assert int(solution.stats.num_rejected) > 0
+    calls.clear()
+    tape.gradient(solution.ys, Y0)
+    assert len(calls) == 3 * int(solution.stats.num_steps)
+
+
+def test_a_failed_solve_has_a_gradient_of_nan():
+    solver = keras_node.RungeKutta("bosh3", rtol=1e-6, max_steps=8)
+    with tf.GradientTape() as tape:
+        tape.watch(MATRIX)
+        solution = keras_node.odeint(
+            field, Y0, [0.0, 0.01, 5.0], args=MATRIX, gradient="checkpointed", solver=solver, throw=False
+        )
+        value = tf.reduce_sum(solution.ys["a"][1])
+    assert int(solution.status) == keras_node.Status.MAX_STEPS and np.isfinite(value)
+    assert np.isnan(tape.gradient(value, MATRIX)).all()
+
+
+@pytest.mark.parametrize("num_checkpoints", [0, -1, 2.5])
+def test_a_number_of_checkpoints_must_be_one(num_checkpoints):
+    with pytest.raises(ValueError, match=f"num_checkpoints={num_checkpoints}"):
+        keras_node.CheckpointedAdjoint(num_checkpoints)
+    with pytest.raises(ValueError, match=f"num_checkpoints={num_checkpoints}"):
+        keras_node.BacksolveAdjoint(num_checkpoints=num_checkpoints)

@@ -1,0 +1,105 @@
+"""Jumps and kinks: a step ends at each, and neither side of it sees the other."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_node
+from keras_node.gradients import GRADIENTS
+
+OWN = np.array([[0.0, 0.0, 1.5], [0.9, 2.0, 0.2]])
+
+
+def switched(t, y, args):
+    """Grows at one rate before t = 1 and falls at another from then on."""
+    up, down = args[0], args[1]
+    return tf.where(t < 1, up, down) * tf.ones_like(y)
+
+
+def solution(t, up=3.0, down=-5.0):
+    t = np.asarray(t)
+    return up * np.minimum(t, 1) + down * np.maximum(t - 1, 0)
+
+
+def solver_at(step_at=(1.0,), **options):
+    return keras_node.RungeKutta("tsit5", rtol=1e-6, atol=1e-6, step_at=step_at, **options)
+
+
+@pytest.mark.parametrize("mode", ["eager", "xla"])
+@pytest.mark.parametrize("ts", [[0.0, 2.0], [2.0, 0.0], [0.0, 1.0, 2.0], [0.0, 0.5, 1.5, 1.7]], ids=str)
+def test_a_jump_costs_no_accuracy_and_no_steps(ts, mode):
+    def solve(y0):
+        return keras_node.odeint(switched, y0, ts, args=tf.constant([3.0, -5.0], tf.float64), solver=solver_at())
+
+    run = solve if mode == "eager" else tf.function(solve, jit_compile=True)
+    result = run(tf.zeros((2, 1), tf.float64))
+    np.testing.assert_allclose(result.ys[:, 0, 0], solution(ts) - solution(ts[0]), atol=1e-12)
+    assert int(result.stats.num_rejected) == 0
+    blind = keras_node.odeint(
+        switched,
+        tf.zeros((2, 1), tf.float64),
+        ts,
+        args=tf.constant([3.0, -5.0], tf.float64),
+        solver=keras_node.RungeKutta("tsit5", rtol=1e-6, atol=1e-6),
+    )
+    assert int(blind.stats.num_rejected) > 5
+    assert np.max(np.abs(blind.ys[:, 0, 0] - (solution(ts) - solution(ts[0])))) > 1e-9
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_samples_with_times_of_their_own(per_sample):
+    ys = tf.function(
+        lambda: (
+            keras_node.odeint(
+                switched,
+                tf.zeros((3, 1), tf.float64),
+                OWN,
+                args=tf.constant([3.0, -5.0], tf.float64),
+                solver=solver_at(per_sample=per_sample),
+            ).ys
+        )
+    )()
+    np.testing.assert_allclose(ys[1, :, 0], solution(OWN[1]) - solution(OWN[0]), atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"step_size": 0.3}, {}], ids=str)
+def test_times_outside_and_twice_do_no_harm(options):
+    method = "rk4" if options else "tsit5"
+    solver = keras_node.RungeKutta(method, step_at=[-1.0, 1.0, 1.0, 0.0, 7.0], **options)
+    ys = keras_node.odeint(switched, tf.zeros((1, 1)), [0.0, 1.0, 2.0], args=tf.constant([3.0, -5.0]), solver=solver).ys
+    np.testing.assert_allclose(ys[:, 0, 0], solution([0.0, 1.0, 2.0]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ts", "per_sample"),
+    [([0.0, 2.0], False), ([2.0, 0.5, 0.0], False), (OWN, False), ([0.0, 1.0, 2.0], True)],
+    ids=str,
+)
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_gradients_across_a_jump(gradient, ts, per_sample):
+    args = tf.constant([3.0, -5.0], tf.float64)
+    ts = tf.constant(ts, tf.float64)
+    with tf.GradientTape() as tape:
+        tape.watch([args, ts])
+        y0 = tf.zeros((3, 1), tf.float64)
+        solver = solver_at(per_sample=per_sample)
+        ys = keras_node.odeint(switched, y0, ts, args=args, gradient=gradient, solver=solver).ys
+        value = tf.reduce_sum(ys[-1])
+    dargs, dts = tape.gradient(value, [args, ts])
+    before, behind = np.minimum(ts, 1), np.maximum(ts - 1, 0)
+    samples = 1 if ts.shape.rank == 2 else 3
+    np.testing.assert_allclose(dargs, [samples * np.sum(x[-1] - x[0]) for x in (before, behind)], atol=1e-6)
+    rates = np.where(ts < 1, 3.0, -5.0)
+    if not np.any(ts == 1):
+        np.testing.assert_allclose(dts[-1], samples * rates[-1], atol=1e-6)
+        np.testing.assert_allclose(dts[0], -samples * rates[0], atol=1e-6)
+
+
+def test_it_is_saved_and_refused_where_it_has_no_effect():
+    solver = solver_at([0.5, 1.0])
+    assert keras_node.RungeKutta.from_config(solver.get_config()).step_at == (0.5, 1.0)
+    assert "step_at=[0.5, 1.0]" in repr(solver)
+    with pytest.raises(ValueError, match="no effect"):
+        keras_node.RungeKutta("rk4", num_steps=3, step_at=[0.5])
+    with pytest.raises(ValueError, match="finite"):
+        keras_node.RungeKutta("tsit5", step_at=[np.nan])
