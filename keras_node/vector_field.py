@@ -168,6 +168,9 @@ def call_arguments(function: keras.Layer | Callable) -> tuple[int, bool]:
         and p.name not in _KEYWORDS
         and (p.default is p.empty or p.name == "args")
     ]
+    # With a default, `args` is the third of `f(t, y, args=None)`; elsewhere it is an option like any other.
+    if len(positional) == 2 and positional[-1].default is not inspect.Parameter.empty:
+        positional.pop()
     if not 1 <= len(positional) <= 3:
         raise ValueError(
             "A vector field takes `(y)`, `(t, y)` or `(t, y, args)`. "

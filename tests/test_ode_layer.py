@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 import keras_node
+from keras_node.gradients import GRADIENTS
 
 TIGHT = keras_node.RungeKutta("tsit5", rtol=1e-6, atol=1e-8)
 
@@ -29,6 +30,22 @@ def rotation(t, y, args=None):
     return tf.stack([-y[..., 1], y[..., 0]], axis=-1)
 
 
+@keras.saving.register_keras_serializable(package="keras_node_tests")
+def decay(y):
+    return -y
+
+
+@keras.saving.register_keras_serializable(package="keras_node_tests")
+class Subclassed(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.ode = keras_node.ODELayer(mlp(4))
+        self.head = keras.layers.Dense(2)
+
+    def call(self, x, training=None):
+        return self.head(self.ode(x, training=training))
+
+
 @pytest.fixture(scope="module")
 def data():
     x = np.random.default_rng(0).normal(size=(96, 4)).astype("float32")
@@ -36,13 +53,75 @@ def data():
 
 
 @pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("options", [{}, {"gradient": "direct", "solver": "rk4"}], ids=["backsolve", "direct"])
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient": "checkpointed"}, {"gradient": "direct", "solver": "rk4"}], ids=str
+)
 def test_fit_trains_with_and_without_xla(data, options, jit_compile):
     model = classifier(**options)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(0.02), loss, jit_compile=jit_compile)
     history = model.fit(*data, epochs=15, batch_size=32, verbose=0).history["loss"]
     assert history[-1] < 0.7 * history[0]
+
+
+def test_a_subclassed_model_trains_and_is_saved(data, tmp_path):
+    model = Subclassed()
+    model.compile(keras.optimizers.Adam(0.02), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    history = model.fit(*data, epochs=8, verbose=0).history["loss"]
+    assert history[-1] < 0.9 * history[0]
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(data[0]), model(data[0]))
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_an_unknown_batch_size(gradient, jit_compile):
+    layer = keras_node.ODELayer(mlp(3), solver=keras_node.RungeKutta("bosh3", max_steps=64), gradient=gradient)
+    layer(tf.ones((1, 3)))
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 3))], jit_compile=jit_compile)
+    def step(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, ts=[0.5, 1.0])
+            value = tf.reduce_sum(y)
+        return y, tape.gradient(value, x)
+
+    x = tf.constant(np.random.default_rng(0).normal(size=(5, 3)), tf.float32)
+    for batch in (5, 2):
+        states, gradients = step(x[:batch])
+        assert states.shape == (batch, 2, 3)
+        np.testing.assert_allclose(states, layer(x[:batch], ts=[0.5, 1.0]), rtol=1e-4, atol=1e-5)
+        assert np.isfinite(gradients).all()
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_layer_inside_the_field_of_another(gradient):
+    """dz/ds = -z over one unit of time maps y to y / e, so dy/dt = y / e."""
+    inner = keras_node.ODELayer(decay, solver=TIGHT, gradient=gradient)
+    outer = keras_node.ODELayer(inner, solver=TIGHT, gradient=gradient)
+    x = tf.constant([[1.0, 2.0]])
+
+    @tf.function
+    def step(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = outer(x)
+        return y, tape.gradient(y, x)
+
+    y, gradients = step(x)
+    np.testing.assert_allclose(y, x * np.exp(np.exp(-1)), rtol=1e-4)
+    np.testing.assert_allclose(gradients, np.full((1, 2), np.exp(np.exp(-1))), rtol=1e-4)
+
+
+def test_a_model_is_cloned():
+    model = classifier(gradient="checkpointed")
+    clone = keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    x = tf.ones((2, 4))
+    np.testing.assert_array_equal(clone(x), model(x))
+    assert clone.layers[1].vector_field is not model.layers[1].vector_field
 
 
 def test_several_layers_and_a_shared_field_have_right_gradients():
@@ -158,9 +237,12 @@ def test_arguments_reach_the_field():
 
 def test_saved_and_loaded_a_model_gives_the_same(tmp_path, data):
     inputs = keras.Input((4,))
-    gradient = keras_node.BacksolveAdjoint(solver=keras_node.RungeKutta("dopri5", rtol=1e-4), norm="full")
+    gradient = keras_node.BacksolveAdjoint(
+        solver=keras_node.RungeKutta("dopri5", rtol=1e-4), norm="full", num_checkpoints=2
+    )
     x = keras_node.ODELayer(mlp(5), t1=0.7, solver=TIGHT, gradient=gradient, augment_dims=1)(inputs)
     x = keras.layers.Dense(2)(x)
+    x = keras_node.ODELayer(decay, gradient=keras_node.CheckpointedAdjoint(num_checkpoints=7))(x)
     model = keras.Model(inputs, keras_node.ODELayer(rotation, solver="rk4", gradient="direct")(x))
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
