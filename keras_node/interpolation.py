@@ -53,9 +53,9 @@ class Progress(NamedTuple):
 
 
 def new_buffer(size: int | tf.Tensor, like: tf.Tensor) -> tf.TensorArray:
-    """Room for `size` tensors, filled with zeros so that stacking it is defined when a solve ends early."""
+    """Room for `size` tensors; with one of them written, stacking it is defined when a solve ends early."""
     array = tf.TensorArray(like.dtype, size, element_shape=like.shape, clear_after_read=False)
-    return array.unstack(tf.zeros(tf.concat([[size], tf.shape(like)], 0), like.dtype))
+    return array.write(0, like)
 
 
 class DenseOutput:

@@ -134,7 +134,7 @@ class Recorder:
         steps = tf.nest.map_structure(lambda buffer, x: buffer.write(count, x), steps, seen)
         stride, states = tf.while_loop(
             lambda stride, _: count == stride * self.slots,
-            lambda stride, states: (2 * stride, tf.nest.map_structure(self._thinned, states)),
+            lambda stride, states: (2 * stride, self._thinned(states)),
             (stride, states),
             maximum_iterations=1,
         )
@@ -146,10 +146,13 @@ class Recorder:
         stack = lambda nest: tf.nest.map_structure(lambda buffer: buffer.stack(), nest)  # noqa: E731
         return memory._replace(steps=stack(memory.steps), states=stack(memory.states))
 
-    def _thinned(self, buffer):
+    def _thinned(self, buffers: Nest) -> Nest:
         """Every second state, moved to the front."""
-        states = buffer.stack()
-        return buffer.unstack(tf.gather(states, tf.minimum(2 * tf.range(self.slots + 1), self.slots)))
+
+        def move(i, buffers):
+            return i + 1, tf.nest.map_structure(lambda buffer: buffer.write(i, buffer.read(2 * i)), buffers)
+
+        return tf.while_loop(lambda i, _: 2 * i < self.slots, move, (1, buffers))[1]
 
 
 class Replay:
@@ -253,7 +256,10 @@ class Replay:
         zeros = tf.nest.map_structure(tf.zeros_like, (params, timing))
         num_stretches = (self.record.count + self.record.stride - 1) // self.record.stride
         _, (adjoint, dparams, dtiming, _) = tf.while_loop(
-            lambda stretch, _: stretch >= 0, through_stretch, (num_stretches - 1, (last, *zeros, written))
+            lambda stretch, _: stretch >= 0,
+            through_stretch,
+            (num_stretches - 1, (last, *zeros, written)),
+            parallel_iterations=1,  # else the states of several stretches are computed ahead
         )
 
         at_start = readings <= 0 if self.dense else tf.constant([True, False])
