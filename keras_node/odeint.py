@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_node import gradients, solvers
+from keras_node.gradients.direct import DirectGradient
 from keras_node.solution import Solution, Status, check_status
 from keras_node.solve import Problem
 from keras_node.trees import Nest
@@ -25,6 +26,7 @@ def odeint(
     gradient="backsolve",
     training: bool | None = None,
     throw: bool = True,
+    jit_compile: bool | str = "auto",
 ) -> Solution:
     """Solves the initial value problem `dy/dt = f(t, y)`, `y(ts[0]) = y0`, for the states at `ts`.
 
@@ -46,6 +48,9 @@ def odeint(
         training: passed to a field that takes it.
         throw: whether a failed solve raises `tf.errors.InvalidArgumentError`. Under XLA nothing raises. Whatever
             the mode, the states that a failed solve did not reach are NaN, and its `status` tells why.
+        jit_compile: whether the solve and its gradient are XLA programs of their own, as parts of a graph (in a
+            `tf.function`, in `fit`) that as a whole is none; eagerly nothing is compiled. `"auto"` (default) compiles
+            where `training` is true, so that models are exported without, and not with `"direct"`, which cannot.
 
     Returns:
         A `keras_node.Solution`: `ts`; `ys`, the structure of `y0` with a new first axis of length `T`; `stats`;
@@ -63,13 +68,16 @@ def odeint(
     TensorShape([3, 2])
     """
     solver, gradient = solvers.get(solver), gradients.get(gradient)
+    check_jit_compile(jit_compile, gradient)
+    if jit_compile == "auto":
+        jit_compile = bool(training) and not isinstance(gradient, DirectGradient)
     original, y0 = y0, _to_state(y0)
     times_vary = any(tf.is_tensor(t) or isinstance(t, tf.Variable | keras.Variable) for t in tf.nest.flatten(ts))
     ts, valid = _to_times(ts, tf.nest.flatten(y0)[0])
     _check_batch(y0, ts, solver)
 
     field = VectorField(vector_field, ts[0], y0, args, training)
-    ys, stats, status = gradient(Problem(field, y0, ts, field.params, solver, throw, times_vary))
+    ys, stats, status = gradient(Problem(field, y0, ts, field.params, solver, throw, times_vary, jit_compile))
     if valid is not None:
         ys = _mark_invalid(valid, ys)
         valid = valid if status.shape.rank == 1 else tf.reduce_all(valid)
@@ -78,6 +86,18 @@ def odeint(
         ys = check_status(status, ys, "The solve")
     ys = tf.nest.map_structure(lambda y, o: tf.cast(y, o.dtype) if tf.is_tensor(o) else y, ys, original)
     return Solution(ts, ys, stats, status)
+
+
+def check_jit_compile(jit_compile: bool | str, gradient: Any) -> None:
+    """Refuses what is not one of the choices, and what backpropagation cannot enter."""
+    if jit_compile not in (True, False, "auto"):
+        raise ValueError(f'`jit_compile` must be `True`, `False` or "auto". Received: jit_compile={jit_compile!r}')
+    if jit_compile is True and isinstance(gradient, DirectGradient):
+        raise ValueError(
+            'With gradient="direct" a solve cannot be compiled by itself: compile what is around it, '
+            "`tf.function(jit_compile=True)` or `model.compile(jit_compile=True)`, or use another gradient. "
+            "Received: jit_compile=True"
+        )
 
 
 def _to_state(y0: Nest) -> Nest:

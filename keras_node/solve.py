@@ -25,6 +25,7 @@ class Problem(NamedTuple):
         solver: a `RungeKutta`.
         throw: whether a failed solve raises where it can.
         times_vary: whether a gradient may be asked for `ts`; not when they are numbers.
+        jit_compile: whether to make the solve, and its gradient, an XLA program of its own.
     """
 
     vector_field: Callable[[tf.Tensor, Nest, list[tf.Tensor]], Nest]
@@ -34,6 +35,7 @@ class Problem(NamedTuple):
     solver: RungeKutta
     throw: bool
     times_vary: bool
+    jit_compile: bool
 
 
 class Trajectory(NamedTuple):

@@ -9,7 +9,6 @@ from keras_node.clock import make_clock, merge, pick, take
 from keras_node.gradients.custom import solve_with_gradient
 from keras_node.gradients.vjp import vjp
 from keras_node.integrate import integrate
-from keras_node.solution import check_status
 from keras_node.solve import Problem, Trajectory, per_sample_times, solve
 from keras_node.solvers.step import Rates
 from keras_node.trees import Nest
@@ -85,10 +84,10 @@ class BacksolveAdjoint:
         wanted = tf.argsort(tf.where(index < 0, tf.size(index), index), axis=0, stable=True)[: tf.shape(problem.ts)[0]]
         return trajectory._replace(ys=tf.nest.map_structure(lambda y: take(y, wanted), trajectory.ys))
 
-    def _backward(self, problem: Problem, memory: tuple, ys: Nest, dys: Nest) -> tuple[Nest, tf.Tensor, list]:
-        """The gradients of `y0`, `ts` and `params`, from those of the states at `ts`."""
+    def _backward(self, problem: Problem, memory: tuple, ys: Nest, dys: Nest) -> tuple[tuple, tf.Tensor]:
+        """The gradients of `y0`, `ts` and `params`, from those of the states at `ts`, and the status of their solve."""
         del memory
-        vector_field, y0, ts, params, forward_solver, throw = problem[:6]
+        vector_field, y0, ts, params, forward_solver = problem[:5]
         solver = self.solver or forward_solver
         times, stops_at = per_sample_times(ts, solver, y0)[::-1], None
         kinks = sorted({*forward_solver.step_at, *solver.step_at})
@@ -138,14 +137,11 @@ class BacksolveAdjoint:
             integral = integrate(augmented, state, clock, solver, quadrature=gradients, jump=jump)
             (_, adjoint), gradients = integral.y1, integral.quadrature
 
-        if throw:
-            # An upstream gradient that is not finite is the loss's own affair (a loss scaler skips that step).
-            usable = tf.reduce_all([tf.reduce_all(tf.math.is_finite(d)) for d in tf.nest.flatten(dys)])
-            adjoint = check_status(tf.where(usable, integral.status, 0), adjoint, "The solve of the adjoint")
         dts = tf.zeros_like(ts)
         if problem.times_vary:
             dts = _time_gradient(vector_field, params, ts, ys, dys, adjoint)
-        return trees.add(adjoint, tf.nest.map_structure(lambda d: d[0], dys)), dts, gradients
+        adjoint = trees.add(adjoint, tf.nest.map_structure(lambda d: d[0], dys))
+        return (adjoint, dts, gradients), integral.status
 
     def get_config(self) -> dict:
         solver = keras.saving.serialize_keras_object(self.solver) if self.solver else None

@@ -206,7 +206,7 @@ class Replay:
 
     def gradient(self, dys: Nest) -> tuple[Nest, tf.Tensor, list[tf.Tensor]]:
         """The gradients of `y0`, `ts` and `params`, step by step from the last to the first."""
-        _, y0, ts, params, solver, _, times_vary = self.problem
+        _, y0, ts, params, solver, _, times_vary = self.problem[:7]
         with tf.GradientTape(watch_accessed_variables=False) as clock_tape:
             clock_tape.watch(ts)
             clock, readings = solve_clock(ts, solver, y0)
@@ -328,7 +328,9 @@ def _backward(problem: Problem, record: Record, status: tf.Tensor, capacity, dys
     adjoint, dts, dparams = tf.nest.pack_sequence_as(inputs[:3], first(*tf.nest.flatten(inputs)))
     failed = status != int(Status.SUCCESS)
     any_failed = tf.reduce_any(failed)
-    return trees.poison(failed, adjoint), trees.poison(any_failed, dts), trees.poison(any_failed, dparams)
+    gradients = trees.poison(failed, adjoint), trees.poison(any_failed, dts), trees.poison(any_failed, dparams)
+    # Whoever took the states of a failed solve has been told; nothing is solved here.
+    return gradients, tf.constant(int(Status.SUCCESS))
 
 
 def _select(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:

@@ -5,7 +5,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_node.solution import Stats
+from keras_node.gradients.vjp import vjp
+from keras_node.solution import Stats, check_status
 from keras_node.solve import Problem, Trajectory
 from keras_node.trees import Nest
 
@@ -13,7 +14,7 @@ from keras_node.trees import Nest
 def solve_with_gradient(
     problem: Problem,
     forward: Callable[[Problem], tuple[Trajectory, Any]],
-    backward: Callable[[Problem, Any, Nest, Nest], tuple[Nest, tf.Tensor, list[tf.Tensor]]],
+    backward: Callable[[Problem, Any, Nest, Nest], tuple[tuple[Nest, tf.Tensor, list[tf.Tensor]], tf.Tensor]],
 ) -> Trajectory:
     """Solves by `forward`, with a gradient by `backward`.
 
@@ -21,21 +22,24 @@ def solve_with_gradient(
         problem: what to solve.
         forward: `forward(problem)` gives the trajectory and a memory for `backward`, constants of differentiation.
         backward: `backward(problem, memory, ys, dys)` gives the gradients of `y0`, `ts` and `params` from those of
-            `ys`. It is differentiated in its turn for second derivatives: the tensors of `problem` and `ys` are
-            connected to what the solve came from.
+            `ys`, and the status of what it solved for them. It is differentiated in its turn for second derivatives:
+            the tensors of `problem` and `ys` are connected to what the solve came from.
     """
     inputs = (problem.y0, problem.ts, problem.params)
     outputs = Trajectory(problem.y0, Stats(0, 0, 0), 0)
+    compiles = problem.jit_compile and not tf.executing_eagerly()
     solved = []
+
+    def run(y0, ts, params):
+        return forward(problem._replace(y0=y0, ts=ts, params=params))
 
     @tf.custom_gradient
     def differentiable(*flat):
         # An eager tape would otherwise record every operation of the solve, in memory that grows with it.
-        y0, ts, params = tf.nest.pack_sequence_as(inputs, [tf.stop_gradient(x) for x in flat])
-        trajectory, memory = forward(problem._replace(y0=y0, ts=ts, params=params))
+        constants = tf.nest.pack_sequence_as(inputs, [tf.stop_gradient(x) for x in flat])
+        trajectory, memory = (_compiled(run) if compiles else run)(*constants)
 
         def gradient(*upstream, variables=None):
-            y0, ts, params = tf.nest.pack_sequence_as(inputs, flat)
             # The gradient of a lookup comes as IndexedSlices, which a loop cannot carry.
             dys = tf.nest.map_structure(tf.convert_to_tensor, tf.nest.pack_sequence_as(outputs, upstream).ys)
             if not solved:
@@ -44,9 +48,17 @@ def solve_with_gradient(
                     "tf.autodiff.ForwardAccumulator cannot see through this gradient method. Use "
                     'gradient="direct" (eagerly, or with the accumulator around a `tf.function`), or reverse mode.'
                 )
-            (ys,) = solved
-            gradients = backward(problem._replace(y0=y0, ts=ts, params=params), memory, ys, dys)
-            flat_gradients = tf.nest.flatten(gradients)
+
+            def run_back(y0, ts, params, ys, dys):
+                return backward(problem._replace(y0=y0, ts=ts, params=params), memory, ys, dys)
+
+            arguments = (*tf.nest.pack_sequence_as(inputs, flat), *solved, dys)
+            (adjoint, dts, dparams), status = (_recomputed if compiles else _called)(run_back, arguments)
+            if problem.throw:
+                # An upstream gradient that is not finite is the loss's own affair (a loss scaler skips that step).
+                usable = tf.reduce_all([tf.reduce_all(tf.math.is_finite(d)) for d in tf.nest.flatten(dys)])
+                adjoint = check_status(tf.where(usable, status, 0), adjoint, "The solve of the adjoint")
+            flat_gradients = tf.nest.flatten((adjoint, dts, dparams))
             # A TensorFlow variable in a closure: `_refuse` sees to it that nobody takes `None` for an answer.
             return flat_gradients if variables is None else (flat_gradients, [None] * len(variables))
 
@@ -60,6 +72,43 @@ def solve_with_gradient(
         ys = tf.nest.map_structure(lambda y: y + tf.cast(nothing, y.dtype), trajectory.ys)
         trajectory = trajectory._replace(ys=ys)
     return trajectory
+
+
+def _called(function: Callable, arguments: tuple) -> Any:
+    return function(*arguments)
+
+
+def _compiled(function: Callable) -> Callable:
+    return tf.function(function, autograph=False, jit_compile=True)
+
+
+def _recomputed(function: Callable, arguments: tuple) -> Any:
+    """`function(*arguments)` as an XLA program, differentiated by running it once more as it is.
+
+    What a loop in an XLA program keeps for its gradient cannot leave the program.
+    """
+    structure = []
+
+    def flat_function(*flat):
+        result = function(*tf.nest.pack_sequence_as(arguments, flat))
+        structure.append(result)
+        return tf.nest.flatten(result)
+
+    @tf.custom_gradient
+    def differentiable(*flat):
+        results = _compiled(flat_function)(*[tf.stop_gradient(x) for x in flat])
+
+        def gradient(*upstream, variables=None):
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(flat)
+                again = flat_function(*flat)
+            gradients = vjp(tape, again, list(flat), list(upstream))
+            return gradients if variables is None else (gradients, [None] * len(variables))
+
+        return results, gradient
+
+    results = differentiable(*tf.nest.flatten(arguments))
+    return tf.nest.pack_sequence_as(structure[0], results)
 
 
 def _refuse(tensors: list[tf.Tensor], function: Any) -> tf.Tensor:

@@ -6,7 +6,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_node import gradients, solvers
-from keras_node.odeint import odeint
+from keras_node.odeint import check_jit_compile, odeint
 from keras_node.vector_field import build, call_arguments
 
 
@@ -32,6 +32,8 @@ class ODELayer(keras.layers.Layer):
         gradient: `"backsolve"` (default), `"direct"`, or an object such as `keras_node.BacksolveAdjoint()`.
         augment_dims: number of zeros appended to the last axis of the input, which let trajectories pass each
             other (augmented neural ODE). Defaults to `0`.
+        jit_compile: whether the solve is an XLA program of its own where the model as a whole is none: `"auto"`
+            (default) in training, and not with `"direct"`; or `True` or `False`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
@@ -73,6 +75,7 @@ class ODELayer(keras.layers.Layer):
         solver="tsit5",
         gradient="backsolve",
         augment_dims: int = 0,
+        jit_compile: bool | str = "auto",
         **kwargs,
     ):
         # The state keeps its precision under a mixed policy; the field casts for itself.
@@ -88,6 +91,8 @@ class ODELayer(keras.layers.Layer):
         self.solver = solvers.get(solver)
         self.gradient = gradients.get(gradient)
         self.augment_dims = augment_dims
+        check_jit_compile(jit_compile, self.gradient)
+        self.jit_compile = jit_compile
         self.supports_masking = True
 
     def build(self, inputs_shape, ts_shape=None):
@@ -106,6 +111,7 @@ class ODELayer(keras.layers.Layer):
             solver=self.solver,
             gradient=self.gradient,
             training=training,
+            jit_compile=self.jit_compile,
         )
 
         def output(y):
@@ -138,6 +144,7 @@ class ODELayer(keras.layers.Layer):
             solver=keras.saving.serialize_keras_object(self.solver),
             gradient=keras.saving.serialize_keras_object(self.gradient),
             augment_dims=self.augment_dims,
+            jit_compile=self.jit_compile,
         )
         return config
 

@@ -43,6 +43,8 @@ class ODERNN(keras.layers.Layer):
         unroll: whether to unroll the loop over steps. Defaults to `False`.
         zero_output_for_mask: whether the output of a masked step is zero, or that of the step before. Defaults to
             `False`.
+        jit_compile: whether the solve is an XLA program of its own where the model as a whole is none: `"auto"`
+            (default) in training, and not with `"direct"`; or `True` or `False`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name`. `dtype` defaults to the cell's.
 
     Call arguments:
@@ -98,6 +100,7 @@ class ODERNN(keras.layers.Layer):
         solver="tsit5",
         gradient="backsolve",
         evolve=None,
+        jit_compile: bool | str = "auto",
         time_feature: bool = False,
         return_sequences: bool = False,
         return_state: bool = False,
@@ -108,7 +111,7 @@ class ODERNN(keras.layers.Layer):
         **kwargs,
     ):
         cell = keras.layers.StackedRNNCells(cell) if isinstance(cell, list | tuple) else cell
-        cell = ODERNNCell(cell, vector_field, solver=solver, gradient=gradient, evolve=evolve)
+        cell = ODERNNCell(cell, vector_field, solver=solver, gradient=gradient, evolve=evolve, jit_compile=jit_compile)
         # The input is not cast: times must not lose their digits under a mixed policy.
         super().__init__(autocast=False, **{"dtype": cell.dtype_policy, **kwargs})
         self.time_feature = time_feature
@@ -237,7 +240,7 @@ class ODERNN(keras.layers.Layer):
     def get_config(self):
         config = super().get_config()
         cell, rnn = self.cell.get_config(), self.rnn.get_config()
-        for name in ("cell", "vector_field", "solver", "gradient", "evolve"):
+        for name in ("cell", "vector_field", "solver", "gradient", "evolve", "jit_compile"):
             config[name] = cell[name]
         for name in _RNN_OPTIONS:
             config[name] = rnn[name]

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_node import gradients, solvers
-from keras_node.odeint import odeint
+from keras_node.odeint import check_jit_compile, odeint
 from keras_node.vector_field import build, call_arguments
 
 # `keras.layers.RNN` renews the dropout masks of cells of this class, which has no public name of its own.
@@ -38,6 +38,8 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
         evolve: which of the cell's states move, an index or several; of several, the field sees and moves the
             concatenation. Defaults to `0`, the first: `h` of an `LSTMCell` moves and its memory `c` stays (ODE-LSTM).
             `(0, 1)` moves both. States of stacked cells are counted through.
+        jit_compile: whether the solve is an XLA program of its own where the model as a whole is none: `"auto"`
+            (default) in training, and not with `"direct"`; or `True` or `False`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name`. `dtype` defaults to the cell's.
 
     Call arguments:
@@ -77,6 +79,7 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
         solver="tsit5",
         gradient="backsolve",
         evolve=None,
+        jit_compile: bool | str = "auto",
         **kwargs,
     ):
         if not isinstance(cell, keras.Layer) or not hasattr(cell, "state_size"):
@@ -99,6 +102,8 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
         self.interval = float(interval)
         self.solver = solvers.get(solver)
         self.gradient = gradients.get(gradient)
+        check_jit_compile(jit_compile, self.gradient)
+        self.jit_compile = jit_compile
         self.evolve = _indices(evolve, len(self._state_sizes()))
 
     @property
@@ -146,7 +151,16 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
     def _move(self, states, ts, training):
         """The states after the interval."""
         h = states[0] if len(states) == 1 else ops.concatenate(states, axis=-1)
-        h = odeint(self.vector_field, h, ts, solver=self.solver, gradient=self.gradient, training=training).ys[-1]
+        solution = odeint(
+            self.vector_field,
+            h,
+            ts,
+            solver=self.solver,
+            gradient=self.gradient,
+            training=training,
+            jit_compile=self.jit_compile,
+        )
+        h = solution.ys[-1]
         ends = [sum(s.shape[-1] for s in states[:i]) for i in range(1, len(states))]
         return ops.split(h, ends, axis=-1) if ends else [h]
 
@@ -179,6 +193,7 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
             solver=keras.saving.serialize_keras_object(self.solver),
             gradient=keras.saving.serialize_keras_object(self.gradient),
             evolve=self.evolve,
+            jit_compile=self.jit_compile,
         )
         return config
 

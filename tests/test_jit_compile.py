@@ -1,0 +1,106 @@
+"""A solve as an XLA program of its own inside a graph that is none."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_node
+
+SOLVER = keras_node.RungeKutta("bosh3", rtol=1e-6, atol=1e-8, max_steps=256)
+MATRIX = tf.constant([[-0.1, 1.1], [-1.2, 0.2]], tf.float64)
+Y0 = tf.constant([[1.0, 0.5], [0.3, -1.0], [0.1, 0.2]], tf.float64)
+OWN = tf.constant([[0.0, 0.2, 0.5], [0.6, 0.2, 0.1], [1.2, 0.9, -0.3]], tf.float64)
+
+
+def gradients_of(inputs, gradient, jit_compile):
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        y0, matrix, ts = inputs
+        field = lambda t, y, matrix: tf.tanh(y @ matrix) + tf.sin(t)  # noqa: E731
+        ys = keras_node.odeint(field, y0, ts, args=matrix, gradient=gradient, solver=SOLVER, jit_compile=jit_compile).ys
+        value = tf.reduce_sum(tf.sin(ys))
+    return [value, *tape.gradient(value, inputs)]
+
+
+def compiled_functions(function):
+    """The names of the functions in a graph that XLA must compile."""
+    library = function.graph.as_graph_def().library
+    return [f.signature.name for f in library.function if f.attr["_XlaMustCompile"].b]
+
+
+@pytest.mark.parametrize("gradient", ["backsolve", "checkpointed"])
+def test_the_numbers_are_the_same(gradient):
+    inputs = [Y0, MATRIX, OWN]
+    function = tf.function(gradients_of)
+    for a, b in zip(function(inputs, gradient, True), function(inputs, gradient, False), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+    assert len(compiled_functions(function.get_concrete_function(inputs, gradient, True))) >= 2  # there and back
+    assert not compiled_functions(function.get_concrete_function(inputs, gradient, False))
+
+
+@pytest.mark.parametrize("gradient", ["backsolve", "checkpointed"])
+def test_second_derivatives_are_the_same(gradient):
+    @tf.function
+    def product(y0, jit_compile):
+        with tf.GradientTape() as tape:
+            tape.watch(y0)
+            first = gradients_of([y0, MATRIX, tf.constant([0.0, 1.0], tf.float64)], gradient, jit_compile)[1]
+        return tape.gradient(first, y0)
+
+    np.testing.assert_allclose(product(Y0, True), product(Y0, False), rtol=1e-9, atol=1e-11)
+
+
+def test_failures_raise_there_and_back():
+    steep = lambda t, y: tf.where(t > 0.5, 1e3, 1.0) * tf.sin(1e3 * y)  # noqa: E731
+    few = keras_node.RungeKutta("bosh3", max_steps=4)
+
+    @tf.function
+    def forward(y0):
+        return keras_node.odeint(steep, y0, [0.0, 1.0], solver=few, jit_compile=True).ys
+
+    @tf.function
+    def backward(y0):
+        with tf.GradientTape() as tape:
+            tape.watch(y0)
+            adjoint = keras_node.BacksolveAdjoint(solver=few)
+            solver = keras_node.RungeKutta("rk4", num_steps=4)
+            ys = keras_node.odeint(steep, y0, [0.0, 1.0], solver=solver, gradient=adjoint, jit_compile=True).ys
+        return tape.gradient(ys, y0)
+
+    with pytest.raises(tf.errors.InvalidArgumentError, match="The solve failed with status"):
+        forward(tf.ones((2,)))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="The solve of the adjoint failed with status"):
+        backward(tf.ones((2,)))
+
+
+def test_auto_compiles_in_training_only(tmp_path):
+    field = keras.layers.Dense(3, activation="tanh")
+    model = keras.Sequential([keras.Input((3,)), keras_node.ODELayer(field, solver="bosh3"), keras.layers.Dense(1)])
+    for training in (True, False):
+        function = tf.function(lambda x, training=training: model(x, training=training))
+        assert bool(compiled_functions(function.get_concrete_function(tf.ones((2, 3))))) == training
+    model.compile("sgd", "mse", jit_compile=False)
+    x = np.ones((7, 3), "float32")
+    model.fit(x, x[:, :1], batch_size=4, verbose=0)  # the last batch is a partial one
+    model.export(tmp_path / "served", verbose=False)
+    served = tf.saved_model.load(tmp_path / "served")
+    assert not compiled_functions(served.signatures["serving_default"])
+    np.testing.assert_allclose(served.serve(x), model(x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_the_choice_is_saved(jit_compile):
+    layers = [
+        keras_node.ODELayer(keras.layers.Dense(3), jit_compile=jit_compile),
+        keras_node.ODERNN(keras.layers.GRUCell(3), keras.layers.Dense(3), jit_compile=jit_compile),
+    ]
+    for layer in layers:
+        assert type(layer).from_config(layer.get_config()).get_config()["jit_compile"] is jit_compile
+
+
+def test_direct_cannot_be_compiled_by_itself():
+    with pytest.raises(ValueError, match="Received: jit_compile=True"):
+        keras_node.ODELayer(keras.layers.Dense(3), gradient="direct", jit_compile=True)
+    with pytest.raises(ValueError, match="jit_compile='yes'"):
+        keras_node.odeint(lambda y: -y, tf.ones((2,)), [0.0, 1.0], jit_compile="yes")
