@@ -4,18 +4,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help example examples test lint format clean
+.PHONY: help example examples test bench lint format clean
 
 help:
 	@echo "make example   train a continuous-depth network on real data, beside a residual network"
 	@echo "make examples  run every example"
 	@echo "make test      run the tests; PYTEST_ARGS='-k solver' chooses some"
+	@echo "make bench     compare with other libraries, in environments of their own; BENCH_ARGS=--quick for a first look"
 	@echo "make lint      check style and format"
 	@echo "make format    put both right where ruff can"
 	@echo "make clean     remove the virtual environment and every output"
@@ -30,6 +32,15 @@ examples: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --durations 10 $(PYTEST_ARGS)
 
+bench: $(INSTALLED) $(VENV)-torch/.installed $(VENV)-jax/.installed
+	$(BIN)/python benchmarks/compare.py --python $(BIN)/python --torch-python $(VENV)-torch/bin/python \
+		--jax-python $(VENV)-jax/bin/python $(BENCH_ARGS)
+
+$(VENV)-%/.installed: benchmarks/requirements-%.txt
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --requirement $<
+	@touch $@
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,7 +50,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache *.png
+	rm -rf $(VENV) $(VENV)-torch $(VENV)-jax build dist *.egg-info .pytest_cache .ruff_cache *.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml

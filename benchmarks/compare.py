@@ -1,0 +1,226 @@
+"""This project beside its peers: training steps with the same weights, data and tolerances, in one run.
+
+    make bench                                  # makes the environments and runs this
+    python benchmarks/compare.py --quick        # one case, for a first look
+
+Every library runs in a process of its own and is asked for a step in turn, so that what else the machine does falls on
+all alike. First all are held against a solve in float64 at tight tolerances. Writes RESULTS.md.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import tempfile
+
+import numpy as np
+from cases import CASES, QUICK
+
+HERE = pathlib.Path(__file__).parent
+
+
+class Worker:
+    """A library in its process."""
+
+    def __init__(self, python: str, library: str):
+        self.library = library
+        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": f"{HERE.parent}:{HERE}"}
+        self.process = subprocess.Popen(
+            [python, HERE / "worker.py", library],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        hello = self.process.stdout.readline()
+        if not hello:
+            raise RuntimeError(f"`{python} {HERE / 'worker.py'} {library}` does not start: run it to see why")
+        hello = json.loads(hello)
+        self.methods, self.versions = hello["methods"], hello["versions"]
+
+    def ask(self, **request) -> dict:
+        """Send a request and wait for its answer."""
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+@dataclasses.dataclass
+class Row:
+    """A method on a case."""
+
+    library: str
+    method: str
+    evaluations: float | None
+    first: float
+    state_error: float
+    gradient_error: float
+    seconds: list
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+
+def reference(case, worker, folder):
+    """The last state and the gradients in float64 at tight tolerances."""
+    answer = worker.ask(do="load", case=f"reference of {case.name}", method="backsolve", out=f"{folder}/reference.npz")
+    if "error" in answer:
+        raise RuntimeError(answer["error"])
+    return np.load(f"{folder}/reference.npz")
+
+
+def distance(a, b) -> float:
+    """Relative error of all arrays together."""
+    return float(np.sqrt(sum(np.sum((x - y) ** 2) for x, y in zip(a, b, strict=True)) / sum(np.sum(y**2) for y in b)))
+
+
+def compare(case, workers, rounds, folder) -> list[Row]:
+    """Load a case everywhere, check the results, and time the steps in turn."""
+    exact = reference(case, workers[0], folder)
+    rows = []
+    for worker in workers:
+        for method in worker.methods:
+            answer = worker.ask(do="load", case=case.name, method=method, out=f"{folder}/result.npz")
+            if "error" in answer:
+                print(f"  {worker.library} {method}: {answer['error']}", flush=True)
+                continue
+            result = np.load(f"{folder}/result.npz")
+            names = [n for n in exact.files if n.startswith("g")]
+            errors = [
+                distance([result["y1"]], [exact["y1"]]),
+                distance([result[n] for n in names], [exact[n] for n in names]),
+            ]
+            rows.append((worker, Row(worker.library, method, answer["evaluations"], answer["seconds"], *errors, [])))
+    # As many steps in a turn as take about a tenth of a second, after one that is not counted.
+    repeats = {}
+    for worker, row in rows:
+        once = worker.ask(do="time", case=case.name, method=row.method, repeat=2)["seconds"][-1]
+        repeats[row.library, row.method] = int(np.clip(0.1 / once, 1, 20))
+    for _ in range(rounds):
+        for worker, row in rows:
+            repeat = repeats[row.library, row.method]
+            row.seconds += worker.ask(do="time", case=case.name, method=row.method, repeat=repeat)["seconds"]
+    return [row for _, row in rows]
+
+
+def table(case, rows) -> list[str]:
+    """The rows of a case in Markdown."""
+    ours = next(row for row in rows if row.library == "ours" and row.method == "backsolve").median
+    lines = [
+        f"### {case.name}",
+        "",
+        "| | median ms | min ms | times ours | evaluations | error of the state | of the gradient | first step s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        floor = row.method == "floor"
+        evaluations = "" if row.evaluations is None else f"{row.evaluations:.0f}"
+        errors = ("", "") if floor else (f"{row.state_error:.0e}", f"{row.gradient_error:.0e}")
+        lines.append(
+            f"| {row.library} {row.method} | {1e3 * row.median:.2f} | {1e3 * min(row.seconds):.2f} "
+            f"| {row.median / ours:.2f} | {evaluations} | {errors[0]} | {errors[1]} | {row.first:.1f} |"
+        )
+    return [*lines, ""]
+
+
+def geometric_mean(values) -> float:
+    """The geometric mean of ratios."""
+    return float(np.exp(np.mean(np.log(values))))
+
+
+def targets(results) -> list[str]:
+    """Ours by theirs, over all cases, beside what was aimed at."""
+
+    def ratios(pick):
+        found = []
+        for rows in results.values():
+            ours = min(r.median for r in rows if r.library == "ours" and r.method in ("backsolve", "checkpointed"))
+            theirs = [r.median for r in rows if pick(r)]
+            if theirs:
+                found.append(ours / min(theirs))
+        return found
+
+    backsolve = [
+        next(r.median for r in rows if r.method == "backsolve" and r.library == "ours")
+        / next(r.median for r in rows if r.method == "floor")
+        for rows in results.values()
+    ]
+    compiled = [
+        next(r.median for r in rows if r.method == "backsolve, solve compiled")
+        / next(r.median for r in rows if r.method == "backsolve" and r.library == "ours")
+        for rows in results.values()
+    ]
+    first = [
+        next(r.first for r in rows if r.method == "backsolve" and r.library == "ours")
+        / min(r.first for r in rows if r.library == "jax")
+        for rows in results.values()
+        if any(r.library == "jax" for r in rows)
+    ]
+    aims = [
+        ("diffrax's fastest gradient", ratios(lambda r: r.library == "jax"), "largest", 1.0),
+        ("diffrax's fastest gradient", ratios(lambda r: r.library == "jax"), "mean", 0.7),
+        ("torchdiffeq's adjoint", ratios(lambda r: r.method.startswith("torchdiffeq")), "mean", 0.2),
+        ("torchode", ratios(lambda r: r.method == "torchode"), "mean", 0.5),
+        ("TensorFlow Probability under XLA", ratios(lambda r: r.library == "tfp"), "mean", 0.5),
+        ("the floor (backsolve)", backsolve, "largest", 1.15),
+        ("whole-step XLA, by a compiled solve in a plain graph", compiled, "largest", 1.5),
+        ("diffrax's first step, by ours", first, "mean", 1.0),
+    ]
+    lines = ["| our time, divided by that of | geometric mean | largest | aim | |", "| --- | --- | --- | --- | --- |"]
+    for name, values, kind, aim in aims:
+        if values:
+            reached = max(values) if kind == "largest" else geometric_mean(values)
+            verdict = "met" if reached <= aim else "missed"
+            lines.append(f"| {name} | {geometric_mean(values):.2f} | {max(values):.2f} | {kind} {aim} | {verdict} |")
+    return lines
+
+
+def main() -> None:
+    """Run the cases and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one case, few rounds")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--cases", default="", help="only cases whose name contains this")
+    parser.add_argument("--python", default="python", help="with keras_node and TensorFlow Probability")
+    parser.add_argument("--torch-python", help="with torchdiffeq and torchode; left out if not given")
+    parser.add_argument("--jax-python", help="with diffrax; left out if not given")
+    parser.add_argument("--out", type=pathlib.Path, default=HERE / "RESULTS.md")
+    options = parser.parse_args()
+    pythons = [
+        (options.python, "ours"),
+        (options.jax_python, "jax"),
+        (options.torch_python, "pytorch"),
+        (options.python, "tfp"),
+    ]
+    workers = [Worker(python, library) for python, library in pythons if python]
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for case in QUICK if options.quick else [c for c in CASES if options.cases in c.name]:
+            print(case.name, flush=True)
+            results[case] = compare(case, workers, 2 if options.quick else options.rounds, folder)
+            print("\n".join(table(case, results[case])), flush=True)
+    versions = {"python": platform.python_version()} | {k: v for w in workers for k, v in w.versions.items()}
+    text = [
+        "# Results",
+        "",
+        f"{datetime.date.today()}, {os.cpu_count()} cores, " + ", ".join(f"{k} {v}" for k, v in versions.items()),
+        "",
+        "Made by `make bench`. A step is the solve and the gradient with respect to the initial state and the weights.",
+        "Errors are relative, against float64 at tolerance 1e-11. Steps of all libraries are timed in turn.",
+        "",
+        *targets(results),
+        "",
+        *(line for case, rows in results.items() for line in table(case, rows)),
+    ]
+    options.out.write_text("\n".join(text))
+    print(f"written: {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How each library makes the training step that is compared."""

@@ -1,0 +1,111 @@
+"""keras_node, and the floor: the same evaluations and vector-Jacobian products with no solver around them."""
+
+import keras
+import tensorflow as tf
+
+import keras_node
+
+METHODS = ["backsolve", "checkpointed", "backsolve, graph", "backsolve, solve compiled", "floor"]
+
+
+def versions() -> dict:
+    """The versions in use."""
+    return {
+        "keras_node": keras_node.__version__,
+        "tensorflow": tf.__version__,
+        "keras": keras.__version__,
+    }
+
+
+def field_of(case):
+    """The right-hand side `f(t, y, weights)`."""
+    if case.kind == "mlp":
+        return lambda t, y, w: tf.tanh(y @ w[0] + w[1]) @ w[2] + w[3]
+    if case.kind == "linear":
+        return lambda t, y, w: y @ w[0]
+    if case.kind == "conv":
+        return lambda t, y, w: tf.nn.conv2d(tf.tanh(tf.nn.conv2d(y, w[0], 1, "SAME")), w[1], 1, "SAME")
+    return lambda t, y, w: tf.stack([y[:, 1], w[0] * (1 - y[:, 0] ** 2) * y[:, 1] - y[:, 0]], axis=-1)
+
+
+def loss_of(case, ys):
+    """The mean square of the last state, or of all where several times are asked for."""
+    return tf.reduce_mean(tf.square(ys if case.num_times > 2 else ys[-1]))
+
+
+def make(case, arrays, method):
+    """A training step by keras_node."""
+    y0, ts = tf.constant(arrays["y0"]), arrays["ts"]
+    weights = [tf.constant(arrays[name]) for name in sorted(arrays) if name.startswith("w")]
+    field = field_of(case)
+    solver = keras_node.RungeKutta("tsit5", rtol=case.rtol, atol=case.rtol, per_sample=case.per_sample)
+    gradient = method.split(",")[0]
+    if gradient == "floor":
+        return floor(case, y0, ts, weights, field, solver)
+
+    def step(y0, weights):
+        with tf.GradientTape() as tape:
+            tape.watch([y0, weights])
+            solution = keras_node.odeint(
+                field,
+                y0,
+                ts,
+                args=weights,
+                solver=solver,
+                gradient=gradient,
+                jit_compile="compiled" in method,
+            )
+            loss = loss_of(case, solution.ys)
+        return tape.gradient(loss, [y0, *weights]), solution.ys[-1], solution.stats.num_evaluations
+
+    function = tf.function(step, jit_compile="," not in method)
+
+    def run():
+        gradients, y1, evaluations = function(y0, weights)
+        return [g.numpy() for g in gradients], y1.numpy(), tf.reduce_mean(tf.cast(evaluations, tf.float32)).numpy()
+
+    return run
+
+
+def floor(case, y0, ts, weights, field, solver):
+    """As many evaluations, and vector-Jacobian products backwards, as backsolve makes."""
+    calls = []
+
+    def counted(t, y, w):
+        calls.append(1)
+        return field(t, y, w)
+
+    with tf.GradientTape() as tape:
+        tape.watch(y0)
+        solution = keras_node.odeint(counted, y0, ts, args=weights, solver=solver)
+        loss = loss_of(case, solution.ys)
+    there = int(tf.reduce_max(solution.stats.num_evaluations))
+    calls.clear()
+    tape.gradient(loss, y0)
+    back = len(calls)
+
+    @tf.function(jit_compile=True)
+    def function(y0, weights):
+        t = tf.zeros((), y0.dtype)
+
+        def forwards(i, y):
+            return i + 1, y + 1e-3 * field(t, y, weights)
+
+        def backwards(i, y, adjoint, gradients):
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch([y, weights])
+                dy = field(t, y, weights)
+            da, *dw = tape.gradient(dy, [y, *weights], output_gradients=adjoint)
+            gradients = [g + 1e-3 * d for g, d in zip(gradients, dw, strict=True)]
+            return i + 1, y - 1e-3 * dy, adjoint + 1e-3 * da, gradients
+
+        _, y1 = tf.while_loop(lambda i, _: i < there, forwards, (0, y0))
+        state = (0, y1, y1, [tf.zeros_like(w) for w in weights])
+        _, y, adjoint, gradients = tf.while_loop(lambda i, *_: i < back, backwards, state)
+        return [adjoint, *gradients], y
+
+    def run():
+        gradients, y1 = function(y0, weights)
+        return [g.numpy() for g in gradients], y1.numpy(), there + back
+
+    return run

@@ -1,0 +1,78 @@
+"""torchdiffeq's adjoint, and torchode with automatic differentiation."""
+
+import numpy as np
+import torch
+import torchdiffeq
+import torchode
+
+METHODS = ["torchdiffeq adjoint", "torchode"]
+
+
+def versions() -> dict:
+    """The versions in use."""
+    import importlib.metadata
+
+    return {name: importlib.metadata.version(name) for name in ("torch", "torchdiffeq", "torchode")}
+
+
+class Field(torch.nn.Module):
+    """The right-hand side, which counts its evaluations."""
+
+    def __init__(self, case, weights):
+        super().__init__()
+        self.case = case
+        self.w = torch.nn.ParameterList([torch.nn.Parameter(w) for w in weights])
+        self.evaluations = 0
+
+    def forward(self, t, y):
+        self.evaluations += 1
+        w = self.w
+        if self.case.kind == "mlp":
+            return torch.tanh(y @ w[0] + w[1]) @ w[2] + w[3]
+        if self.case.kind == "linear":
+            return y @ w[0]
+        if self.case.kind == "conv":
+            conv = torch.nn.functional.conv2d
+            return conv(torch.tanh(conv(y, w[0], padding=1)), w[1], padding=1)
+        return torch.stack([y[:, 1], w[0] * (1 - y[:, 0] ** 2) * y[:, 1] - y[:, 0]], dim=-1)
+
+
+def make(case, arrays, method):
+    """A training step by torchdiffeq or torchode."""
+    if method == "torchode" and case.kind in ("conv",):
+        raise NotImplementedError("its state has two axes")
+    y0 = arrays["y0"]
+    weights = [arrays[name] for name in sorted(arrays) if name.startswith("w")]
+    if case.kind == "conv":  # channels first, as torch has it
+        y0, weights = np.moveaxis(y0, -1, 1), [w.transpose(3, 2, 0, 1) for w in weights]
+    y0 = torch.tensor(np.ascontiguousarray(y0), requires_grad=True)
+    ts = torch.tensor(arrays["ts"])
+    field = Field(case, [torch.tensor(np.ascontiguousarray(w)) for w in weights])
+    if method == "torchode":
+        term = torchode.ODETerm(field)
+        stepper = torchode.Tsit5(term=term)
+        controller = torchode.IntegralController(atol=case.rtol, rtol=case.rtol, term=term)
+        solver = torchode.AutoDiffAdjoint(stepper, controller)
+        times = ts.expand(len(y0), -1)
+
+    def solve():
+        if method == "torchode":
+            solution = solver.solve(torchode.InitialValueProblem(y0=y0, t_eval=times))
+            return solution.ys.transpose(0, 1), solution.stats["n_steps"].double().mean().item()
+        return torchdiffeq.odeint_adjoint(field, y0, ts, rtol=case.rtol, atol=case.rtol, method="dopri5"), None
+
+    def run():
+        y0.grad = None
+        field.zero_grad(set_to_none=True)
+        field.evaluations = 0
+        ys, steps = solve()
+        evaluations = field.evaluations if steps is None else 6 * steps + 2
+        (ys if case.num_times > 2 else ys[-1]).square().mean().backward()
+        gradients = [y0.grad.numpy(), *(w.grad.numpy() for w in field.w)]
+        y1 = ys[-1].detach().numpy()
+        if case.kind == "conv":
+            gradients = [np.moveaxis(gradients[0], 1, -1), *(g.transpose(2, 3, 1, 0) for g in gradients[1:])]
+            y1 = np.moveaxis(y1, 1, -1)
+        return gradients, y1, evaluations
+
+    return run

@@ -1,0 +1,57 @@
+"""One library in a process of its own: answers requests on standard input with lines of JSON.
+
+    python worker.py LIBRARY < requests
+
+A library is a module in `libraries` with `METHODS` and `make(case, arrays, method)`, which gives a function without
+arguments that makes one training step and returns the gradients (of `y0`, then of the weights), the last state and
+the number of evaluations, where it is known.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+
+import numpy as np
+from cases import CASES, reference_of
+
+
+def main() -> None:
+    """Serve requests until the input ends."""
+    # What a library prints must not come between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    library = importlib.import_module(f"libraries.{sys.argv[1]}")
+    cases = {case.name: case for case in CASES}
+    cases |= {f"reference of {case.name}": reference_of(case) for case in CASES}
+    steps = {}
+    print(json.dumps({"methods": library.METHODS, "versions": library.versions()}), file=answers, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        case, method = cases[request["case"]], request["method"]
+        try:
+            if request["do"] == "load":
+                start = time.perf_counter()
+                step = library.make(case, case.arrays(), method)
+                results = step()
+                seconds = time.perf_counter() - start
+                gradients, y1, evaluations = results
+                np.savez(request["out"], y1=y1, **{f"g{i}": g for i, g in enumerate(gradients)})
+                steps[case.name, method] = step
+                answer = {"seconds": seconds, "evaluations": None if evaluations is None else float(evaluations)}
+            else:
+                step = steps[case.name, method]
+                seconds = []
+                for _ in range(request["repeat"]):
+                    start = time.perf_counter()
+                    step()
+                    seconds.append(time.perf_counter() - start)
+                answer = {"seconds": seconds}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
