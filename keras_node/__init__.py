@@ -8,6 +8,7 @@ if keras.backend.backend() != "tensorflow":
         f"Received: backend={keras.backend.backend()!r}"
     )
 
+from keras_node.callbacks import SolverMonitor
 from keras_node.gradcheck import GradientCheck, gradcheck
 from keras_node.gradients.backsolve import BacksolveAdjoint
 from keras_node.gradients.checkpointed import CheckpointedAdjoint
@@ -33,6 +34,7 @@ __all__ = [
     "ODERNNCell",
     "RungeKutta",
     "Solution",
+    "SolverMonitor",
     "Stats",
     "Status",
     "gradcheck",

@@ -11,6 +11,7 @@ from keras_node import gradients, solvers
 from keras_node.gradients.direct import DirectGradient
 from keras_node.solution import Solution, Status, check_status
 from keras_node.solve import Problem
+from keras_node.statistics import SolverStatistics
 from keras_node.trees import Nest
 from keras_node.vector_field import VectorField
 
@@ -27,6 +28,7 @@ def odeint(
     training: bool | None = None,
     throw: bool = True,
     jit_compile: bool | str = "auto",
+    statistics: SolverStatistics | None = None,
 ) -> Solution:
     """Solves the initial value problem `dy/dt = f(t, y)`, `y(ts[0]) = y0`, for the states at `ts`.
 
@@ -51,6 +53,7 @@ def odeint(
         jit_compile: whether the solve and its gradient are XLA programs of their own, as parts of a graph (in a
             `tf.function`, in `fit`) that as a whole is none; eagerly nothing is compiled. `"auto"` (default) compiles
             where `training` is true, so that models are exported without, and not with `"direct"`, which cannot.
+        statistics: what a layer that tracks its solves hands in to be told how they went.
 
     Returns:
         A `keras_node.Solution`: `ts`; `ys`, the structure of `y0` with a new first axis of length `T`; `stats`;
@@ -77,11 +80,15 @@ def odeint(
     _check_batch(y0, ts, solver)
 
     field = VectorField(vector_field, ts[0], y0, args, training)
-    ys, stats, status = gradient(Problem(field, y0, ts, field.params, solver, throw, times_vary, jit_compile))
+    on_backward = None if statistics is None else statistics.backward
+    problem = Problem(field, y0, ts, field.params, solver, throw, times_vary, jit_compile, on_backward)
+    ys, stats, status = gradient(problem)
     if valid is not None:
         ys = _mark_invalid(valid, ys)
         valid = valid if status.shape.rank == 1 else tf.reduce_all(valid)
         status = tf.where(valid, status, int(Status.NON_FINITE))
+    if statistics is not None:
+        statistics.forward(stats, status)
     if throw:
         ys = check_status(status, ys, "The solve")
     ys = tf.nest.map_structure(lambda y, o: tf.cast(y, o.dtype) if tf.is_tensor(o) else y, ys, original)

@@ -9,6 +9,7 @@ from keras_node.clock import make_clock, merge, pick, take
 from keras_node.gradients.custom import solve_with_gradient
 from keras_node.gradients.vjp import vjp
 from keras_node.integrate import integrate
+from keras_node.solution import Stats
 from keras_node.solve import Problem, Trajectory, per_sample_times, solve
 from keras_node.solvers.step import Rates
 from keras_node.trees import Nest
@@ -84,8 +85,8 @@ class BacksolveAdjoint:
         wanted = tf.argsort(tf.where(index < 0, tf.size(index), index), axis=0, stable=True)[: tf.shape(problem.ts)[0]]
         return trajectory._replace(ys=tf.nest.map_structure(lambda y: take(y, wanted), trajectory.ys))
 
-    def _backward(self, problem: Problem, memory: tuple, ys: Nest, dys: Nest) -> tuple[tuple, tf.Tensor]:
-        """The gradients of `y0`, `ts` and `params`, from those of the states at `ts`, and the status of their solve."""
+    def _backward(self, problem: Problem, memory: tuple, ys: Nest, dys: Nest) -> tuple[tuple, Stats, tf.Tensor]:
+        """The gradients of `y0`, `ts` and `params`, from those of the states at `ts`, and how their solve went."""
         del memory
         vector_field, y0, ts, params, forward_solver = problem[:5]
         solver = self.solver or forward_solver
@@ -141,7 +142,7 @@ class BacksolveAdjoint:
         if problem.times_vary:
             dts = _time_gradient(vector_field, params, ts, ys, dys, adjoint)
         adjoint = trees.add(adjoint, tf.nest.map_structure(lambda d: d[0], dys))
-        return (adjoint, dts, gradients), integral.status
+        return (adjoint, dts, gradients), integral.stats, integral.status
 
     def get_config(self) -> dict:
         solver = keras.saving.serialize_keras_object(self.solver) if self.solver else None

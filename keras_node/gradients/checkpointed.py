@@ -12,7 +12,7 @@ from keras_node.gradients.custom import solve_with_gradient
 from keras_node.gradients.vjp import vjp
 from keras_node.integrate import step_limit
 from keras_node.interpolation import DenseOutput, Progress, interpolate, new_buffer
-from keras_node.solution import Status
+from keras_node.solution import Stats, Status
 from keras_node.solve import Problem, Trajectory, leave_start, solve, solve_clock
 from keras_node.solvers.step import Rates, Step, rk_step
 from keras_node.trees import Nest
@@ -330,7 +330,16 @@ def _backward(problem: Problem, record: Record, status: tf.Tensor, capacity, dys
     any_failed = tf.reduce_any(failed)
     gradients = trees.poison(failed, adjoint), trees.poison(any_failed, dts), trees.poison(any_failed, dparams)
     # Whoever took the states of a failed solve has been told; nothing is solved here.
-    return gradients, tf.constant(int(Status.SUCCESS))
+    return gradients, _replay_stats(problem, record), tf.constant(int(Status.SUCCESS))
+
+
+def _replay_stats(problem: Problem, record: Record) -> Stats:
+    """Every step once for its gradient, and once more for its state unless that was kept."""
+    tableau = problem.solver.tableau
+    kept = (record.count + record.stride - 1) // record.stride
+    stages = tableau.num_stages - 1 if tableau.fsal and problem.ts.shape[0] == 2 else tableau.num_stages
+    # The state behind the last step of a stretch is not needed.
+    return Stats(stages * (2 * record.count - kept), record.count, tf.constant(0))
 
 
 def _select(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:

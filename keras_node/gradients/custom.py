@@ -14,7 +14,7 @@ from keras_node.trees import Nest
 def solve_with_gradient(
     problem: Problem,
     forward: Callable[[Problem], tuple[Trajectory, Any]],
-    backward: Callable[[Problem, Any, Nest, Nest], tuple[tuple[Nest, tf.Tensor, list[tf.Tensor]], tf.Tensor]],
+    backward: Callable[[Problem, Any, Nest, Nest], tuple[tuple[Nest, tf.Tensor, list[tf.Tensor]], Stats, tf.Tensor]],
 ) -> Trajectory:
     """Solves by `forward`, with a gradient by `backward`.
 
@@ -22,8 +22,8 @@ def solve_with_gradient(
         problem: what to solve.
         forward: `forward(problem)` gives the trajectory and a memory for `backward`, constants of differentiation.
         backward: `backward(problem, memory, ys, dys)` gives the gradients of `y0`, `ts` and `params` from those of
-            `ys`, and the status of what it solved for them. It is differentiated in its turn for second derivatives:
-            the tensors of `problem` and `ys` are connected to what the solve came from.
+            `ys`, and the stats and the status of what it solved for them. It is differentiated in its turn for second
+            derivatives: the tensors of `problem` and `ys` are connected to what the solve came from.
     """
     inputs = (problem.y0, problem.ts, problem.params)
     outputs = Trajectory(problem.y0, Stats(0, 0, 0), 0)
@@ -53,7 +53,9 @@ def solve_with_gradient(
                 return backward(problem._replace(y0=y0, ts=ts, params=params), memory, ys, dys)
 
             arguments = (*tf.nest.pack_sequence_as(inputs, flat), *solved, dys)
-            (adjoint, dts, dparams), status = (_recomputed if compiles else _called)(run_back, arguments)
+            (adjoint, dts, dparams), stats, status = (_recomputed if compiles else _called)(run_back, arguments)
+            if problem.on_backward is not None:
+                problem.on_backward(stats, status)
             if problem.throw:
                 # An upstream gradient that is not finite is the loss's own affair (a loss scaler skips that step).
                 usable = tf.reduce_all([tf.reduce_all(tf.math.is_finite(d)) for d in tf.nest.flatten(dys)])

@@ -6,7 +6,9 @@ import tensorflow as tf
 from keras import ops
 
 from keras_node import gradients, solvers
+from keras_node.gradients.direct import DirectGradient
 from keras_node.odeint import check_jit_compile, odeint
+from keras_node.statistics import SolverStatistics
 from keras_node.vector_field import build, call_arguments
 
 
@@ -34,6 +36,9 @@ class ODELayer(keras.layers.Layer):
             other (augmented neural ODE). Defaults to `0`.
         jit_compile: whether the solve is an XLA program of its own where the model as a whole is none: `"auto"`
             (default) in training, and not with `"direct"`; or `True` or `False`.
+        track_stats: whether evaluations, steps, rejected steps and failures of the solves, forwards and backwards, are
+            metrics of the model, in the logs of `fit` and `evaluate` (see `keras_node.SolverMonitor`). Defaults to
+            `False`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
@@ -76,6 +81,7 @@ class ODELayer(keras.layers.Layer):
         gradient="backsolve",
         augment_dims: int = 0,
         jit_compile: bool | str = "auto",
+        track_stats: bool = False,
         **kwargs,
     ):
         # The state keeps its precision under a mixed policy; the field casts for itself.
@@ -93,6 +99,11 @@ class ODELayer(keras.layers.Layer):
         self.augment_dims = augment_dims
         check_jit_compile(jit_compile, self.gradient)
         self.jit_compile = jit_compile
+        self.track_stats = track_stats
+        self.statistics = None
+        if track_stats:
+            self.statistics = SolverStatistics(self.name, backward=not isinstance(self.gradient, DirectGradient))
+            self.statistic_metrics = self.statistics.metrics  # for Keras to find
         self.supports_masking = True
 
     def build(self, inputs_shape, ts_shape=None):
@@ -112,6 +123,7 @@ class ODELayer(keras.layers.Layer):
             gradient=self.gradient,
             training=training,
             jit_compile=self.jit_compile,
+            statistics=self.statistics,
         )
 
         def output(y):
@@ -145,6 +157,7 @@ class ODELayer(keras.layers.Layer):
             gradient=keras.saving.serialize_keras_object(self.gradient),
             augment_dims=self.augment_dims,
             jit_compile=self.jit_compile,
+            track_stats=self.track_stats,
         )
         return config
 

@@ -45,6 +45,8 @@ class ODERNN(keras.layers.Layer):
             `False`.
         jit_compile: whether the solve is an XLA program of its own where the model as a whole is none: `"auto"`
             (default) in training, and not with `"direct"`; or `True` or `False`.
+        track_stats: whether evaluations, steps, rejected steps and failures of the solves forwards are metrics of
+            the model, in the logs of `fit` and `evaluate` (see `keras_node.SolverMonitor`). Defaults to `False`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name`. `dtype` defaults to the cell's.
 
     Call arguments:
@@ -101,6 +103,7 @@ class ODERNN(keras.layers.Layer):
         gradient="backsolve",
         evolve=None,
         jit_compile: bool | str = "auto",
+        track_stats: bool = False,
         time_feature: bool = False,
         return_sequences: bool = False,
         return_state: bool = False,
@@ -111,7 +114,15 @@ class ODERNN(keras.layers.Layer):
         **kwargs,
     ):
         cell = keras.layers.StackedRNNCells(cell) if isinstance(cell, list | tuple) else cell
-        cell = ODERNNCell(cell, vector_field, solver=solver, gradient=gradient, evolve=evolve, jit_compile=jit_compile)
+        cell = ODERNNCell(
+            cell,
+            vector_field,
+            solver=solver,
+            gradient=gradient,
+            evolve=evolve,
+            jit_compile=jit_compile,
+            track_stats=track_stats,
+        )
         # The input is not cast: times must not lose their digits under a mixed policy.
         super().__init__(autocast=False, **{"dtype": cell.dtype_policy, **kwargs})
         self.time_feature = time_feature
@@ -240,7 +251,7 @@ class ODERNN(keras.layers.Layer):
     def get_config(self):
         config = super().get_config()
         cell, rnn = self.cell.get_config(), self.rnn.get_config()
-        for name in ("cell", "vector_field", "solver", "gradient", "evolve", "jit_compile"):
+        for name in ("cell", "vector_field", "solver", "gradient", "evolve", "jit_compile", "track_stats"):
             config[name] = cell[name]
         for name in _RNN_OPTIONS:
             config[name] = rnn[name]

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_node import gradients, solvers
 from keras_node.odeint import check_jit_compile, odeint
+from keras_node.statistics import SolverStatistics
 from keras_node.vector_field import build, call_arguments
 
 # `keras.layers.RNN` renews the dropout masks of cells of this class, which has no public name of its own.
@@ -40,6 +41,8 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
             `(0, 1)` moves both. States of stacked cells are counted through.
         jit_compile: whether the solve is an XLA program of its own where the model as a whole is none: `"auto"`
             (default) in training, and not with `"direct"`; or `True` or `False`.
+        track_stats: whether evaluations, steps, rejected steps and failures of the solves forwards are metrics of
+            the model, in the logs of `fit` and `evaluate` (see `keras_node.SolverMonitor`). Defaults to `False`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name`. `dtype` defaults to the cell's.
 
     Call arguments:
@@ -80,6 +83,7 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
         gradient="backsolve",
         evolve=None,
         jit_compile: bool | str = "auto",
+        track_stats: bool = False,
         **kwargs,
     ):
         if not isinstance(cell, keras.Layer) or not hasattr(cell, "state_size"):
@@ -104,6 +108,12 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
         self.gradient = gradients.get(gradient)
         check_jit_compile(jit_compile, self.gradient)
         self.jit_compile = jit_compile
+        self.track_stats = track_stats
+        self.statistics = None
+        if track_stats:
+            # TensorFlow cannot update a variable in the gradient of the loop over the steps.
+            self.statistics = SolverStatistics(self.name, backward=False)
+            self.statistic_metrics = self.statistics.metrics  # for Keras to find
         self.evolve = _indices(evolve, len(self._state_sizes()))
 
     @property
@@ -159,6 +169,7 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
             gradient=self.gradient,
             training=training,
             jit_compile=self.jit_compile,
+            statistics=self.statistics,
         )
         h = solution.ys[-1]
         ends = [sum(s.shape[-1] for s in states[:i]) for i in range(1, len(states))]
@@ -194,6 +205,7 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
             gradient=keras.saving.serialize_keras_object(self.gradient),
             evolve=self.evolve,
             jit_compile=self.jit_compile,
+            track_stats=self.track_stats,
         )
         return config
 
