@@ -4,6 +4,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from keras_node.layers.irregular_times import check_order, elapsed_times
 from keras_node.layers.ode_rnn_cell import ODERNNCell
 
 _RNN_OPTIONS = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll", "zero_output_for_mask")
@@ -163,9 +164,9 @@ class ODERNN(keras.layers.Layer):
             x = ops.where(mask[..., None], x, 0)
         goes_on = self.stateful and initial_state is None
         start = ops.cast(self.last_time, times.dtype) if goes_on else None
-        elapsed, end = _elapsed(times, mask, start, self.go_backwards)
+        elapsed, end = elapsed_times(times, mask, start, self.go_backwards)
         ordered = ops.all(ops.isfinite(elapsed) & (elapsed <= 0 if self.go_backwards else elapsed >= 0), axis=1)
-        with tf.control_dependencies(_check_order(ordered, times, self)):
+        with tf.control_dependencies(check_order(ordered, times, self)):
             elapsed = ops.cast(ops.where(ordered[:, None], elapsed, 0), x.dtype)
 
         inputs = ops.concatenate([x, elapsed[..., None]], axis=-1)
@@ -264,48 +265,6 @@ class ODERNN(keras.layers.Layer):
         for name in ("cell", "vector_field"):
             config[name] = keras.saving.deserialize_keras_object(config[name])
         return cls(**config)
-
-
-def _elapsed(times, mask, start, backwards):
-    """The time at every step since the last valid one, `(batch, T)`, and the last valid time, `(batch,)`.
-
-    The time is counted from `start`, `(batch,)`, before the first valid step. Where there is no start, or it is NaN,
-    the first valid step is at zero. So are masked ones.
-    """
-    if backwards:
-        times = ops.flip(times, axis=1)
-        mask = None if mask is None else ops.flip(mask, axis=1)
-    start = ops.full_like(times[:, :1], float("nan")) if start is None else start[:, None]
-    known = ops.concatenate([start, times], axis=1)
-    if mask is not None:
-        known = _last_valid(known, ops.pad(mask, [(0, 0), (1, 0)], constant_values=True))
-    previous = known[:, :-1]
-    # A difference also where there is no previous time, so that a NaN among the times shows.
-    elapsed = times - ops.where(ops.isnan(previous), times, previous)
-    elapsed = elapsed if mask is None else ops.where(mask, elapsed, 0)
-    return ops.flip(elapsed, axis=1) if backwards else elapsed, known[:, -1]
-
-
-def _last_valid(values, valid):
-    """At every step the value of the last valid step up to it. The first step is valid."""
-    num_steps = ops.shape(valid)[1]
-    order = ops.sort(ops.where(valid, ops.arange(num_steps), num_steps), axis=1)  # the valid steps come first
-    rank = ops.cumsum(ops.cast(valid, "int32"), axis=1) - 1
-    return ops.take_along_axis(values, ops.take_along_axis(order, rank, axis=1), axis=1)
-
-
-def _check_order(ordered, times, layer):
-    """Raises for times that turn back: now, or in a graph when the returned assertions run."""
-    must = "The times of a sample must be finite and must not decrease from one valid step to the next"
-    values = tf.get_static_value(ordered)
-    if values is None:
-        return [tf.debugging.Assert(tf.reduce_all(ordered), [f"{must}. Layer {layer.name!r} received:", times])]
-    if not values.all():
-        sample = int(values.argmin())
-        received = tf.get_static_value(times)
-        received = "" if received is None else f": times={received[sample].tolist()}"
-        raise ValueError(f"{must}. Layer {layer.name!r} received{received} for sample {sample}")
-    return []
 
 
 def _not_a_number(shape, dtype=None):

@@ -1,0 +1,231 @@
+"""Accepted steps: recorded by a solve, and replayed for its gradient."""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_node import trees
+from keras_node.clock import Clock, pick
+from keras_node.gradients.vjp import vjp
+from keras_node.integrate import step_limit
+from keras_node.interpolation import DenseOutput, Progress, interpolate, new_buffer
+from keras_node.solve import Problem, solve_clock
+from keras_node.solvers.step import Rates, Step, rk_step
+from keras_node.trees import Nest
+
+
+class Record(NamedTuple):
+    """What a forward solve leaves behind for its replay.
+
+    Attributes:
+        count: how many steps were accepted, by one sample at least.
+        stride: every how many steps a state was kept.
+        steps: `Progress` of every step, each of its parts with a new first axis; of no length where a sample rejected.
+        states: the states before the steps 0, `stride`, `2 * stride` and so on, with a new first axis.
+    """
+
+    count: tf.Tensor
+    stride: tf.Tensor
+    steps: Progress
+    states: Nest
+
+
+class Recorder:
+    """An observer that keeps a `Record`.
+
+    Args:
+        clock: the clock of the solve.
+        max_steps: how many steps there may be.
+        slots: how many states to keep at most.
+    """
+
+    def __init__(self, clock: Clock, max_steps: int | tf.Tensor, slots: int | tf.Tensor):
+        self.clock = clock
+        self.max_steps = max_steps
+        self.slots = slots
+
+    def start(self, y0: Nest):
+        nothing = tf.zeros_like(self.clock.end)
+        none = tf.zeros_like(nothing, dtype=tf.int32)
+        step = Progress(none, nothing, nothing, nothing, tf.zeros_like(none, dtype=tf.bool))
+        steps = tf.nest.map_structure(lambda x: new_buffer(self.max_steps, x), step)
+        # The last slot takes what is not to be kept.
+        states = tf.nest.map_structure(lambda y: new_buffer(self.slots + 1, y), y0)
+        return Record(tf.constant(0), tf.constant(1), steps, states)
+
+    def update(self, memory: Record, step: Step, progress: Progress):
+        count, stride, steps, states = memory
+        # A sample that rejects its step stands still while others go on.
+        seen = progress._replace(
+            segment=tf.broadcast_to(progress.segment, tf.shape(progress.start)),
+            length=tf.where(progress.accepted, progress.length, 0),
+            end=tf.where(progress.accepted, progress.end, progress.start),
+        )
+        steps = tf.nest.map_structure(lambda buffer, x: buffer.write(count, x), steps, seen)
+        stride, states = tf.while_loop(
+            lambda stride, _: count == stride * self.slots,
+            lambda stride, states: (2 * stride, self._thinned(states)),
+            (stride, states),
+            maximum_iterations=1,
+        )
+        slot = tf.where(count % stride == 0, count // stride, self.slots)
+        states = tf.nest.map_structure(lambda buffer, y: buffer.write(slot, y), states, step.y0)
+        return Record(count + tf.cast(tf.reduce_any(progress.accepted), tf.int32), stride, steps, states)
+
+    def result(self, memory: Record) -> Record:
+        stack = lambda nest: tf.nest.map_structure(lambda buffer: buffer.stack(), nest)  # noqa: E731
+        return memory._replace(steps=stack(memory.steps), states=stack(memory.states))
+
+    def _thinned(self, buffers: Nest) -> Nest:
+        """Every second state, moved to the front."""
+
+        def move(i, buffers):
+            return i + 1, tf.nest.map_structure(lambda buffer: buffer.write(i, buffer.read(2 * i)), buffers)
+
+        return tf.while_loop(lambda i, _: 2 * i < self.slots, move, (1, buffers))[1]
+
+
+class Replay:
+    """The accepted steps of a solve as functions of the state, the times and the parameters."""
+
+    def __init__(self, problem: Problem, record: Record, capacity: int | tf.Tensor):
+        self.problem = problem
+        self.record = record
+        self.capacity = capacity  # states between two checkpoints, at most
+        self.tableau = problem.solver.tableau
+        self.dense = problem.ts.shape[0] != 2
+
+    def step(self, n: tf.Tensor, y: Nest, params: list[tf.Tensor], clock: Clock) -> tuple[Step, Progress]:
+        """The `n`-th accepted step, from `y`."""
+        progress = tf.nest.map_structure(lambda x: tf.gather(x, n), self.record.steps)
+        segment = progress.segment if clock.num_segments != 1 else 0
+        step = rk_step(
+            self.tableau,
+            lambda t, y: Rates(self.problem.vector_field(clock.inside(segment, t), y, params)),
+            t=clock.time(segment, progress.start),
+            dt=clock.duration(segment, progress.length),
+            y0=y,
+            last_rate=self.dense,
+        )
+        return step, progress
+
+    def states(self, y0: Nest, ts: tf.Tensor, params: list[tf.Tensor]) -> Nest:
+        """The states at `ts`, by all steps at once; differentiable by ordinary backpropagation."""
+        clock, readings = solve_clock(ts, self.problem.solver, y0)
+        output = DenseOutput(self.tableau, readings)
+        limit = step_limit(self.problem.solver, clock)
+
+        def body(n, y, memory):
+            step, progress = self.step(n, y, params, clock)
+            if not self.dense:
+                return n + 1, step.y1, memory
+            # Stays for a round for each state that it writes: XLA cannot differentiate a loop in a loop twice.
+            stays = tf.reduce_any(output.due(memory, progress))
+            y = trees.where(stays, y, step.y1)
+            return n + tf.cast(~stays, tf.int32), y, output.emit(memory, step, progress)
+
+        _, y1, memory = tf.while_loop(
+            lambda n, *_: n < self.record.count,
+            body,
+            (0, y0, output.start(y0) if self.dense else ()),
+            maximum_iterations=limit + output.size if self.dense else limit,
+        )
+        if self.dense:
+            return output.result(memory, y0)
+        return tf.nest.map_structure(lambda a, b: tf.stack([a, b]), y0, y1)
+
+    def gradient(self, dys: Nest) -> tuple[Nest, tf.Tensor, list[tf.Tensor]]:
+        """The gradients of `y0`, `ts` and `params`, step by step from the last to the first."""
+        _, y0, ts, params, solver, _, times_vary = self.problem[:7]
+        with tf.GradientTape(watch_accessed_variables=False) as clock_tape:
+            clock_tape.watch(ts)
+            clock, readings = solve_clock(ts, solver, y0)
+        timing = (clock.times, clock.rate, readings) if times_vary else ()
+
+        def through_step(n, y, total):
+            adjoint, dparams, dtiming, written = total
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(tf.nest.flatten((y, params, timing[:2])))
+                step, progress = self.step(n, y, params, clock)
+            parts = (step.y1, [rates.y for rates in step.k], step.dt) if self.dense else step.y1
+            cotangent, direct = adjoint, tf.nest.map_structure(tf.zeros_like, y)
+            dreadings = dtiming[2:]
+            if self.dense:
+                nothing = tf.nest.map_structure(tf.zeros_like, parts)
+                cotangent, direct, dreadings, written = self._through_outputs(
+                    step, progress, readings, dys, (adjoint, *nothing[1:]), direct, dreadings, written
+                )
+            dy, dstep, dclock = vjp(tape, parts, (y, params, timing[:2]), cotangent)
+            dtiming = (*trees.add(dtiming[:2], dclock), *dreadings)
+            return trees.add(dy, direct), trees.add(dparams, dstep), dtiming, written
+
+        def through_stretch(stretch, total):
+            first = stretch * self.record.stride
+            length = tf.minimum(self.record.stride, self.record.count - first)
+            y = tf.nest.map_structure(lambda states: tf.gather(states, stretch), self.record.states)
+            kept = tf.nest.map_structure(
+                lambda a: tf.TensorArray(a.dtype, self.capacity, element_shape=a.shape, clear_after_read=False), y
+            )
+            kept = tf.nest.map_structure(lambda buffer, a: buffer.write(0, a), kept, y)
+
+            def again(i, y, kept):
+                y = self.step(first + i - 1, y, params, clock)[0].y1
+                return i + 1, y, tf.nest.map_structure(lambda buffer, a: buffer.write(i, a), kept, y)
+
+            def back(i, total):
+                y = tf.nest.map_structure(lambda buffer: buffer.read(i), kept)
+                return i - 1, through_step(first + i, y, total)
+
+            _, _, kept = tf.while_loop(lambda i, *_: i < length, again, (1, y, kept))
+            _, total = tf.while_loop(lambda i, _: i >= 0, back, (length - 1, total))
+            return stretch - 1, total
+
+        # The last state is where the last step leads; other states go through the dense output.
+        last = tf.nest.map_structure(lambda d: tf.zeros_like(d[-1]) if self.dense else d[-1], dys)
+        written = tf.zeros_like(readings[0], dtype=tf.int32) + tf.shape(readings)[0] - 1 if self.dense else ()
+        zeros = tf.nest.map_structure(tf.zeros_like, (params, timing))
+        num_stretches = (self.record.count + self.record.stride - 1) // self.record.stride
+        _, (adjoint, dparams, dtiming, _) = tf.while_loop(
+            lambda stretch, _: stretch >= 0,
+            through_stretch,
+            (num_stretches - 1, (last, *zeros, written)),
+            parallel_iterations=1,  # else the states of several stretches are computed ahead
+        )
+
+        at_start = readings <= 0 if self.dense else tf.constant([True, False])
+        adjoint = tf.nest.map_structure(lambda a, d: a + tf.reduce_sum(_select(at_start, d), 0), adjoint, dys)
+        dts = vjp(clock_tape, (clock.times, clock.rate, readings), ts, dtiming) if times_vary else tf.zeros_like(ts)
+        return adjoint, dts, dparams
+
+    def _through_outputs(self, step, progress, readings, dys, cotangent, direct, dreadings, written):
+        """Adds what the states asked for within a step give to the cotangents of the step's parts."""
+
+        def due(i):
+            return (i > 0) & (pick(readings, tf.maximum(i, 0)) > progress.start)
+
+        def body(cotangent, direct, dreadings, i):
+            now, index = due(i), tf.maximum(i, 0)
+            theta = tf.math.divide_no_nan(pick(readings, index) - progress.start, progress.length)
+            parts = (step.y1, [rates.y for rates in step.k], step.dt)
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(tf.nest.flatten((parts, step.y0, theta)))
+                y1, k, dt = parts
+                moved = step._replace(y1=y1, k=[Rates(rate) for rate in k], dt=dt)
+                y = interpolate(self.tableau, moved, theta)
+            dy = tf.nest.map_structure(lambda d: pick(d, index), dys)
+            dy = trees.where(now, dy, tf.nest.map_structure(tf.zeros_like, dy))
+            dparts, dy0, dtheta = vjp(tape, y, (parts, step.y0, theta), dy)
+            if dreadings:
+                moved = tf.math.divide_no_nan(dtheta, progress.length)
+                dreadings = (
+                    dreadings[0] + tf.one_hot(index, tf.shape(readings)[0], axis=0, dtype=moved.dtype) * moved,
+                )
+            return trees.add(cotangent, dparts), trees.add(direct, dy0), dreadings, i - tf.cast(now, tf.int32)
+
+        return tf.while_loop(lambda *loop: tf.reduce_any(due(loop[-1])), body, (cotangent, direct, dreadings, written))
+
+
+def _select(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
+    """`x` where `mask`, which has its leading axes, and zero elsewhere."""
+    shape = tf.concat([tf.shape(mask), tf.ones([x.shape.rank - mask.shape.rank], tf.int32)], 0)
+    return tf.where(tf.reshape(mask, shape), x, tf.zeros_like(x))
