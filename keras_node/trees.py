@@ -54,14 +54,15 @@ def stop_gradient(x: Nest) -> Nest:
     return tf.nest.map_structure(tf.stop_gradient, x)
 
 
-def nan_like(x: Nest) -> Nest:
-    """NaN in the shapes of `x`."""
-    return tf.nest.map_structure(lambda a: tf.fill(tf.shape(a), tf.constant(float("nan"), a.dtype)), x)
-
-
 def poison(failed: tf.Tensor, x: Nest) -> Nest:
     """NaN in place of every value that a failed solve gave."""
-    return where(failed, nan_like(x), x)
+
+    def leaf(a):
+        usable = tf.cast(~failed, a.dtype)
+        # One or NaN. A selection between the two would be a sum of products for a converter, and NaN for all.
+        return align(usable / usable, a) * a
+
+    return tf.nest.map_structure(leaf, x)
 
 
 def _is_zero(weight) -> bool:

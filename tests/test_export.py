@@ -1,0 +1,70 @@
+"""Models that leave Keras: ONNX and LiteRT, with the adaptive loop inside."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_node
+
+SOLVERS = {
+    "adaptive": keras_node.RungeKutta("tsit5", rtol=1e-6, atol=1e-7),
+    "fixed": keras_node.RungeKutta("rk4", num_steps=4),
+}
+X = np.random.default_rng(0).normal(size=(3, 4)).astype("float32")
+TIMES = np.cumsum(np.random.default_rng(1).uniform(size=(3, 5)), axis=1).astype("float32")
+
+
+def field():
+    return keras.Sequential([keras.layers.Dense(8, activation="tanh"), keras.layers.Dense(4)])
+
+
+def ode_model(solver):
+    keras.utils.set_random_seed(0)
+    return keras.Sequential([keras.Input((4,)), keras_node.ODELayer(field(), solver=solver), keras.layers.Dense(2)])
+
+
+def run_onnx(path, inputs):
+    session = pytest.importorskip("onnxruntime").InferenceSession(path)
+    names = [node.name for node in session.get_inputs()]
+    return session.run(None, dict(zip(names, inputs, strict=True)))[0]
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.filterwarnings("ignore")
+def test_onnx(name, tmp_path):
+    pytest.importorskip("tf2onnx")
+    model = ode_model(SOLVERS[name])
+    expected = model.predict(X, verbose=0)  # Keras exports to ONNX what has been called
+    path = str(tmp_path / "model.onnx")
+    model.export(path, format="onnx", verbose=False)
+    np.testing.assert_allclose(run_onnx(path, [X]), expected, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_of_a_recurrent_layer(tmp_path):
+    pytest.importorskip("tf2onnx")
+    keras.utils.set_random_seed(0)
+    x, times = keras.Input((5, 3)), keras.Input((5,))
+    h = keras_node.ODERNN(keras.layers.GRUCell(4), field(), solver=SOLVERS["adaptive"])(x, times)
+    model = keras.Model([x, times], h)
+    values = np.random.default_rng(2).normal(size=(3, 5, 3)).astype("float32")
+    expected = model.predict([values, TIMES], verbose=0)
+    path = str(tmp_path / "model.onnx")
+    model.export(path, format="onnx", verbose=False)
+    np.testing.assert_allclose(run_onnx(path, [values, TIMES]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.filterwarnings("ignore")
+def test_litert_with_builtin_operators_only(name, tmp_path):
+    interpreter_of = pytest.importorskip("ai_edge_litert.interpreter").Interpreter
+    model = ode_model(SOLVERS[name])
+    path = str(tmp_path / "model.tflite")
+    model.export(path, format="litert", verbose=False)
+    interpreter = interpreter_of(path)  # without the Flex delegate
+    (given,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
+    interpreter.resize_tensor_input(given["index"], X.shape)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(given["index"], X)
+    interpreter.invoke()
+    np.testing.assert_allclose(interpreter.get_tensor(result["index"]), model.predict(X, verbose=0), atol=1e-5)
