@@ -101,6 +101,13 @@ def test_forward_mode_through_direct(ts, around):
     np.testing.assert_allclose(computed, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_forward_mode_through_backsolve_around_a_function():
+    solver = keras_node.RungeKutta("rk4", num_steps=10)
+    function = lambda y0: solve(y0, MATRIX, tf.constant(SHARED), "backsolve", solver)  # noqa: E731
+    expected = (function(Y0 * (1 + 1e-6)) - function(Y0 * (1 - 1e-6))) / 2e-6
+    np.testing.assert_allclose(directional(Y0, Y0, tf.function(function)), expected, rtol=1e-4)
+
+
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 @pytest.mark.parametrize("gradient", ["backsolve", "checkpointed"])
 def test_forward_mode_is_refused_where_it_would_be_wrong(gradient, mode):

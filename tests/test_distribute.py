@@ -1,0 +1,38 @@
+"""Several devices: MirroredStrategy trains in plain `fit` to the losses of one device."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+
+# Logical devices must be made before TensorFlow is used, so this runs in a process of its own.
+SCRIPT = """
+import json, numpy as np, tensorflow as tf, keras, keras_node
+(cpu,) = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+x = np.random.default_rng(0).normal(size=(32, 5, 4)).astype("float32")
+times = np.cumsum(np.random.default_rng(1).uniform(size=(32, 5)), 1).astype("float32")
+
+def losses():
+    keras.utils.set_random_seed(0)
+    inputs = [keras.Input((5, 4)), keras.Input((5,))]
+    solver = keras_node.RungeKutta("heun", num_steps=2)
+    h = keras_node.ODERNN(keras.layers.GRUCell(4), keras.layers.Dense(4, "tanh"), solver=solver)(*inputs)
+    h = keras_node.ODELayer(keras.layers.Dense(4, "tanh"), solver=solver, track_stats=True)(h)
+    model = keras.Model(inputs, h)
+    model.compile("sgd", "mse", jit_compile=False)
+    return model.fit([x, times], x[:, -1], 16, epochs=2, shuffle=False, verbose=0).history["loss"]
+
+one = losses()
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    two = losses()
+print(json.dumps([one, two]))
+"""
+
+
+def test_two_devices_train_like_one():
+    result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    one, two = json.loads(result.stdout.splitlines()[-1])
+    np.testing.assert_allclose(two, one, rtol=1e-6)
+    assert one[1] < one[0]
