@@ -2,8 +2,9 @@
 
 MuJoCo's Hopper falls from 1000 random poses, and its 14 positions and velocities are noted at 100 moments of each
 fall. Half of the moments are hidden, and at every moment a network predicts the state from the observations before it
-(after Rubanova et al. 2019). The hidden state of an ODE-RNN moves between observations. The RNN beside it has a wider
-GRU cell which is told, as is its decoder, how long ago the last observation was.
+(after Rubanova et al. 2019). The hidden state of an ODE-RNN moves between observations. The RNN beside it has as many
+units; its GRU cell and its decoder are told how long ago the last observation was. The two come out level here, both
+far below what the paper's code gives, where the ODE-RNN is ahead: a plain RNN can be a strong one, so try it first.
 
 `Observing` is the pattern for missing values: marks beside the channels, no update where nothing was observed.
 
@@ -26,8 +27,7 @@ import keras_node
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-MOMENTS, STEP, CHANNELS, BATCH = 100, 0.1, 14, 50
-UNITS = {"ODE-RNN": 64, "RNN": 84}  # not fewer weights for the RNN
+MOMENTS, STEP, CHANNELS, UNITS, BATCH = 100, 0.3, 14, 32, 50
 ELSEWHERE = {"ODE-RNN": 0.0435, "RNN": 0.0577}  # with the paper's code in 30 epochs, another loss and decoder
 
 
@@ -52,9 +52,9 @@ def trajectories(count, rng):
 
 
 def hide(paths, rng):
-    """Hide half of the moments. Returns values beside marks of what was observed, and the time since then."""
-    order = rng.random(paths.shape[:2]).argsort(axis=1)
-    seen = np.repeat((order < MOMENTS // 2)[..., None], CHANNELS, axis=2)
+    """Hide half of the moments, not the first. Returns values beside marks of what is seen, and the time since then."""
+    order = rng.random((len(paths), MOMENTS - 1)).argsort(axis=1)
+    seen = np.pad(order < MOMENTS // 2 - 1, [(0, 0), (1, 0)], constant_values=True)[..., None].repeat(CHANNELS, axis=2)
     values = np.concatenate([np.where(seen, paths, 0), seen], axis=-1).astype("float32")
     last = np.maximum.accumulate(np.where(seen.any(axis=-1), np.arange(MOMENTS), 0), axis=1)
     before = np.pad(last[:, :-1], [(0, 0), (1, 0)])
@@ -81,9 +81,10 @@ class Observing(keras.layers.Layer):
 def predictor(kind):
     """Predicts the state at every moment, but for the first, from the observations before it."""
     values, waited = keras.Input((MOMENTS, 2 * CHANNELS)), keras.Input((MOMENTS, 1))
-    cell = Observing(UNITS[kind])
+    cell = Observing(UNITS)
     if kind == "ODE-RNN":
-        field = keras.Sequential([keras.layers.Dense(64, activation="tanh"), keras.layers.Dense(UNITS[kind])])
+        still = keras.layers.Dense(UNITS, kernel_initializer="zeros")  # at first nothing moves
+        field = keras.Sequential([keras.layers.Dense(128, activation="tanh"), still])
         times = STEP * keras.ops.cumsum(keras.ops.ones_like(waited[..., 0]), axis=1)
         solver = keras_node.RungeKutta("midpoint", num_steps=1)
         h = keras_node.ODERNN(cell, field, solver=solver, gradient="direct", return_sequences=True)(values, times)
@@ -96,7 +97,8 @@ def predictor(kind):
 
 def train(model, paths, epochs, seed):
     """Fit, with other moments hidden in every epoch."""
-    rate, rng = keras.optimizers.schedules.CosineDecay(5e-3, epochs * len(paths) // BATCH), np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
+    rate = keras.optimizers.schedules.CosineDecay(5e-3, epochs * len(paths) // BATCH)
     model.compile(keras.optimizers.Adam(rate, clipnorm=1.0), "mse", jit_compile=True)
     for _ in range(epochs):
         model.fit(hide(paths, rng), paths[:, 1:], BATCH, verbose=0)
@@ -105,8 +107,7 @@ def train(model, paths, epochs, seed):
 def draw(path, truth, hidden, predictions):
     """Draw four channels of one fall as predicted, and the error by the time since the last observation."""
     seen = hidden[0][..., CHANNELS] > 0
-    sample = np.argmax(seen[:, 0])  # the first fall of which the first moment was observed
-    gaps = np.where(np.maximum.accumulate(seen[:, :-1], axis=1), np.rint(hidden[1][:, 1:, 0] / STEP), 0)
+    sample, gaps = 0, np.rint(hidden[1][:, 1:, 0] / STEP)
     figure = plt.figure(figsize=(13, 6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[3, 2])
     error = right.subplots()
@@ -142,7 +143,7 @@ def main():
     hidden = hide(test, np.random.default_rng(1))
     predictions = {}
     print(f"{'':10}{f'test MSE, {seeds} seed(s)':>22}{'elsewhere':>12}{'weights':>10}{'seconds':>10}")
-    for kind in UNITS:
+    for kind in ELSEWHERE:
         errors, start = [], time.perf_counter()
         for seed in range(seeds):
             keras.utils.set_random_seed(seed)
