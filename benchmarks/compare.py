@@ -28,14 +28,15 @@ class Worker:
 
     def __init__(self, python: str, library: str):
         self.library = library
-        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": f"{HERE.parent}:{HERE}"}
+        # While a process waits for its turn, its threads must not spin.
+        settings = {"TF_CPP_MIN_LOG_LEVEL": "3", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": f"{HERE.parent}:{HERE}"}
         self.process = subprocess.Popen(
             [python, HERE / "worker.py", library],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=environment,
+            env=os.environ | settings,
         )
         hello = self.process.stdout.readline()
         if not hello:
