@@ -75,12 +75,16 @@ def solve(problem: Problem, observers: Sequence[Observer] = ()) -> tuple[Traject
 
 def leave_start(problem: Problem, trajectory: Trajectory) -> Trajectory:
     """Adds the gradient of times that equal the first: no step leads to them, yet moving one moves its state."""
-    vector_field, y0, ts, params = problem[:4]
+    vector_field, y0, ts, params, solver = problem[:5]
     if not problem.times_vary:
         return trajectory
     rate = vector_field(ts[0], y0, params)
+    at_start = ts == ts[:1]
+    if ts.shape[0] == 2 and not solver.per_sample:
+        # A sample at rest beside others that move takes their steps, in which its times have their part.
+        at_start = tf.reduce_all(at_start)
     # Zero, with the gradient of `ts[i] - ts[0]`.
-    elapsed = tf.where(ts == ts[:1], ts - ts[:1], 0)
+    elapsed = tf.where(at_start, ts - ts[:1], 0)
 
     def leaf(y, dy):
         shape = tf.concat([tf.shape(elapsed), tf.ones([y.shape.rank - elapsed.shape.rank], tf.int32)], 0)

@@ -86,6 +86,20 @@ def test_each_of_two_equal_times_has_the_gradient_of_its_own_state(gradient, opt
     np.testing.assert_allclose(tape.gradient(value, ts)[1:], tf.reduce_sum(upstream * rates, [1, 2])[1:], rtol=1e-5)
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_sample_at_rest_has_the_gradient_of_its_times(gradient, per_sample):
+    solver = keras_node.RungeKutta("dopri5", per_sample=per_sample, **TIGHT)
+    for ends in ([0.6, 0.2, 0.9], [0.0, 0.2, 0.5]):
+        ts = tf.constant([[0.0, 0.2, 0.5], ends], tf.float64)
+        with tf.GradientTape() as tape:
+            tape.watch(ts)
+            ys = keras_node.odeint(field, Y0, ts, args=MATRIX, gradient=gradient, solver=solver).ys
+            value = tf.reduce_sum(ys[1])
+        rates = field(ts[1][:, None], ys[1], MATRIX)
+        np.testing.assert_allclose(tape.gradient(value, ts)[1], tf.reduce_sum(rates, -1), rtol=1e-5)
+
+
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_times_may_be_tensors_in_a_list(gradient):
     t1 = tf.constant(2.0)

@@ -66,6 +66,20 @@ def test_hessian_vector_products_equal_finite_differences(gradient, ts, per_samp
         np.testing.assert_allclose(computed, (right - left) / 2e-5, rtol=tolerance, atol=tolerance)
 
 
+def test_samples_at_rest_between_two_times_and_between_all():
+    """Right in one solve with a sample that moves; where no step is made, NaN rather than a number."""
+    ts = tf.constant([[0.0, 0.2], [0.6, 0.2]], tf.float64)
+    inputs = [Y0, MATRIX, ts]
+    vectors = [tf.ones_like(Y0), tf.ones_like(MATRIX), tf.zeros_like(ts)]
+    solver = keras_node.RungeKutta("bosh3", **TIGHT)
+    products = {g: tf.function(hessian_products)(inputs, vectors, g, solver) for g in ("backsolve", "checkpointed")}
+    for a, b in zip(products["backsolve"], products["checkpointed"], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    inputs[2] = tf.constant([0.5, 0.5], tf.float64)
+    vectors[2] = tf.zeros_like(inputs[2])
+    assert np.isnan(tf.function(hessian_products)(inputs, vectors, "backsolve", solver)[2]).all()
+
+
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_a_gradient_penalty_trains_weights(gradient):
     """The derivative of a squared input gradient with respect to a weight, in closed form: y(1) = exp(w) y(0)."""

@@ -141,6 +141,9 @@ class BacksolveAdjoint:
         dts = tf.zeros_like(ts)
         if problem.times_vary:
             dts = _time_gradient(vector_field, params, ts, ys, dys, adjoint)
+            if clock.num_segments == 1:
+                at_rest = clock.end == 0
+                adjoint = tf.nest.map_structure(lambda a: a + _unknown_derivative(ts, at_rest, a), adjoint)
         adjoint = trees.add(adjoint, tf.nest.map_structure(lambda d: d[0], dys))
         return (adjoint, dts, gradients), integral.stats, integral.status
 
@@ -164,11 +167,28 @@ def _augmented(vector_field, params):
         if rate.shape.rank == 0:
             dadjoint, dgradients = vjp(tape, dy, (y, params), adjoint)
             return Rates((dy, trees.scale(-1.0, dadjoint)), trees.scale(-rate, dgradients))
-        # The product sums over samples, each of which must count at its own rate. One at rest has no say.
+        # The product sums over samples, each of which must count at its own rate. One at rest has no say, but for a
+        # share below rounding: its adjoint has a rate, which a second derivative with respect to its times asks for.
+        rate = rate + tf.where(rate == 0, tf.cast(1e-20, rate.dtype), 0)
         dadjoint, dgradients = vjp(tape, dy, (y, params), trees.scale(-rate, adjoint))
-        return Rates((dy, trees.scale(tf.math.divide_no_nan(1.0, rate), dadjoint)), dgradients)
+        return Rates((dy, trees.scale(1 / rate, dadjoint)), dgradients)
 
     return augmented
+
+
+@tf.custom_gradient
+def _unknown_derivative(ts, at_rest, like):
+    """Zeros, with the derivative NaN with respect to times between which no step is taken.
+
+    A second derivative would miss there what moving one of the times does to the adjoint.
+    """
+
+    def gradient(upstream):
+        del upstream
+        unknown = at_rest if ts.shape.rank == 2 else tf.reduce_any(at_rest)
+        return tf.where(unknown, tf.constant(float("nan"), ts.dtype), tf.zeros_like(ts)), None, tf.zeros_like(like)
+
+    return tf.zeros_like(like), gradient
 
 
 class ParameterGradient:
