@@ -4,15 +4,15 @@ A stream of 2 to 31 random bits is sent as events: only when the bit changes, an
 is one event, and how many they were is in the time until the next. The task (Lechner & Hasani 2020, "Learning
 Long-Term Dependencies in Irregularly-Sampled Time Series") is whether the number of ones is odd.
 
-- ODE-LSTM: the output of an LSTM moves between events, and its memory stays.
-- ODE-RNN as in the paper's code: only the ODE, `dh/dt = tanh(W h + U x + b)`, driven by the last event `x`.
-- ODE-RNN with updates: a recurrent cell takes in every event, and its whole state moves in between.
+- ODE-LSTM: the output of an LSTM moves between events, and its memory stays. It moves with `dh/dt = sin(W h + b)`;
+  with the paper's tanh it learns to count long runs only slowly.
+- ODE-RNN as in the paper's code: nothing but the ODE `dh/dt = tanh(W h + U x + b)`, driven by the last event `x`.
 
-All three are trained alike, on streams that grow from 8 to 31 bits. The first learns the task and the second does not,
-as published. It is the update that makes the difference to the second more than the LSTM: the third learns, too. In
-the first and the third the state moves with `dh/dt = sin(W h + b)`, for with tanh, as published, they learn slowly.
+Both are trained alike, on streams that grow from 8 to 31 bits. As published, the ODE-RNN stays at chance. What it
+lacks is an update more than an LSTM: `keras_node.ODERNN(keras.layers.SimpleRNNCell(32), field)` gets 98 % of streams
+of 8 bits right. How close the ODE-LSTM comes to the published figure depends on the seed: with 0 it is 97.4 %.
 
-    python examples/event_xor.py            # ten minutes on two cores
+    python examples/event_xor.py            # five to eight minutes on two cores
     python examples/event_xor.py --quick    # half a minute
 """
 
@@ -31,7 +31,7 @@ import matplotlib.pyplot as plt
 
 LONGEST, MOST_EVENTS, UNITS, BATCH, STREAMS = 31, 24, 32, 128, 20480
 BIT = 0.3  # the time that a bit takes
-PUBLISHED = {"ODE-LSTM": "98.89 %", "ODE-RNN, paper": "chance", "ODE-RNN, updates": "-"}
+PUBLISHED = {"ODE-LSTM": "98.89 %", "ODE-RNN": "chance"}
 
 
 def event_streams(rng, count, longest, most_events):
@@ -76,11 +76,10 @@ def classifier(kind):
     """The logit of odd parity from the last output."""
     inputs = [keras.Input((None, 1)), keras.Input((None,)), keras.Input((None,), dtype="bool")]
     x, times, mask = inputs
-    cell, field, evolve = {
-        "ODE-LSTM": (keras.layers.LSTMCell(UNITS), keras.layers.Dense(UNITS, activation=keras.ops.sin), 0),
-        "ODE-RNN, paper": (Held(), DrivenField(), (0, 1)),
-        "ODE-RNN, updates": (keras.layers.SimpleRNNCell(UNITS), keras.layers.Dense(UNITS, activation=keras.ops.sin), 0),
-    }[kind]
+    if kind == "ODE-LSTM":
+        cell, field, evolve = keras.layers.LSTMCell(UNITS), keras.layers.Dense(UNITS, activation=keras.ops.sin), 0
+    else:
+        cell, field, evolve = Held(), DrivenField(), (0, 1)
     # Four Euler steps between events as in the paper's code, and the exact gradient of these steps.
     solver = keras_node.RungeKutta("euler", num_steps=4)
     h = keras_node.ODERNN(cell, field, solver=solver, gradient="direct", evolve=evolve)(x, times, mask=mask)
@@ -121,7 +120,7 @@ def draw(path, curves):
 
 
 def main():
-    """Train the networks, print the table, draw the picture."""
+    """Train both networks, print the table, draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="train for a few seconds only")
     parser.add_argument("--epochs", type=int, default=100)
@@ -132,13 +131,13 @@ def main():
 
     test = event_streams(np.random.default_rng(10_000), 10_000, LONGEST, LONGEST)
     curves = {}
-    print(f"{'':18}{'test accuracy':>15}{'published':>12}{'seconds':>10}")
+    print(f"{'':10}{'test accuracy':>15}{'published':>12}{'seconds':>10}")
     for kind, published in PUBLISHED.items():
         keras.utils.set_random_seed(options.seed)
         start = time.perf_counter()
         curves[kind] = train(classifier(kind), epochs, test, options.seed)
         seconds = time.perf_counter() - start
-        print(f"{kind:18}{100 * curves[kind][-1]:13.2f} %{published:>12}{seconds:10.0f}", flush=True)
+        print(f"{kind:10}{100 * curves[kind][-1]:13.2f} %{published:>12}{seconds:10.0f}", flush=True)
     draw(options.out, curves)
     print(f"picture: {options.out.resolve()}")
 

@@ -106,8 +106,7 @@ def train(model, paths, epochs, seed):
 
 def draw(path, truth, hidden, predictions):
     """Draw four channels of one fall as predicted, and the error by the time since the last observation."""
-    seen = hidden[0][..., CHANNELS] > 0
-    sample, gaps = 0, np.rint(hidden[1][:, 1:, 0] / STEP)
+    sample, seen, gaps = 0, hidden[0][..., CHANNELS] > 0, np.rint(hidden[1][:, 1:, 0] / STEP)
     figure = plt.figure(figsize=(13, 6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[3, 2])
     error = right.subplots()
