@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 
 from keras_node import trees
-from keras_node.gradients.custom import solve_with_gradient
+from keras_node.gradients.custom import recomputed, solve_with_gradient
 from keras_node.gradients.replay import Record, Recorder, Replay
 from keras_node.gradients.vjp import vjp
 from keras_node.integrate import step_limit
@@ -83,35 +83,23 @@ class CheckpointedAdjoint:
 
 def _backward(problem: Problem, record: Record, status: tf.Tensor, capacity, dys: Nest):
     """The gradients of `y0`, `ts` and `params`, differentiable once more through a replay of all steps."""
-    inputs = (problem.y0, problem.ts, problem.params, dys)
 
     def replay(y0, ts, params):
         return Replay(problem._replace(y0=y0, ts=ts, params=params), record, capacity)
 
-    @tf.custom_gradient
-    def first(*flat):
-        *solved, dys = tf.nest.pack_sequence_as(inputs, [tf.stop_gradient(x) for x in flat])
-        gradients = tf.nest.flatten(replay(*solved).gradient(dys))
+    def step_by_step(*arguments):
+        *solved, dys = arguments
+        return replay(*solved).gradient(dys)
 
-        def second(*upstream, variables=None):
-            with tf.GradientTape(watch_accessed_variables=False) as outer:
-                outer.watch(flat)
-                *solved, dys = tf.nest.pack_sequence_as(inputs, flat)
-                with tf.GradientTape(watch_accessed_variables=False) as inner:
-                    inner.watch(tf.nest.flatten(solved))
-                    ys = replay(*solved).states(*solved)
-                products = vjp(inner, ys, solved, dys)
-            flat_gradients = outer.gradient(
-                tf.nest.flatten(products),
-                flat,
-                output_gradients=upstream,
-                unconnected_gradients=tf.UnconnectedGradients.ZERO,
-            )
-            return flat_gradients if variables is None else (flat_gradients, [None] * len(variables))
+    def at_once(*arguments):
+        *solved, dys = arguments
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(tf.nest.flatten(solved))
+            ys = replay(*solved).states(*solved)
+        return vjp(tape, ys, tuple(solved), dys)
 
-        return gradients, second
-
-    adjoint, dts, dparams = tf.nest.pack_sequence_as(inputs[:3], first(*tf.nest.flatten(inputs)))
+    arguments = (problem.y0, problem.ts, problem.params, dys)
+    adjoint, dts, dparams = recomputed(step_by_step, at_once, arguments)
     failed = status != int(Status.SUCCESS)
     any_failed = tf.reduce_any(failed)
     gradients = trees.poison(failed, adjoint), trees.poison(any_failed, dts), trees.poison(any_failed, dparams)

@@ -53,7 +53,9 @@ def solve_with_gradient(
                 return backward(problem._replace(y0=y0, ts=ts, params=params), memory, ys, dys)
 
             arguments = (*tf.nest.pack_sequence_as(inputs, flat), *solved, dys)
-            (adjoint, dts, dparams), stats, status = (_recomputed if compiles else _called)(run_back, arguments)
+            # What a loop in an XLA program keeps for its own gradient cannot leave the program.
+            results = recomputed(_compiled(run_back), run_back, arguments) if compiles else run_back(*arguments)
+            (adjoint, dts, dparams), stats, status = results
             if problem.on_backward is not None:
                 problem.on_backward(stats, status)
             if problem.throw:
@@ -76,41 +78,30 @@ def solve_with_gradient(
     return trajectory
 
 
-def _called(function: Callable, arguments: tuple) -> Any:
-    return function(*arguments)
-
-
-def _compiled(function: Callable) -> Callable:
-    return tf.function(function, autograph=False, jit_compile=True)
-
-
-def _recomputed(function: Callable, arguments: tuple) -> Any:
-    """`function(*arguments)` as an XLA program, differentiated by running it once more as it is.
-
-    What a loop in an XLA program keeps for its gradient cannot leave the program.
-    """
+def recomputed(function: Callable, again: Callable, arguments: tuple) -> Any:
+    """`function(*arguments)`, differentiated as `again(*arguments)`, an equal computation that can be."""
     structure = []
-
-    def flat_function(*flat):
-        result = function(*tf.nest.pack_sequence_as(arguments, flat))
-        structure.append(result)
-        return tf.nest.flatten(result)
 
     @tf.custom_gradient
     def differentiable(*flat):
-        results = _compiled(flat_function)(*[tf.stop_gradient(x) for x in flat])
+        results = function(*tf.nest.pack_sequence_as(arguments, [tf.stop_gradient(x) for x in flat]))
+        structure.append(results)
 
         def gradient(*upstream, variables=None):
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(flat)
-                again = flat_function(*flat)
-            gradients = vjp(tape, again, list(flat), list(upstream))
+                outputs = tf.nest.flatten(again(*tf.nest.pack_sequence_as(arguments, flat)))
+            gradients = vjp(tape, outputs, list(flat), list(upstream))
             return gradients if variables is None else (gradients, [None] * len(variables))
 
-        return results, gradient
+        return tf.nest.flatten(results), gradient
 
     results = differentiable(*tf.nest.flatten(arguments))
     return tf.nest.pack_sequence_as(structure[0], results)
+
+
+def _compiled(function: Callable) -> Callable:
+    return tf.function(function, autograph=False, jit_compile=True)
 
 
 def _refuse(tensors: list[tf.Tensor], function: Any) -> tf.Tensor:
