@@ -11,13 +11,14 @@ INSTALLED := $(VENV)/.installed
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help example examples test bench lint format clean
+.PHONY: help example examples test bench bench-more lint format clean
 
 help:
 	@echo "make example   train a continuous-depth network on real data, beside a residual network"
 	@echo "make examples  run every example"
 	@echo "make test      run the tests; PYTEST_ARGS='-k solver' chooses some"
 	@echo "make bench     compare with other libraries, in environments of their own; BENCH_ARGS=--quick for a first look"
+	@echo "make bench-more  error against time, plain fit beside XLA, and how the time of a step grows"
 	@echo "make lint      check style and format"
 	@echo "make format    put both right where ruff can"
 	@echo "make clean     remove the virtual environment and every output"
@@ -32,9 +33,16 @@ examples: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --durations 10 $(PYTEST_ARGS)
 
+PEERS := --python $(BIN)/python --torch-python $(VENV)-torch/bin/python --jax-python $(VENV)-jax/bin/python
+
 bench: $(INSTALLED) $(VENV)-torch/.installed $(VENV)-jax/.installed
-	$(BIN)/python benchmarks/compare.py --python $(BIN)/python --torch-python $(VENV)-torch/bin/python \
-		--jax-python $(VENV)-jax/bin/python $(BENCH_ARGS)
+	$(BIN)/python benchmarks/compare.py $(PEERS) $(BENCH_ARGS)
+
+# Error against time beside other libraries, plain fit beside XLA, and how the time grows with the problem.
+bench-more: $(INSTALLED) $(VENV)-torch/.installed $(VENV)-jax/.installed
+	$(BIN)/python benchmarks/curves.py $(PEERS)
+	$(BIN)/python benchmarks/fit.py
+	$(BIN)/python benchmarks/scaling.py
 
 $(VENV)-%/.installed: benchmarks/requirements-%.txt
 	$(PYTHON) -m venv $(VENV)-$*

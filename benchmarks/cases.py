@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A solve and the gradient of `mean(ys[-1] ** 2)`, or of the mean over all times.
+    """A solve and, as a training step, the gradient of `mean(ys[-1] ** 2)`, or of the mean over all times.
 
     Attributes:
         name: what the table calls it.
@@ -18,6 +18,7 @@ class Case:
         t1: the last time.
         per_sample: whether every sample has steps of its own, where a library can.
         dtype: of all arrays.
+        gradient: whether the step is a training step, or the solve alone.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Case:
     t1: float = 1.0
     per_sample: bool = False
     dtype: str = "float32"
+    gradient: bool = True
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The initial state `y0`, the times `ts` and the weights `w0`, `w1` and so on."""
@@ -56,19 +58,27 @@ class Case:
         return {name: array.astype(self.dtype) for name, array in arrays.items()}
 
 
-MLPS = [
-    Case(f"MLP {b} x {w}, {h} hidden, {rtol:.0e}", "mlp", (b, w, h), rtol)
-    for b, w, h in [(128, 2, 50), (128, 64, 128), (512, 128, 256)]
-    for rtol in (1e-3, 1e-5)
-]
+SIZES = [(128, 2, 50), (128, 64, 128), (512, 128, 256)]
+
+
+def mlp(sizes, rtol, **options) -> Case:
+    """A case of an MLP field."""
+    batch, width, hidden = sizes
+    name = f"MLP {batch} x {width}, {hidden} hidden, {options.get('dtype', 'float32')}, {rtol:.0e}"
+    return Case(name if options.get("gradient", True) else f"{name}, forward only", "mlp", sizes, rtol, **options)
+
+
 CASES = [
-    *MLPS,
-    Case("MLP 128 x 64, float64, 1e-08", "mlp", (128, 64, 128), 1e-8, dtype="float64"),
+    *[mlp(sizes, rtol) for sizes in SIZES for rtol in (1e-3, 1e-5)],
+    mlp(SIZES[1], 1e-8, dtype="float64"),
     Case("linear, 100 times, 1e-05", "linear", (128, 16), 1e-5, num_times=100, t1=5.0),
     Case("convolutions 32 x 16 x 16 x 32, 1e-03", "conv", (32, 16, 16, 32), 1e-3),
     Case("Van der Pol, own steps, 1e-05", "van_der_pol", (256,), 1e-5, t1=10.0, per_sample=True),
+    *[mlp(sizes, 1e-5, gradient=False) for sizes in SIZES],
 ]
-QUICK = [MLPS[0]]
+QUICK = CASES[:1]
+# For the picture of error against time.
+CURVES = [mlp(sizes, rtol, dtype="float64") for sizes in SIZES[:2] for rtol in (1e-2, 1e-4, 1e-6, 1e-8)]
 
 
 def reference_of(case: Case) -> Case:

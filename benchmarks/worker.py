@@ -3,8 +3,8 @@
     python worker.py LIBRARY < requests
 
 A library is a module in `libraries` with `METHODS` and `make(case, arrays, method)`, which gives a function without
-arguments that makes one training step and returns the gradients (of `y0`, then of the weights), the last state and
-the number of evaluations, where it is known.
+arguments that makes one step and returns the gradients (of `y0`, then of the weights; none without), the last state
+and the number of evaluations, where it is known. It raises `NotImplementedError` where a method has no part in a case.
 """
 
 import importlib
@@ -14,7 +14,7 @@ import sys
 import time
 
 import numpy as np
-from cases import CASES, reference_of
+from cases import CASES, CURVES, reference_of
 
 
 def main() -> None:
@@ -23,8 +23,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     library = importlib.import_module(f"libraries.{sys.argv[1]}")
-    cases = {case.name: case for case in CASES}
-    cases |= {f"reference of {case.name}": reference_of(case) for case in CASES}
+    cases = {case.name: case for case in CASES + CURVES}
+    cases |= {f"reference of {name}": reference_of(case) for name, case in cases.items()}
     steps = {}
     print(json.dumps({"methods": library.METHODS, "versions": library.versions()}), file=answers, flush=True)
     for line in sys.stdin:

@@ -4,6 +4,7 @@ It knows nothing of gradients, layers or Keras. Gradient methods give it their o
 steps through an observer.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +16,7 @@ from keras_node.interpolation import Progress
 from keras_node.solution import Stats, Status
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.solvers.step import Rates, Step, quadrature_rate, rk_step
-from keras_node.step_size import first_step_size
+from keras_node.step_size import Norm, first_step_size, rms_norm
 from keras_node.trees import Nest
 
 
@@ -69,6 +70,7 @@ def integrate(
     quadrature: Nest = (),
     observers: Sequence[Observer] = (),
     jump: Callable[[tf.Tensor, Nest], Nest] | None = None,
+    norm: Norm | None = None,
 ) -> Integral:
     """Integrates `dy/dt = f(t, y)` from the clock's first stop to its last.
 
@@ -81,8 +83,10 @@ def integrate(
         observers: see every attempted step.
         jump: `jump(i, y)`, the state behind the `i`-th stop from the state before it, for the stops between
             the first and the last. The field is evaluated afresh there.
+        norm: of the error; by default its root mean square, over the whole state or that of each sample.
     """
     tableau, controller, per_sample = solver.tableau, solver.controller, solver.per_sample
+    norm = norm or functools.partial(rms_norm, per_sample=per_sample)
     # The shape of all that steers the loop: one value, or one for each sample.
     control = tf.shape(clock.end)
     several_segments = clock.num_segments != 1
@@ -113,7 +117,7 @@ def integrate(
             y0=s.y,
             k1=s.k1 if tableau.fsal else None,
         )
-        decision = controller.decide(length, step.error, s.y, step.y1, s.history, per_sample)
+        decision = controller.decide(length, step.error, s.y, step.y1, s.history, norm)
         always = decision.accept is True and not per_sample
         accepted = running & decision.accept
         keep = (lambda new, old: new) if always else (lambda new, old: trees.where(accepted, new, old))
@@ -167,7 +171,7 @@ def integrate(
         return y, k1, evaluations
 
     first_segment = tf.zeros(control, tf.int32) if several_segments else ()
-    k1, step_size, evaluations = _first_evaluations(vector_field, y0, clock, solver, control)
+    k1, step_size, evaluations = _first_evaluations(vector_field, y0, clock, solver, control, norm)
     status = tf.zeros(control, tf.int32)
     if k1 != ():
         status = tf.where(_is_finite(k1.y, per_sample), status, int(Status.NON_FINITE))
@@ -203,7 +207,7 @@ def integrate(
     )
 
 
-def _first_evaluations(vector_field, y0, clock, solver, control):
+def _first_evaluations(vector_field, y0, clock, solver, control, norm):
     """The rates at the start where they serve, the first step size, and how many evaluations these took."""
     adaptive_start = solver.adaptive and solver.first_step is None
     rate = pick(clock.rate, 0)
@@ -217,9 +221,7 @@ def _first_evaluations(vector_field, y0, clock, solver, control):
     def rate_of_change(reading, y):
         return trees.scale(rate, vector_field(clock.time(0, reading), y, rate).y)
 
-    step_size = first_step_size(
-        rate_of_change, y0, trees.scale(rate, k1.y), clock.end, solver.controller, solver.per_sample
-    )
+    step_size = first_step_size(rate_of_change, y0, trees.scale(rate, k1.y), clock.end, solver.controller, norm)
     return k1, step_size, evaluations + 1
 
 

@@ -8,12 +8,15 @@ Soderlind (2003), "Digital filters in adaptive time-stepping". ACM Trans. Math. 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import tensorflow as tf
 
 from keras_node import trees
 from keras_node.trees import Nest
+
+Norm = Callable[[Nest], tf.Tensor]
 
 
 class Decision(NamedTuple):
@@ -54,7 +57,7 @@ def first_step_size(
     k1: Nest,
     longest: tf.Tensor,
     controller: "PIDController",
-    per_sample: bool,
+    norm: Norm,
 ) -> tf.Tensor:
     """The starting step of Hairer, Norsett & Wanner II.4, at the cost of one evaluation.
 
@@ -64,12 +67,12 @@ def first_step_size(
         k1: `g(0, y0)`.
         longest: the length of the solve, which the trial step must not leave.
         controller: gives tolerances and the order of the error estimate.
-        per_sample: whether every sample has its own step.
+        norm: measures a state, as one value or one for each sample.
     """
     scale = error_scale(y0, controller.rtol, controller.atol)
 
     def size(x):
-        return rms_norm(tf.nest.map_structure(tf.divide, x, scale), per_sample)
+        return norm(tf.nest.map_structure(tf.divide, x, scale))
 
     d0, d1 = size(y0), size(k1)
     h0 = tf.where((d0 < 1e-5) | (d1 < 1e-5), tf.cast(1e-6, d0.dtype), 0.01 * tf.math.divide_no_nan(d0, d1))
@@ -95,8 +98,8 @@ class ConstantSteps:
         del like
         return ()
 
-    def decide(self, step_size, error, y0, y1, history, per_sample) -> Decision:
-        del error, y0, y1, per_sample
+    def decide(self, step_size, error, y0, y1, history, norm) -> Decision:
+        del error, y0, y1, norm
         return Decision(True, True, step_size, history)
 
 
@@ -123,22 +126,22 @@ class PIDController:
         depth = 2 if self.dcoeff else 1 if self.pcoeff else 0
         return (tf.ones_like(like),) * depth
 
-    def decide(self, step_size, error, y0, y1, history, per_sample) -> Decision:
+    def decide(self, step_size, error, y0, y1, history, norm) -> Decision:
         largest = tf.nest.map_structure(lambda a, b: tf.maximum(tf.abs(a), tf.abs(b)), y0, y1)
         scaled = tf.nest.map_structure(tf.divide, error, error_scale(largest, self.rtol, self.atol))
-        norm = tf.stop_gradient(rms_norm(trees.stop_gradient(scaled), per_sample))
+        size = tf.stop_gradient(norm(trees.stop_gradient(scaled)))
         # A non-finite error counts as a very large one: a smaller step may stay in the field's domain.
-        finite = tf.math.is_finite(norm)
-        accept = finite & (norm <= 1)
-        norm = tf.where(finite, tf.maximum(norm, 1e-10), 1e10)
+        finite = tf.math.is_finite(size)
+        accept = finite & (size <= 1)
+        size = tf.where(finite, tf.maximum(size, 1e-10), 1e10)
         p, i, d = (c / self.error_order for c in (self.pcoeff, self.icoeff, self.dcoeff))
         exponents = (-(p + i + d), p + 2 * d, -d)
-        factor = tf.cast(self.safety, norm.dtype)
-        for past, exponent in zip((norm, *history), exponents, strict=False):
+        factor = tf.cast(self.safety, size.dtype)
+        for past, exponent in zip((size, *history), exponents, strict=False):
             factor = factor * past**exponent
         # After a rejection the step must shrink, whatever the history says.
-        most = tf.where(accept, tf.cast(self.max_factor, norm.dtype), self.safety)
+        most = tf.where(accept, tf.cast(self.max_factor, size.dtype), self.safety)
         factor = tf.clip_by_value(factor, self.min_factor, most)
-        new_history = (norm, *history)[: len(history)]
+        new_history = (size, *history)[: len(history)]
         history = tuple(tf.where(accept, new, old) for new, old in zip(new_history, history, strict=True))
         return Decision(accept, finite, step_size * factor, history)

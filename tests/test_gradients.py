@@ -173,6 +173,24 @@ def test_the_error_of_the_adjoint_falls_with_the_tolerances(norm):
     assert errors[2] < 1e-5
 
 
+def test_many_weights_do_not_hide_the_error_of_the_adjoint():
+    def gradient(norm):
+        many = tf.zeros(10_000, tf.float64)
+        with tf.GradientTape() as tape:
+            tape.watch(Y0)
+            solution = keras_node.odeint(
+                lambda t, y, w: tf.sin(3 * y @ MATRIX) + 1e-9 * tf.reduce_sum(w),
+                Y0,
+                [0.0, 3.0],
+                args=many,
+                gradient=keras_node.BacksolveAdjoint(keras_node.RungeKutta("heun", rtol=1e-3), norm=norm),
+            )
+            final = solution.ys[-1]
+        return tape.gradient(final, Y0)
+
+    np.testing.assert_array_equal(gradient("full"), gradient("state"))
+
+
 def test_the_full_norm_needs_times_that_samples_share():
     with pytest.raises(ValueError, match="Received: norm="):
         keras_node.odeint(lambda y: -y, Y0, OWN, gradient=keras_node.BacksolveAdjoint(norm="full"))

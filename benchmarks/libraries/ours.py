@@ -5,7 +5,9 @@ import tensorflow as tf
 
 import keras_node
 
-METHODS = ["backsolve", "checkpointed", "backsolve, graph", "backsolve, solve compiled", "floor"]
+# `backsolve` and `checkpointed` are whole steps under XLA; the next three are backsolve without it, in a graph with
+# the solves alone compiled, and eagerly.
+METHODS = ["backsolve", "checkpointed", "graph", "compiled solve", "eager", "floor"]
 
 
 def versions() -> dict:
@@ -39,26 +41,31 @@ def make(case, arrays, method):
     weights = [tf.constant(arrays[name]) for name in sorted(arrays) if name.startswith("w")]
     field = field_of(case)
     solver = keras_node.RungeKutta("tsit5", rtol=case.rtol, atol=case.rtol, per_sample=case.per_sample)
-    gradient = method.split(",")[0]
-    if gradient == "floor":
+    gradient = "checkpointed" if method == "checkpointed" else "backsolve"
+    if method == "floor":
         return floor(case, y0, ts, weights, field, solver)
+    if not case.gradient and method in ("checkpointed", "compiled solve"):
+        raise NotImplementedError("without a gradient it is backsolve's solve")
+    if method == "eager" and (case.kind != "mlp" or case.dtype != "float32"):
+        raise NotImplementedError("eager mode is measured on the MLPs")
+
+    def solve(y0, weights):
+        return keras_node.odeint(
+            field, y0, ts, args=weights, solver=solver, gradient=gradient, jit_compile=method == "compiled solve"
+        )
 
     def step(y0, weights):
+        if not case.gradient:
+            solution = solve(y0, weights)
+            return [], solution.ys[-1], solution.stats.num_evaluations
         with tf.GradientTape() as tape:
             tape.watch([y0, weights])
-            solution = keras_node.odeint(
-                field,
-                y0,
-                ts,
-                args=weights,
-                solver=solver,
-                gradient=gradient,
-                jit_compile="compiled" in method,
-            )
+            solution = solve(y0, weights)
             loss = loss_of(case, solution.ys)
         return tape.gradient(loss, [y0, *weights]), solution.ys[-1], solution.stats.num_evaluations
 
-    function = tf.function(step, jit_compile="," not in method)
+    xla = method not in ("graph", "compiled solve")
+    function = step if method == "eager" else tf.function(step, jit_compile=xla)
 
     def run():
         gradients, y1, evaluations = function(y0, weights)
@@ -81,7 +88,8 @@ def floor(case, y0, ts, weights, field, solver):
         loss = loss_of(case, solution.ys)
     there = int(tf.reduce_max(solution.stats.num_evaluations))
     calls.clear()
-    tape.gradient(loss, y0)
+    if case.gradient:
+        tape.gradient(loss, y0)
     back = len(calls)
 
     @tf.function(jit_compile=True)
@@ -100,6 +108,8 @@ def floor(case, y0, ts, weights, field, solver):
             return i + 1, y - 1e-3 * dy, adjoint + 1e-3 * da, gradients
 
         _, y1 = tf.while_loop(lambda i, _: i < there, forwards, (0, y0))
+        if not case.gradient:
+            return [], y1
         state = (0, y1, y1, [tf.zeros_like(w) for w in weights])
         _, y, adjoint, gradients = tf.while_loop(lambda i, *_: i < back, backwards, state)
         return [adjoint, *gradients], y

@@ -21,17 +21,23 @@ def make(case, arrays, method):
     field = field_of(case)
     solver = tfp.math.ode.DormandPrince(rtol=case.rtol, atol=case.rtol)
 
+    def solve(y0, weights):
+        return solver.solve(
+            lambda t, y, **w: field(t, y, [w[f"w{i}"] for i in range(len(weights))]),
+            ts[0],
+            y0,
+            ts[1:],
+            constants={f"w{i}": w for i, w in enumerate(weights)},
+        )
+
     @tf.function(jit_compile=True)
     def function(y0, weights):
+        if not case.gradient:
+            result = solve(y0, weights)
+            return [], result.states[-1], result.diagnostics.num_ode_fn_evaluations
         with tf.GradientTape() as tape:
             tape.watch([y0, weights])
-            result = solver.solve(
-                lambda t, y, **w: field(t, y, [w[f"w{i}"] for i in range(len(weights))]),
-                ts[0],
-                y0,
-                ts[1:],
-                constants={f"w{i}": w for i, w in enumerate(weights)},
-            )
+            result = solve(y0, weights)
             loss = loss_of(case, tf.concat([y0[None], result.states], 0))
         return tape.gradient(loss, [y0, *weights]), result.states[-1], result.diagnostics.num_ode_fn_evaluations
 

@@ -12,6 +12,7 @@ from keras_node.integrate import integrate
 from keras_node.solution import Stats
 from keras_node.solve import Problem, Trajectory, per_sample_times, solve
 from keras_node.solvers.step import Rates
+from keras_node.step_size import rms_norm
 from keras_node.trees import Nest
 
 
@@ -132,7 +133,11 @@ class BacksolveAdjoint:
             def full_jump(i, state):
                 return (*jump(i, state[:2]), state[2])
 
-            integral = integrate(rates, (*state, gradients), clock, solver, jump=full_jump)
+            def norm(error):
+                # Not one mean over both: where weights are many, it would allow the state any error.
+                return tf.maximum(rms_norm(error[:2], False), rms_norm(error[2], False))
+
+            integral = integrate(rates, (*state, gradients), clock, solver, jump=full_jump, norm=norm)
             _, adjoint, gradients = integral.y1
         else:
             integral = integrate(augmented, state, clock, solver, quadrature=gradients, jump=jump)

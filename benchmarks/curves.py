@@ -1,0 +1,57 @@
+"""Error against time: training steps at four tolerances by every library, so that nobody wins by being less accurate.
+
+make bench BENCH=curves.py
+"""
+
+import pathlib
+import tempfile
+
+import matplotlib
+from cases import CURVES
+from compare import compare, parser, start_workers
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# A library's fastest whole step with a gradient.
+SHOWN = {
+    "ours backsolve": "keras_node, backsolve",
+    "ours checkpointed": "keras_node, checkpointed",
+    "jax recursive checkpoints": "diffrax, recursive checkpoints",
+    "jax backsolve": "diffrax, backsolve",
+    "pytorch torchdiffeq adjoint": "torchdiffeq, adjoint",
+    "pytorch torchode": "torchode",
+    "tfp adjoint": "TensorFlow Probability",
+}
+
+
+def main() -> None:
+    """Time the cases and draw the picture."""
+    options = parser(__doc__.splitlines()[0]).parse_args()
+    workers = start_workers(options)
+    panels = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for case in CURVES:
+            print(case.name, flush=True)
+            panels.setdefault(case.sizes, []).append(compare(case, workers, options.rounds, folder))
+    figure, axes = plt.subplots(1, len(panels), figsize=(11, 4.5), layout="constrained", squeeze=False)
+    for ax, (sizes, runs) in zip(axes[0], panels.items(), strict=True):
+        for name, label in SHOWN.items():
+            rows = [row for run in runs for row in run if f"{row.library} {row.method}" == name]
+            ax.loglog(
+                [1e3 * row.least for row in rows],
+                [row.gradient_error for row in rows],
+                "o-" if name.startswith("ours") else ".--",
+                label=label,
+            )
+        batch, width, hidden = sizes
+        ax.set(title=f"MLP, {batch} x {width}, {hidden} hidden, float64", xlabel="least time of a training step in ms")
+    axes[0][0].set_ylabel("relative error of the gradient")
+    axes[0][0].legend()
+    out = options.out or pathlib.Path(__file__).with_suffix(".png")
+    figure.savefig(out, dpi=120)
+    print(f"picture: {out}")
+
+
+if __name__ == "__main__":
+    main()
