@@ -17,6 +17,7 @@ from keras_node.layers.gru_ode import GRUODEField
 from keras_node.layers.ode_layer import ODELayer
 from keras_node.layers.ode_rnn import ODERNN
 from keras_node.layers.ode_rnn_cell import ODERNNCell
+from keras_node.models.latent_ode import LatentODE
 from keras_node.odeint import odeint
 from keras_node.solution import Solution, Stats, Status
 from keras_node.solvers.runge_kutta import RungeKutta
@@ -30,6 +31,7 @@ __all__ = [
     "DirectGradient",
     "GRUODEField",
     "GradientCheck",
+    "LatentODE",
     "ODELayer",
     "ODERNNCell",
     "RungeKutta",

@@ -107,9 +107,10 @@ def solve_clock(ts: tf.Tensor, solver: RungeKutta, y0: Nest) -> tuple[Clock, tf.
     if solver.num_steps is not None:
         clock = make_clock(ts, solver.per_sample)
         # Where no time passes between two of `ts`, the reading of the second has a derivative of its own.
+        # In brackets, lest rounding put the last one behind the end, where no step arrives.
         readings = clock.read(ts)
         stops = clock.stops if clock.stops.shape.rank == readings.shape.rank else clock.stops[:, None]
-        return clock, stops + readings - tf.stop_gradient(readings)
+        return clock, stops + (readings - tf.stop_gradient(readings))
     times = tf.stack([ts[0], ts[-1]])
     if solver.step_at:
         times, _ = merge(times, tf.constant(solver.step_at, ts.dtype))

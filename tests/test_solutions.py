@@ -176,6 +176,15 @@ def test_samples_may_have_times_of_their_own_in_one_solve():
     np.testing.assert_array_equal(ys[:, 2], np.ones((3, 2)))  # no time passes: unchanged
 
 
+@pytest.mark.parametrize("ends", [(0.1, 0.3), (0.2, 0.6), (0.4, 0.7), (0.5, 1.7)])
+def test_a_sample_at_rest_until_the_end_of_constant_steps_keeps_its_state(ends):
+    first, last = ends  # (last + first) - first is more than last
+    ts = np.array([[0.0, 0.0], [first, first], [last, first]])
+    solver = keras_node.RungeKutta("rk4", num_steps=1)
+    ys = keras_node.odeint(decay, tf.ones((2, 1), tf.float64), ts, solver=solver).ys
+    np.testing.assert_array_equal(ys[2, 1], ys[1, 1])
+
+
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 def test_a_field_of_nan_ends_with_status_2(mode):
     def solve(y0):

@@ -16,7 +16,7 @@ def elapsed_times(times, mask, start, backwards):
     start = ops.full_like(times[:, :1], float("nan")) if start is None else start[:, None]
     known = ops.concatenate([start, times], axis=1)
     if mask is not None:
-        known = _last_valid(known, ops.pad(mask, [(0, 0), (1, 0)], constant_values=True))
+        known = last_valid(known, ops.pad(mask, [(0, 0), (1, 0)], constant_values=True))
     previous = known[:, :-1]
     # A difference also where there is no previous time, so that a NaN among the times shows.
     elapsed = times - ops.where(ops.isnan(previous), times, previous)
@@ -24,7 +24,7 @@ def elapsed_times(times, mask, start, backwards):
     return ops.flip(elapsed, axis=1) if backwards else elapsed, known[:, -1]
 
 
-def _last_valid(values, valid):
+def last_valid(values, valid):
     """At every step the value of the last valid step up to it. The first step is valid."""
     num_steps = ops.shape(valid)[1]
     order = ops.sort(ops.where(valid, ops.arange(num_steps), num_steps), axis=1)  # the valid steps come first

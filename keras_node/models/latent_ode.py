@@ -1,0 +1,355 @@
+"""A variational autoencoder for irregular series, whose latent state follows an ODE."""
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from keras_node.layers.irregular_times import check_order, elapsed_times, last_valid
+from keras_node.layers.ode_layer import ODELayer
+
+_SMALLEST_SCALE = 1e-5  # softplus underflows to zero, where the KL divergence is infinite
+
+
+@keras.saving.register_keras_serializable(package="keras_node")
+class LatentODE(keras.Model):
+    """A generative model of series observed at irregular times: each is one path of an ODE in a latent space.
+
+    `z(t0) ~ Normal(0, I)`
+
+    `dz/dt = f(t, z)`
+
+    `x[i] ~ Normal(decoder(z(t[i])), noise_scale)`
+
+    An encoder reads the observations from the last to the first, and on to `t0`, and gives `q(z(t0))`, the approximate
+    posterior. `fit` minimises the negative evidence lower bound (ELBO), in nats for a series,
+
+    `nll + KL(q || Normal(0, I))`
+
+    with `nll = -sum of log p(x[i] | z(t[i]))` over what was observed, for one `z(t0)` drawn from `q`.
+
+    Args:
+        latent_dim: number of latent dimensions.
+        units: width of the layers that are not given. Defaults to `32`.
+        encoder_cell: the Keras cell that takes in a step: the values, zero where none was observed, as many marks of
+            what was, and in the last channel the time, zero or more, from this step to the one taken in before it.
+            Defaults to `keras.layers.GRUCell(units)`; `keras_node.ODERNNCell(keras.layers.GRUCell(units), field)` makes
+            the encoder an ODE-RNN.
+        vector_field: what moves the latent state, a Keras layer or model or a registered callable, `(z)` or `(t, z)`.
+            Defaults to a network with one hidden layer.
+        decoder: the Keras layer or model from latent states `(batch, T, latent_dim)` to the means of observations.
+            Defaults to a network with one hidden layer.
+        noise_scale: standard deviation of the observations' noise, a number; or `None` (default) to learn one for every
+            channel, from 1 on.
+        kl_annealing_steps: number of steps of the optimizer over which the weight of the KL divergence in the training
+            loss rises from 0 to 1, linearly. Defaults to `0`: it is 1 throughout, as it always is in `evaluate`.
+        t0: time of the latent state's distribution, a number, at or before all observations. Defaults to `0.0`.
+        solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`.
+        gradient: `"backsolve"` (default), `"direct"`, or an object such as `keras_node.BacksolveAdjoint()`.
+        track_stats: whether the work of the solves is in the logs of `fit` and `evaluate` (see
+            `keras_node.SolverMonitor`). Defaults to `False`.
+        **kwargs: arguments of `keras.Model`, such as `name` and `dtype`.
+
+    Call arguments:
+        inputs: the observations, a tuple `(times, values, mask)`. What `values` hold where `mask` is false, and `times`
+            at steps where it is false for all channels (padding), has no effect. The times of the other steps must not
+            decrease. `mask` is boolean or, as several devices need it (`tf.distribute`), 0 and 1.
+        training: Python boolean, handed on to the layers.
+
+    Input shape:
+        `times`: `(batch, T)`, or `(T,)` where the batch shares them. `values` and `mask`: `(batch, T, features)`.
+
+    Output shape:
+        `(batch, T, features)`: the reconstruction, from the mean of `q`. Steps without any observation repeat the one
+        before; for other times than those observed, see `extrapolate`.
+
+    `fit(x)` with `x = (times, values, mask)` learns to reconstruct the observations. `fit(x, y)` with
+    `y = (times, values, mask)` of its own length has the encoder read `x` and the loss compare with `y`: all
+    observations, say, where `x` has a part of them. A `tf.data.Dataset` yields `(x,)` or `(x, y)`. `compile` takes no
+    loss and no metrics; the logs have `loss`, `nll`, `kl` and the mean squared error `mse`, all for one draw from `q`.
+
+    Times that decrease raise `ValueError`, in a graph `tf.errors.InvalidArgumentError`. Under XLA, where nothing can
+    raise, all results are NaN for that sample.
+
+    Example:
+    >>> times = keras.ops.sort(keras.random.uniform((8, 5)), axis=1)
+    >>> values = keras.ops.sin(6 * times)[..., None]
+    >>> mask = keras.random.uniform((8, 5, 1)) < 0.8
+    >>> model = keras_node.LatentODE(4, kl_annealing_steps=100)
+    >>> model.compile("adam")
+    >>> history = model.fit((times, values, mask), epochs=2, verbose=0)
+    >>> sorted(history.history)
+    ['kl', 'loss', 'mse', 'nll']
+    >>> model.reconstruct((times, values, mask)).shape
+    TensorShape([8, 5, 1])
+    >>> model.extrapolate((times, values, mask), [1.0, 1.5, 2.0]).shape
+    TensorShape([8, 3, 1])
+    >>> model.sample(3, [0.0, 0.5, 1.0, 1.5]).shape
+    TensorShape([3, 4, 1])
+
+    Reference:
+
+    - Chen et al. (2018), "Neural Ordinary Differential Equations", section 5.
+    - Rubanova, Chen & Duvenaud (2019), "Latent ODEs for Irregularly-Sampled Time Series".
+    """
+
+    def __init__(
+        self,
+        latent_dim: int,
+        *,
+        units: int = 32,
+        encoder_cell=None,
+        vector_field=None,
+        decoder=None,
+        noise_scale: float | None = None,
+        kl_annealing_steps: int = 0,
+        t0: float = 0.0,
+        solver="tsit5",
+        gradient="backsolve",
+        track_stats: bool = False,
+        **kwargs,
+    ):
+        # The input is not cast: times must not lose their digits under a mixed policy.
+        super().__init__(autocast=False, **kwargs)
+        if noise_scale is not None and not noise_scale > 0:
+            raise ValueError(f"`noise_scale` must be positive, or `None`. Received: noise_scale={noise_scale}")
+        if kl_annealing_steps < 0:
+            raise ValueError(f"`kl_annealing_steps` must be 0 or more. Received: {kl_annealing_steps}")
+        self.latent_dim = latent_dim
+        self.units = units
+        self.noise_scale = noise_scale
+        self.kl_annealing_steps = kl_annealing_steps
+
+        dtype = self.dtype_policy
+        cell = keras.layers.GRUCell(units, dtype=dtype) if encoder_cell is None else encoder_cell
+        self.encoder = keras.layers.RNN(cell, go_backwards=True, autocast=False, dtype=dtype, name="encoder")
+        self.posterior_parameters = keras.layers.Dense(2 * latent_dim, dtype=dtype, name="posterior_parameters")
+        field = _network(units, latent_dim, dtype, "vector_field") if vector_field is None else vector_field
+        self.dynamics = ODELayer(
+            field, t0, solver=solver, gradient=gradient, track_stats=track_stats, dtype=dtype, name="dynamics"
+        )
+        self.decoder = decoder
+        self.seed_generator = keras.random.SeedGenerator()
+        self.trackers = [keras.metrics.Mean(name=name) for name in ("loss", "nll", "kl", "mse")]
+
+    def build(self, inputs_shape):
+        _, values_shape, _ = inputs_shape
+        features = values_shape[-1]
+        self.encoder.build((None, None, 2 * features + 1))
+        self.posterior_parameters.build(self.encoder.compute_output_shape((None, None, 2 * features + 1)))
+        self.dynamics.build((None, self.latent_dim), (None, None))
+        if self.decoder is None:
+            self.decoder = _network(self.units, features, self.dtype_policy, "decoder")
+        mean = self.decoder(keras.KerasTensor((None, None, self.latent_dim), dtype=self.compute_dtype))
+        if mean.shape[-1] != features:
+            raise ValueError(
+                "`decoder` must return as many channels as `values` have. "
+                f"Received: a decoder with output of shape {mean.shape} for values of shape {tuple(values_shape)}"
+            )
+        if self.noise_scale is None:
+            self.log_noise_scale = self.add_weight(shape=(features,), initializer="zeros", name="log_noise_scale")
+
+    def call(self, inputs, training=None):
+        times, _, _ = self._series(inputs)
+        return self.decode(self.posterior(inputs, training).mean(), times, training)
+
+    @property
+    def prior(self):
+        """The distribution of the latent state at `t0`, a `tfd.MultivariateNormalDiag`."""
+        from tensorflow_probability import distributions as tfd
+
+        return tfd.MultivariateNormalDiag(ops.zeros(self.latent_dim, self.variable_dtype))
+
+    @property
+    def kl_weight(self):
+        """The weight of the KL divergence in the training loss of the next step."""
+        if not self.kl_annealing_steps or getattr(self, "optimizer", None) is None:
+            return ops.ones((), self.variable_dtype)
+        steps = ops.cast(self.optimizer.iterations, self.variable_dtype)
+        return ops.minimum(steps / self.kl_annealing_steps, 1)
+
+    def posterior(self, inputs, training=None):
+        """The approximate posterior of the latent state at `t0`, a `tfd.MultivariateNormalDiag` of a batch.
+
+        Args:
+            inputs: the observations, `(times, values, mask)`.
+            training: Python boolean, handed on to the encoder.
+        """
+        from tensorflow_probability import distributions as tfd
+
+        times, values, observed = self._series(inputs)
+        times = ops.broadcast_to(times, ops.shape(values)[:2])
+        # A step at `t0` without observations lets the encoder know how long before them it is.
+        front = [(0, 0), (1, 0)]
+        times = ops.pad(times, front, constant_values=self.dynamics.t0)
+        valid = ops.pad(ops.any(observed, axis=-1), front, constant_values=True)
+        elapsed, _ = elapsed_times(times, valid, None, backwards=True)
+        ordered = ops.all(ops.isfinite(elapsed) & (elapsed <= 0), axis=1, keepdims=True)
+        with tf.control_dependencies(check_order(ordered[:, 0], times, self)):
+            elapsed = ops.where(ordered, -elapsed, 0)
+        marks = ops.cast(observed, values.dtype)
+        steps = ops.pad(ops.concatenate([values, marks], axis=-1), [*front, (0, 0)])
+        steps = ops.concatenate([steps, elapsed[..., None]], axis=-1)
+        parameters = self.posterior_parameters(self.encoder(steps, mask=valid, training=training))
+        loc, scale = ops.split(ops.cast(parameters, self.variable_dtype), 2, axis=-1)
+        loc = ops.where(ordered, loc, float("nan"))
+        return tfd.MultivariateNormalDiag(loc, ops.softplus(scale) + _SMALLEST_SCALE)
+
+    def decode(self, z0, times, training=None):
+        """The means of observations `(batch, T, features)` on the paths that start in `z0`.
+
+        Args:
+            z0: latent states at `t0`, `(batch, latent_dim)`.
+            times: `(T,)` or `(batch, T)`, monotonic, from `t0` on.
+            training: Python boolean, handed on to the field and the decoder.
+        """
+        z = self.dynamics(z0, ts=times, training=training)
+        return ops.cast(self.decoder(z, training=training), self.compute_dtype)
+
+    def reconstruct(self, inputs):
+        """The means of observations at the times of `inputs`, `(times, values, mask)`: what the model returns."""
+        return self(inputs)
+
+    def extrapolate(self, inputs, times):
+        """The means of observations at other times, `(batch, T, features)`, from the mean of the posterior.
+
+        Args:
+            inputs: the observations, `(times, values, mask)`.
+            times: `(T,)` or `(batch, T)`, among those of the observations or not; monotonic, from `t0` on.
+        """
+        return self.decode(self.posterior(inputs).mean(), times)
+
+    def sample(self, n: int, times):
+        """The means of observations on `n` paths that start from the prior, `(n, T, features)`.
+
+        Args:
+            n: number of paths.
+            times: `(T,)` or `(n, T)`, monotonic, from `t0` on.
+        """
+        z0 = keras.random.normal((n, self.latent_dim), dtype=self.variable_dtype, seed=self.seed_generator)
+        return self.decode(z0, times)
+
+    def compute_loss(self, x, y=None, y_pred=None, sample_weight=None, training=True):
+        """The mean of the negative ELBO over a batch, for one draw from the posterior. Updates the metrics.
+
+        Args:
+            x: the observations that the encoder reads, `(times, values, mask)`.
+            y: those whose likelihood counts, `(times, values, mask)`. Defaults to `x`.
+            y_pred: not used; predictions depend on the draw.
+            sample_weight: weights of the series, `(batch,)`.
+            training: whether layers are in training mode, and the KL divergence has its weight `kl_weight`.
+        """
+        from tensorflow_probability import distributions as tfd
+
+        posterior = self.posterior(x, training)
+        loc = posterior.mean()
+        noise = keras.random.normal(ops.shape(loc), dtype=loc.dtype, seed=self.seed_generator)
+        z0 = loc + posterior.stddev() * noise
+
+        times, values, observed = self._series(x if y is None else y)
+        mean = ops.cast(self.decode(z0, times, training), values.dtype)
+        scale = ops.exp(self.log_noise_scale) if self.noise_scale is None else self.noise_scale
+        log_prob = tfd.Normal(mean, scale).log_prob(values)
+        nll = -ops.sum(ops.where(observed, log_prob, 0), axis=(1, 2))
+        kl = tfd.kl_divergence(posterior, self.prior)
+
+        weight = ops.ones_like(kl) if sample_weight is None else ops.cast(sample_weight, kl.dtype)
+        kl_weight = self.kl_weight if training else 1
+        loss = ops.mean(weight * (nll + kl_weight * kl)) + sum(self.losses)
+        weight_of_points = weight[:, None, None] * ops.cast(observed, weight.dtype)
+        updates = [
+            (loss, ops.shape(kl)[0]),
+            (nll, weight),
+            (kl, weight),
+            (ops.square(mean - values), weight_of_points),
+        ]
+        for tracker, (value, weights) in zip(self.trackers, updates, strict=True):
+            tracker.update_state(tf.stop_gradient(value), weights)
+        return loss
+
+    def compile(self, optimizer="rmsprop", **kwargs):
+        for name in ("loss", "loss_weights", "metrics", "weighted_metrics"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"The loss is the negative ELBO, and the metrics are its parts: `compile` takes no `{name}`. "
+                    f"Received: {name}={kwargs[name]!r}"
+                )
+        super().compile(optimizer, **kwargs)
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    def train_step(self, data):
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, sample_weight=sample_weight, training=True)
+            # Gradients of replicas are added up.
+            loss = self.optimizer.scale_loss(loss / tf.distribute.get_strategy().num_replicas_in_sync)
+        gradients = tape.gradient(loss, self.trainable_weights)
+        self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
+        return self.get_metrics_result()
+
+    def test_step(self, data):
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        self.compute_loss(x, y, sample_weight=sample_weight, training=False)
+        return self.get_metrics_result()
+
+    @property
+    def metrics(self):
+        # In place of the tracker that `compile` makes for a loss of its own.
+        names = [tracker.name for tracker in self.trackers]
+        return [*self.trackers, *(metric for metric in super().metrics if metric.name not in names)]
+
+    def compute_output_shape(self, inputs_shape):
+        return tuple(inputs_shape[1])
+
+    def get_config(self):
+        config = super().get_config()
+        config.update(
+            latent_dim=self.latent_dim,
+            units=self.units,
+            encoder_cell=keras.saving.serialize_keras_object(self.encoder.cell),
+            vector_field=keras.saving.serialize_keras_object(self.dynamics.vector_field),
+            decoder=keras.saving.serialize_keras_object(self.decoder),
+            noise_scale=self.noise_scale,
+            kl_annealing_steps=self.kl_annealing_steps,
+            t0=self.dynamics.t0,
+            solver=keras.saving.serialize_keras_object(self.dynamics.solver),
+            gradient=keras.saving.serialize_keras_object(self.dynamics.gradient),
+            track_stats=self.dynamics.track_stats,
+        )
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        for name in ("encoder_cell", "vector_field", "decoder"):
+            config[name] = keras.saving.deserialize_keras_object(config[name])
+        return cls(**config)
+
+    def _series(self, series):
+        """Times for a solve, values with zeros where none was observed, and where one was."""
+        if not isinstance(series, list | tuple) or len(series) != 3:
+            raise ValueError(f"A batch of series is a tuple `(times, values, mask)`. Received: {series!r}")
+        times, values, mask = (ops.convert_to_tensor(x) for x in series)
+        if len(values.shape) != 3 or len(mask.shape) != 3 or len(times.shape) not in (1, 2):
+            raise ValueError(
+                "`times` must be (batch, T) or (T,), and `values` and `mask` (batch, T, features). Received: shapes "
+                f"{tuple(times.shape)}, {tuple(values.shape)} and {tuple(mask.shape)}"
+            )
+        if not self.built:
+            self.build(tuple(tuple(x.shape) for x in (times, values, mask)))
+        times, observed = ops.cast(times, self.variable_dtype), ops.cast(mask, "bool")
+        values = ops.where(observed, ops.cast(values, self.variable_dtype), 0)
+        if len(times.shape) == 2:
+            # A solve must not turn back for the time of a step without observations, which may be anything.
+            front = [(0, 0), (1, 0)]
+            valid = ops.pad(ops.any(observed, axis=-1), front, constant_values=True)
+            times = last_valid(ops.pad(times, front, constant_values=self.dynamics.t0), valid)[:, 1:]
+        return times, values, observed
+
+
+def _network(units, outputs, dtype, name):
+    hidden = keras.layers.Dense(units, activation="tanh", dtype=dtype)
+    return keras.Sequential([hidden, keras.layers.Dense(outputs, dtype=dtype)], name=name)
