@@ -9,6 +9,7 @@ if keras.backend.backend() != "tensorflow":
     )
 
 from keras_node.callbacks import SolverMonitor
+from keras_node.control import ControlPath, control_path
 from keras_node.gradcheck import GradientCheck, gradcheck
 from keras_node.gradients.backsolve import BacksolveAdjoint
 from keras_node.gradients.checkpointed import CheckpointedAdjoint
@@ -27,6 +28,7 @@ __all__ = [
     "ODERNN",
     "BacksolveAdjoint",
     "CheckpointedAdjoint",
+    "ControlPath",
     "DirectGradient",
     "GRUODEField",
     "GradientCheck",
@@ -37,6 +39,7 @@ __all__ = [
     "SolverMonitor",
     "Stats",
     "Status",
+    "control_path",
     "gradcheck",
     "odeint",
 ]
