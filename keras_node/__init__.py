@@ -15,6 +15,7 @@ from keras_node.gradients.backsolve import BacksolveAdjoint
 from keras_node.gradients.checkpointed import CheckpointedAdjoint
 from keras_node.gradients.direct import DirectGradient
 from keras_node.layers.gru_ode import GRUODEField
+from keras_node.layers.neural_cde import NeuralCDE
 from keras_node.layers.ode_layer import ODELayer
 from keras_node.layers.ode_rnn import ODERNN
 from keras_node.layers.ode_rnn_cell import ODERNNCell
@@ -32,6 +33,7 @@ __all__ = [
     "DirectGradient",
     "GRUODEField",
     "GradientCheck",
+    "NeuralCDE",
     "ODELayer",
     "ODERNNCell",
     "RungeKutta",

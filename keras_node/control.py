@@ -56,7 +56,7 @@ class ControlPath(NamedTuple):
         number = ops.sum(ops.cast(started(self.times[:, None], points), "int32"), axis=-1)
         index = ops.maximum(number - 1, 0)
         start = ops.take_along_axis(self.times, index, axis=1)[..., None]
-        length = ops.take_along_axis(_increments(self.times), index, axis=1)[..., None]
+        length = ops.take_along_axis(increments(self.times), index, axis=1)[..., None]
         s = ops.maximum(ops.divide_no_nan(points - start, length), 0)
         return ops.take_along_axis(self.coefficients, index[..., None, None], axis=1), s, length
 
@@ -145,10 +145,10 @@ def pieces(times, values, mask, interpolation):
         times, values = ops.repeat(times, 2, axis=1)[:, 1:], ops.repeat(values, 2, axis=1)[:, :-1]
     else:
         values = _fill_linearly(times[..., None], values, observed)
-    change = _increments(values)
+    change = increments(values)
     if interpolation != "hermite":
         return times, ops.stack([values, change], axis=2), ordered
-    length = _increments(times)[..., None]
+    length = increments(times)[..., None]
     # Of the last piece before in which time passed; the first one is straight.
     slope = last_valid(ops.divide_no_nan(change, length), length > 0)
     start = length * ops.concatenate([slope[:, :1], slope[:, :-1]], axis=1)
@@ -167,6 +167,11 @@ def last_valid(values, valid):
     order = ops.sort(ops.where(valid, steps, steps[:, -1:]), axis=1)  # the valid steps come first
     rank = ops.maximum(ops.cumsum(ops.cast(valid, "int32"), axis=1) - 1, 0)
     return ops.take_along_axis(values, ops.take_along_axis(order, rank, axis=1), axis=1)
+
+
+def increments(x):
+    """From every step to the next, and zero at the last."""
+    return ops.concatenate([x[:, 1:], x[:, -1:]], axis=1) - x
 
 
 def polynomial(coefficients, s):
@@ -191,11 +196,6 @@ def _fill_linearly(times, values, observed):
         ops.flip(last_valid(ops.flip(a, axis=1), ops.flip(observed, axis=1)), axis=1) for a in (times, values)
     )
     return x_before + ops.divide_no_nan(times - before, behind - before) * (x_behind - x_before)
-
-
-def _increments(x):
-    """From every step to the next, and zero at the last."""
-    return ops.concatenate([x[:, 1:], x[:, -1:]], axis=1) - x
 
 
 def _points(t, dtype):
