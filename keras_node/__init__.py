@@ -15,10 +15,13 @@ from keras_node.gradients.backsolve import BacksolveAdjoint
 from keras_node.gradients.checkpointed import CheckpointedAdjoint
 from keras_node.gradients.direct import DirectGradient
 from keras_node.layers.gru_ode import GRUODEField
+from keras_node.layers.hamiltonian_field import HamiltonianField
 from keras_node.layers.neural_cde import NeuralCDE
 from keras_node.layers.ode_layer import ODELayer
 from keras_node.layers.ode_rnn import ODERNN
 from keras_node.layers.ode_rnn_cell import ODERNNCell
+from keras_node.layers.second_order import SecondOrder
+from keras_node.layers.time_concatenation import TimeConcatenation
 from keras_node.odeint import odeint
 from keras_node.solution import Solution, Stats, Status
 from keras_node.solvers.runge_kutta import RungeKutta
@@ -33,14 +36,17 @@ __all__ = [
     "DirectGradient",
     "GRUODEField",
     "GradientCheck",
+    "HamiltonianField",
     "NeuralCDE",
     "ODELayer",
     "ODERNNCell",
     "RungeKutta",
+    "SecondOrder",
     "Solution",
     "SolverMonitor",
     "Stats",
     "Status",
+    "TimeConcatenation",
     "control_path",
     "gradcheck",
     "odeint",

@@ -169,6 +169,11 @@ def test_gradients_are_those_of_finite_differences(kind, gradient, float64):
         np.testing.assert_allclose(np.sum(actual * direction), (ends[0] - ends[1]) / 2e-5, rtol=1e-5, atol=1e-7)
 
 
+def test_with_steps_of_its_own_a_sample_does_not_depend_on_its_batch():
+    layer, (x, times) = cde(solver=RungeKutta("bosh3", per_sample=True)), series()
+    np.testing.assert_allclose(layer(x[:1], times[:1]), layer(x * [[[1]], [[9]], [[0]]], times)[:1], atol=1e-6)
+
+
 def test_only_differences_of_times_matter_and_large_ones_keep_their_digits():
     layer, (x, _) = cde(), series()
     seconds = np.array([[0, 1, 1, 3, 4], [0, 2, 3, 3, 6], [0, 1, 2, 3, 4]])
@@ -240,7 +245,7 @@ def test_its_solves_are_counted():
     model = keras.Model(inputs, cde(track_stats=True, jit_compile=False, name="cde")(*inputs))
     model.compile("sgd", "mse")
     logs = model.evaluate(list(series()), np.zeros((BATCH, UNITS)), return_dict=True, verbose=0)
-    assert [v for k, v in logs.items() if "evaluations" in k][0] == 4 * 2
+    assert next(v for k, v in logs.items() if "evaluations" in k) == 4 * 2
 
 
 def test_under_a_mixed_policy_it_computes_in_float32():
@@ -261,7 +266,7 @@ def test_what_does_not_fit_is_refused():
         NeuralCDE(UNITS, lambda t, z: z)
     with pytest.raises(ValueError, match="Received: units=0"):
         NeuralCDE(0)
-    with pytest.raises(ValueError, match="`interpolation` must be one of .* Received: 'cubic'"):
+    with pytest.raises(ValueError, match=r"`interpolation` must be one of .* Received: 'cubic'"):
         NeuralCDE(UNITS, interpolation="cubic")
     with pytest.raises(ValueError, match=r"Received: x.shape=\(3, 5\)"):
         NeuralCDE(UNITS)(times, times)
