@@ -9,14 +9,19 @@ if keras.backend.backend() != "tensorflow":
     )
 
 from keras_node.callbacks import SolverMonitor
+from keras_node.control import ControlPath, control_path
 from keras_node.gradcheck import GradientCheck, gradcheck
 from keras_node.gradients.backsolve import BacksolveAdjoint
 from keras_node.gradients.checkpointed import CheckpointedAdjoint
 from keras_node.gradients.direct import DirectGradient
 from keras_node.layers.gru_ode import GRUODEField
+from keras_node.layers.hamiltonian_field import HamiltonianField
+from keras_node.layers.neural_cde import NeuralCDE
 from keras_node.layers.ode_layer import ODELayer
 from keras_node.layers.ode_rnn import ODERNN
 from keras_node.layers.ode_rnn_cell import ODERNNCell
+from keras_node.layers.second_order import SecondOrder
+from keras_node.layers.time_concatenation import TimeConcatenation
 from keras_node.models.latent_ode import LatentODE
 from keras_node.odeint import odeint
 from keras_node.solution import Solution, Stats, Status
@@ -28,17 +33,23 @@ __all__ = [
     "ODERNN",
     "BacksolveAdjoint",
     "CheckpointedAdjoint",
+    "ControlPath",
     "DirectGradient",
     "GRUODEField",
     "GradientCheck",
+    "HamiltonianField",
     "LatentODE",
+    "NeuralCDE",
     "ODELayer",
     "ODERNNCell",
     "RungeKutta",
+    "SecondOrder",
     "Solution",
     "SolverMonitor",
     "Stats",
     "Status",
+    "TimeConcatenation",
+    "control_path",
     "gradcheck",
     "odeint",
 ]

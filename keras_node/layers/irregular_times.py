@@ -3,6 +3,8 @@
 import tensorflow as tf
 from keras import ops
 
+from keras_node.control import last_valid
+
 
 def elapsed_times(times, mask, start, backwards):
     """The time at every step since the last valid one, `(batch, T)`, and the last valid time, `(batch,)`.
@@ -22,14 +24,6 @@ def elapsed_times(times, mask, start, backwards):
     elapsed = times - ops.where(ops.isnan(previous), times, previous)
     elapsed = elapsed if mask is None else ops.where(mask, elapsed, 0)
     return ops.flip(elapsed, axis=1) if backwards else elapsed, known[:, -1]
-
-
-def last_valid(values, valid):
-    """At every step the value of the last valid step up to it. The first step is valid."""
-    num_steps = ops.shape(valid)[1]
-    order = ops.sort(ops.where(valid, ops.arange(num_steps), num_steps), axis=1)  # the valid steps come first
-    rank = ops.cumsum(ops.cast(valid, "int32"), axis=1) - 1
-    return ops.take_along_axis(values, ops.take_along_axis(order, rank, axis=1), axis=1)
 
 
 def check_order(ordered, times, layer):

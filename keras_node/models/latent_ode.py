@@ -4,7 +4,8 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from keras_node.layers.irregular_times import check_order, elapsed_times, last_valid
+from keras_node.control import last_valid
+from keras_node.layers.irregular_times import check_order, elapsed_times
 from keras_node.layers.ode_layer import ODELayer
 
 _SMALLEST_SCALE = 1e-5  # softplus underflows to zero, where the KL divergence is infinite

@@ -1,0 +1,58 @@
+"""A vector field that depends on time, from a layer that does not."""
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable(package="keras_node")
+class TimeConcatenation(keras.layers.Layer):
+    """Makes a vector field `f(t, y)` of an ordinary layer, which sees the time as one more channel.
+
+    `f(t, y) = layer(concatenate([y, t]))`
+
+    Args:
+        layer: a Keras layer or model from `(batch, ..., features + 1)` to `(batch, ..., features)`.
+        **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Call arguments:
+        t: the time, a scalar, or `(batch, 1, ..., 1)` where samples have times of their own.
+        y: the state.
+
+    Input shape:
+        `t` as above, `y` `(batch, ..., features)`.
+
+    Output shape:
+        That of `y`.
+
+    Example:
+    >>> network = keras.Sequential([keras.layers.Dense(32, activation="tanh"), keras.layers.Dense(8)])
+    >>> layer = keras_node.ODELayer(keras_node.TimeConcatenation(network))
+    >>> layer(keras.random.normal((4, 8))).shape
+    TensorShape([4, 8])
+
+    Reference:
+
+    - Chen et al. (2018), "Neural Ordinary Differential Equations": the fields of its continuous normalizing flows.
+    """
+
+    def __init__(self, layer, **kwargs):
+        # Time keeps its digits under a mixed policy up to the layer, which casts for itself.
+        super().__init__(autocast=False, **kwargs)
+        if not isinstance(layer, keras.Layer):
+            raise TypeError(f"`layer` must be a Keras layer or model. Received: layer={layer!r}")
+        self.layer = layer
+
+    def call(self, t, y):
+        t = ops.cast(t, y.dtype) + ops.zeros_like(y[..., :1])
+        return self.layer(ops.concatenate([y, t], axis=-1))
+
+    def get_config(self):
+        config = super().get_config()
+        config["layer"] = keras.saving.serialize_keras_object(self.layer)
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        config["layer"] = keras.saving.deserialize_keras_object(config["layer"])
+        return cls(**config)
