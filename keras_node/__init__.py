@@ -8,6 +8,7 @@ if keras.backend.backend() != "tensorflow":
         f"Received: backend={keras.backend.backend()!r}"
     )
 
+from keras_node import plots
 from keras_node.callbacks import SolverMonitor
 from keras_node.gradcheck import GradientCheck, gradcheck
 from keras_node.gradients.backsolve import BacksolveAdjoint
@@ -39,4 +40,5 @@ __all__ = [
     "Status",
     "gradcheck",
     "odeint",
+    "plots",
 ]
