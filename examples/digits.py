@@ -116,6 +116,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="barely train: a few seconds")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--policy", default="float32", help="float32, mixed_float16 or mixed_bfloat16")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("digits.png"))
     options = parser.parse_args()
     epochs = 3 if options.quick else options.epochs
@@ -126,6 +127,7 @@ def main():
     _, x_test, _, labels_test = data
 
     keras.utils.set_random_seed(options.seed)
+    keras.config.set_dtype_policy(options.policy)
     residual, continuous = residual_network(), continuous_network()
     stem, ode, head = continuous.layers
     rows = [("residual", residual, *train(residual, data, epochs))]
@@ -150,7 +152,7 @@ def main():
     ts = np.linspace(0, 1, 30, dtype="float32")
     states = ode(y0, ts=ts)
     accuracies = np.mean(np.argmax(head(states), axis=-1) == labels_test[:, None], axis=0)
-    draw(options.out, ts, np.asarray(states), accuracies, labels_test, rows[1][-1])
+    draw(options.out, ts, np.asarray(states, "float32"), accuracies, labels_test, rows[1][-1])
     print(f"\npicture: {options.out.resolve()}")
 
 
