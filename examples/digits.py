@@ -50,7 +50,7 @@ def continuous_network():
         [
             keras.Input((64,)),
             keras.layers.Dense(WIDTH),
-            keras_node.ODELayer(two_layer_mlp(), t0=0.0, t1=1.0),
+            keras_node.ODELayer(two_layer_mlp(), t0=0.0, t1=1.0, track_stats=True, name="ode"),
             keras.layers.Dense(10),
         ]
     )
@@ -70,7 +70,7 @@ class EpochTimer(keras.callbacks.Callback):
 
 
 def train(model, data, epochs):
-    """Fit; return the test accuracy and the median seconds of an epoch."""
+    """Fit; return the test accuracy, the median seconds of an epoch and the history."""
     x_train, x_test, labels_train, labels_test = data
     model.compile(
         keras.optimizers.Adam(2e-3),
@@ -78,18 +78,20 @@ def train(model, data, epochs):
         metrics=["accuracy"],
     )
     timer = EpochTimer()
-    model.fit(x_train, labels_train, 64, epochs, verbose=0, callbacks=[timer])
-    accuracy = model.evaluate(x_test, labels_test, verbose=0)[1]
-    return accuracy, np.median(timer.seconds[1:])  # the first epoch compiles, too
+    history = model.fit(x_train, labels_train, 64, epochs, verbose=0, callbacks=[timer])
+    accuracy = model.evaluate(x_test, labels_test, verbose=0, return_dict=True)["accuracy"]
+    return accuracy, np.median(timer.seconds[1:]), history  # the first epoch compiles, too
 
 
-def draw(path, ts, states, accuracies, labels):
+def draw(path, ts, states, accuracies, labels, history):
     """Draw hidden states (samples, times, units) in the principal components of the last ones."""
     center = states[:, -1].mean(axis=0)
     components = np.linalg.svd(states[:, -1] - center, full_matrices=False)[2][:2]
     plane = (states - center) @ components.T
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6.2), width_ratios=[3, 2], layout="constrained")
+    figure = plt.figure(figsize=(13, 6.2), layout="constrained")
+    axes = figure.subplot_mosaic([["left", "right"], ["left", "below"]], width_ratios=[3, 2])
+    left, right, below = axes.values()
     for digit, color in enumerate(plt.colormaps["tab10"].colors):
         paths = plane[labels == digit][:25]
         left.plot(*paths.T, color=color, alpha=0.4, lw=0.9)
@@ -103,6 +105,8 @@ def draw(path, ts, states, accuracies, labels):
     right.set(xlabel="time t (depth)", ylabel="test accuracy, %", xlim=(0, 1), ylim=(None, 100))
     right.set_title("What the head would read at time t")
     right.grid(alpha=0.3)
+    keras_node.plots.evaluations(history, ax=below)
+    below.set_title("What a solve costs as the network learns")
     figure.savefig(path, dpi=120)
 
 
@@ -112,6 +116,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="barely train: a few seconds")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--policy", default="float32", help="float32, mixed_float16 or mixed_bfloat16")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("digits.png"))
     options = parser.parse_args()
     epochs = 3 if options.quick else options.epochs
@@ -122,6 +127,7 @@ def main():
     _, x_test, _, labels_test = data
 
     keras.utils.set_random_seed(options.seed)
+    keras.config.set_dtype_policy(options.policy)
     residual, continuous = residual_network(), continuous_network()
     stem, ode, head = continuous.layers
     rows = [("residual", residual, *train(residual, data, epochs))]
@@ -131,7 +137,7 @@ def main():
     solution = keras_node.odeint(ode.vector_field, y0, [0.0, 1.0])
     evaluations = {"residual": BLOCKS, "continuous": int(solution.stats.num_evaluations)}
     print("network      test accuracy   parameters   s/epoch   evaluations of f")
-    for name, model, accuracy, seconds in rows:
+    for name, model, accuracy, seconds, _ in rows:
         size = model.count_params()
         print(f"{name:12} {accuracy:13.1%} {size:12,} {seconds:9.3f} {evaluations[name]:18}")
 
@@ -146,7 +152,7 @@ def main():
     ts = np.linspace(0, 1, 30, dtype="float32")
     states = ode(y0, ts=ts)
     accuracies = np.mean(np.argmax(head(states), axis=-1) == labels_test[:, None], axis=0)
-    draw(options.out, ts, np.asarray(states), accuracies, labels_test)
+    draw(options.out, ts, np.asarray(states, "float32"), accuracies, labels_test, rows[1][-1])
     print(f"\npicture: {options.out.resolve()}")
 
 

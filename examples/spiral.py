@@ -70,22 +70,23 @@ def train(field, times, samples, epochs):
 
 
 def draw(path, field, times, true, learnt):
-    """Draw the learnt field with both trajectories, and beside it both over time."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 6), width_ratios=[1, 1.2], layout="constrained")
-    grid = np.linspace(-2.2, 2.2, 30)
-    points = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
-    rates = np.asarray(field(points)).reshape(30, 30, 2)
-    left.streamplot(grid, grid, rates[..., 0], rates[..., 1], color="0.75", linewidth=0.8, density=1.3)
+    """Draw the learnt field with both trajectories, and beside it both over time and the solver's steps."""
+    figure = plt.figure(figsize=(13, 6), layout="constrained")
+    axes = figure.subplot_mosaic([["left", "right"], ["left", "below"]], width_ratios=[1, 1.2], height_ratios=[2, 1])
+    left, right, below = axes.values()
+    keras_node.plots.phase_portrait(field, (-2.2, 2.2), (-2.2, 2.2), num_arrows=24, ax=left)
     left.plot(*true.T, color="tab:blue", lw=3, alpha=0.5, label="true")
     left.plot(*learnt.T, color="k", lw=1.2, ls="--", label="learnt")
     left.plot(*START.T, "o", color="tab:blue", label="start")
-    left.set(xlabel="$y_1$", ylabel="$y_2$", aspect="equal", title="Learnt vector field")
+    left.set(aspect="equal", title="Learnt vector field, brighter where it is faster")
     left.legend(loc="upper right", framealpha=1)
     for i, color in enumerate(("tab:blue", "tab:orange")):
         right.plot(times, true[:, i], color=color, lw=3, alpha=0.5, label=f"true $y_{i + 1}$")
         right.plot(times, learnt[:, i], color="k", lw=1.2, ls="--", label="learnt" if i else None)
     right.set(xlabel="time t", title="One solve from the start to t = 25")
     right.legend(loc="upper right")
+    keras_node.plots.step_sizes(field, START.astype("float32"), times[[0, -1]], solver=ACCURATE, ax=below)
+    below.set_title("The steps of this solve")
     figure.savefig(path, dpi=120)
 
 

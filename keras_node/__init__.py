@@ -8,6 +8,7 @@ if keras.backend.backend() != "tensorflow":
         f"Received: backend={keras.backend.backend()!r}"
     )
 
+from keras_node import plots
 from keras_node.callbacks import SolverMonitor
 from keras_node.control import ControlPath, control_path
 from keras_node.gradcheck import GradientCheck, gradcheck
@@ -52,4 +53,5 @@ __all__ = [
     "control_path",
     "gradcheck",
     "odeint",
+    "plots",
 ]

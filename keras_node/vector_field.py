@@ -31,6 +31,7 @@ class VectorField:
     Attributes:
         params: the tensors that the field reads and a gradient may be asked for: the values of its trainable
             variables, then the float leaves of `args`.
+        computes_in_float16: whether its rates, when last evaluated, came in a precision that overflows early.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class VectorField:
 
     def _evaluate(self, t, y, args):
         dy = self.function(*field_inputs(self.num_arguments, t, y, args), **self.keywords)
+        self.computes_in_float16 = any(getattr(d, "dtype", None) == tf.float16 for d in tf.nest.flatten(dy))
         return like_state(dy, y, self.function)
 
     def _read_variables(self):

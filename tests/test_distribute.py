@@ -1,10 +1,15 @@
-"""Several devices: MirroredStrategy trains in plain `fit` to the losses of one device."""
+"""Ways to run `fit`: several devices, `tf.data`, several steps an execution; all train to the same losses."""
 
 import json
 import subprocess
 import sys
 
+import keras
 import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_node
 
 # Logical devices must be made before TensorFlow is used, so this runs in a process of its own.
 SCRIPT = """
@@ -36,3 +41,30 @@ def test_two_devices_train_like_one():
     one, two = json.loads(result.stdout.splitlines()[-1])
     np.testing.assert_allclose(two, one, rtol=1e-6)
     assert one[1] < one[0]
+
+
+@pytest.mark.parametrize("kind", ["ODELayer", "ODERNN"])
+def test_tf_data_and_several_steps_an_execution_change_nothing(kind):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 5, 4)).astype("float32")
+    times = np.cumsum(rng.uniform(size=(40, 5)), 1).astype("float32")
+    y = x[:, -1]
+
+    def fit(*data, steps=1):
+        keras.utils.set_random_seed(0)
+        inputs = [keras.Input((5, 4)), keras.Input((5,))]
+        if kind == "ODELayer":
+            h = keras_node.ODELayer(keras.layers.Dense(4, "tanh"), jit_compile=False)(inputs[0][:, -1])
+        else:
+            field = keras.layers.Dense(4, "tanh")
+            h = keras_node.ODERNN(keras.layers.GRUCell(4), field, solver="rk4", jit_compile=False)(*inputs)
+        model = keras.Model(inputs, h)
+        model.compile("adam", "mse", jit_compile=False, steps_per_execution=steps)
+        return model.fit(*data, epochs=2, shuffle=False, verbose=0).history["loss"]
+
+    # Forty are five batches: the last of three steps at once finds two.
+    expected = fit([x, times], y, 8)
+    dataset = tf.data.Dataset.from_tensor_slices(((x, times), y)).batch(8).prefetch(2)
+    np.testing.assert_allclose(fit(dataset), expected, rtol=1e-6)
+    np.testing.assert_allclose(fit(dataset, steps=3), expected, rtol=1e-6)
+    assert expected[1] < expected[0]

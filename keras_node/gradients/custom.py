@@ -6,7 +6,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_node.gradients.vjp import vjp
-from keras_node.solution import Stats, check_status
+from keras_node.solution import Stats, Status, check_status
 from keras_node.solve import Problem, Trajectory
 from keras_node.trees import Nest
 
@@ -59,9 +59,12 @@ def solve_with_gradient(
             if problem.on_backward is not None:
                 problem.on_backward(stats, status)
             if problem.throw:
-                # An upstream gradient that is not finite is the loss's own affair (a loss scaler skips that step).
-                usable = tf.reduce_all([tf.reduce_all(tf.math.is_finite(d)) for d in tf.nest.flatten(dys)])
-                adjoint = check_status(tf.where(usable, status, 0), adjoint, "The solve of the adjoint")
+                # An upstream gradient that is not finite is the loss's own affair (a loss scaler skips that step),
+                # and so is one so large that a field in float16 overflows on it.
+                excused = ~tf.reduce_all([tf.reduce_all(tf.math.is_finite(d)) for d in tf.nest.flatten(dys)])
+                if problem.vector_field.computes_in_float16:
+                    excused |= status == int(Status.NON_FINITE)
+                adjoint = check_status(tf.where(excused, 0, status), adjoint, "The solve of the adjoint")
             flat_gradients = tf.nest.flatten((adjoint, dts, dparams))
             # A TensorFlow variable in a closure: `_refuse` sees to it that nobody takes `None` for an answer.
             return flat_gradients if variables is None else (flat_gradients, [None] * len(variables))
