@@ -13,10 +13,12 @@ from keras_node.gradcheck import GradientCheck, gradcheck
 from keras_node.gradients.backsolve import BacksolveAdjoint
 from keras_node.gradients.checkpointed import CheckpointedAdjoint
 from keras_node.gradients.direct import DirectGradient
+from keras_node.layers.concat_squash import ConcatSquash, ConcatSquashField
 from keras_node.layers.gru_ode import GRUODEField
 from keras_node.layers.ode_layer import ODELayer
 from keras_node.layers.ode_rnn import ODERNN
 from keras_node.layers.ode_rnn_cell import ODERNNCell
+from keras_node.models.continuous_flow import ContinuousFlow
 from keras_node.odeint import odeint
 from keras_node.solution import Solution, Stats, Status
 from keras_node.solvers.runge_kutta import RungeKutta
@@ -27,6 +29,9 @@ __all__ = [
     "ODERNN",
     "BacksolveAdjoint",
     "CheckpointedAdjoint",
+    "ConcatSquash",
+    "ConcatSquashField",
+    "ContinuousFlow",
     "DirectGradient",
     "GRUODEField",
     "GradientCheck",

@@ -1,0 +1,1 @@
+"""Keras models, one public class a file."""
