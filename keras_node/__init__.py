@@ -15,6 +15,7 @@ from keras_node.gradcheck import GradientCheck, gradcheck
 from keras_node.gradients.backsolve import BacksolveAdjoint
 from keras_node.gradients.checkpointed import CheckpointedAdjoint
 from keras_node.gradients.direct import DirectGradient
+from keras_node.layers.concat_squash import ConcatSquash, ConcatSquashField
 from keras_node.layers.gru_ode import GRUODEField
 from keras_node.layers.hamiltonian_field import HamiltonianField
 from keras_node.layers.neural_cde import NeuralCDE
@@ -23,6 +24,7 @@ from keras_node.layers.ode_rnn import ODERNN
 from keras_node.layers.ode_rnn_cell import ODERNNCell
 from keras_node.layers.second_order import SecondOrder
 from keras_node.layers.time_concatenation import TimeConcatenation
+from keras_node.models.continuous_flow import ContinuousFlow
 from keras_node.models.latent_ode import LatentODE
 from keras_node.odeint import odeint
 from keras_node.solution import Solution, Stats, Status
@@ -34,6 +36,9 @@ __all__ = [
     "ODERNN",
     "BacksolveAdjoint",
     "CheckpointedAdjoint",
+    "ConcatSquash",
+    "ConcatSquashField",
+    "ContinuousFlow",
     "ControlPath",
     "DirectGradient",
     "GRUODEField",
