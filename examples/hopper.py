@@ -8,7 +8,8 @@ fall. Half of the moments are hidden, and at every moment a network predicts the
 - RNN, as in the paper's code: the cell is called at every moment, with zeros and marks where nothing is seen.
 - RNN that waits: the cell is called at observations only and told, as the decoder is, how long ago the last one was.
 
-The ODE-RNN beats the first and is level with the second: a plain RNN, fed well, can be a strong one, so try it too.
+The ODE-RNN comes out ahead of both (0.00069, 0.00093 and 0.00074), of the second by little: a plain RNN, fed well, can
+be a strong one, so try it too.
 
 `Observing` is the pattern for missing values: marks beside the channels, no update where nothing was observed.
 
