@@ -80,7 +80,11 @@ def odeint(
     _check_batch(y0, ts, solver)
 
     field = VectorField(vector_field, ts[0], y0, args, training)
-    on_backward = None if statistics is None else statistics.backward
+    # `fit`, `evaluate` and `predict` say whether they train. An export does not, or says no and traces the gradient all
+    # the same, and must not take the counters along.
+    if training is None:
+        statistics = None
+    on_backward = statistics.backward if statistics is not None and training else None
     problem = Problem(field, y0, ts, field.params, solver, throw, times_vary, jit_compile, on_backward)
     ys, stats, status = gradient(problem)
     if valid is not None:

@@ -105,7 +105,8 @@ class VectorField:
 
     def _read_variables(self):
         self._values = [_full_precision(v.value) for v in self._trainable]
-        self._constant_values = [_full_precision(v.value) for v in self._constant]
+        # A tape watches a frozen weight all the same, and would take it for a tensor that the field closes over.
+        self._constant_values = [tf.stop_gradient(_full_precision(v.value)) for v in self._constant]
 
     def _advance_state(self, t0, y0):
         """Evaluates the field once to learn which variables it reads and updates.

@@ -151,3 +151,20 @@ def test_in_a_functional_model():
     closed = keras.Model(x, keras_node.ODELayer(lambda y: -RATE * y)(x))
     with pytest.raises(ValueError, match="pass it through `args`"), tf.GradientTape() as tape:
         tape.gradient(tf.reduce_sum(closed(Y0)), RATE)
+
+
+@pytest.mark.parametrize("gradient", ["backsolve", "checkpointed", "direct"])
+def test_a_frozen_weight_does_not_stand_in_the_way_of_others(gradient):
+    class Field(keras.layers.Layer):
+        def build(self, shape):
+            self.one, self.other = (self.add_weight(shape=(), initializer="ones") for _ in range(2))
+
+        def call(self, y):
+            return -self.one * self.other * y
+
+    field = Field()
+    field.build((2, 3))
+    field.one.trainable = False
+    with tf.GradientTape() as tape:
+        value = last_state(field, gradient)
+    np.testing.assert_allclose(tape.gradient(value, field.other.value), -6 * np.exp(-1), rtol=1e-3)

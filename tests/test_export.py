@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import keras_node
 
@@ -27,6 +28,19 @@ def run_onnx(path, inputs):
     session = pytest.importorskip("onnxruntime").InferenceSession(path)
     names = [node.name for node in session.get_inputs()]
     return session.run(None, dict(zip(names, inputs, strict=True)))[0]
+
+
+def run_litert(path, inputs):
+    interpreter = pytest.importorskip("ai_edge_litert.interpreter").Interpreter(path)  # without the Flex delegate
+    given = {len(details["shape"]): details["index"] for details in interpreter.get_input_details()}
+    for x in inputs:
+        interpreter.resize_tensor_input(given[x.ndim], x.shape)
+    interpreter.allocate_tensors()
+    for x in inputs:
+        interpreter.set_tensor(given[x.ndim], x)
+    interpreter.invoke()
+    (result,) = interpreter.get_output_details()
+    return interpreter.get_tensor(result["index"])
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -57,14 +71,26 @@ def test_onnx_of_a_recurrent_layer(tmp_path):
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.filterwarnings("ignore")
 def test_litert_with_builtin_operators_only(name, tmp_path):
-    interpreter_of = pytest.importorskip("ai_edge_litert.interpreter").Interpreter
     model = ode_model(SOLVERS[name])
     path = str(tmp_path / "model.tflite")
     model.export(path, format="litert", verbose=False)
-    interpreter = interpreter_of(path)  # without the Flex delegate
-    (given,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
-    interpreter.resize_tensor_input(given["index"], X.shape)
-    interpreter.allocate_tensors()
-    interpreter.set_tensor(given["index"], X)
-    interpreter.invoke()
-    np.testing.assert_allclose(interpreter.get_tensor(result["index"]), model.predict(X, verbose=0), atol=1e-5)
+    np.testing.assert_allclose(run_litert(path, [X]), model.predict(X, verbose=0), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_litert_of_a_recurrent_layer_has_builtin_operators_only_where_it_is_unrolled(tmp_path):
+    def model_of(**options):
+        keras.utils.set_random_seed(0)
+        x, times = keras.Input((2, 3)), keras.Input((2,))
+        layer = keras_node.ODERNN(keras.layers.GRUCell(4), field(), solver=SOLVERS["fixed"], **options)
+        return keras.Model([x, times], layer(x, times))
+
+    values = np.random.default_rng(2).normal(size=(3, 2, 3)).astype("float32")
+    expected = model_of().predict([values, TIMES[:, :2]], verbose=0)
+    path = str(tmp_path / "model.tflite")
+    builtins = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}
+    # What is to run without Flex is asked for at export, and refused there.
+    with pytest.raises(Exception, match="TensorListReserve"):
+        model_of().export(path, format="litert", verbose=False, target_spec=builtins)
+    model_of(unroll=True).export(path, format="litert", verbose=False, target_spec=builtins)
+    np.testing.assert_allclose(run_litert(path, [values, TIMES[:, :2]]), expected, atol=1e-5)

@@ -37,8 +37,8 @@ class ODELayer(keras.layers.Layer):
         jit_compile: whether the solve is an XLA program of its own where the model as a whole is none: `"auto"`
             (default) in training, and not with `"direct"`; or `True` or `False`.
         track_stats: whether evaluations, steps, rejected steps and failures of the solves, forwards and backwards, are
-            metrics of the model, in the logs of `fit` and `evaluate` (see `keras_node.SolverMonitor`). Defaults to
-            `False`.
+            metrics of the model, in the logs of `fit` and `evaluate` (see `keras_node.SolverMonitor`). A call that does
+            not say whether it is `training` counts nothing. Defaults to `False`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
