@@ -101,7 +101,14 @@ def backward_evaluations(norm: str, rtol: float) -> float:
     def step():
         with tf.GradientTape() as tape:
             solution = keras_node.odeint(
-                field, y0, [0.0, 10.0], solver=solver, gradient=gradient, statistics=statistics
+                field,
+                y0,
+                [0.0, 10.0],
+                solver=solver,
+                gradient=gradient,
+                training=True,
+                jit_compile=False,
+                statistics=statistics,
             )
             loss = tf.reduce_sum(solution.ys[-1] ** 2)
         return tape.gradient(loss, network.trainable_variables)

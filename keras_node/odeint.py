@@ -53,7 +53,7 @@ def odeint(
         jit_compile: whether the solve and its gradient are XLA programs of their own, as parts of a graph (in a
             `tf.function`, in `fit`) that as a whole is none; eagerly nothing is compiled. `"auto"` (default) compiles
             where `training` is true, so that models are exported without, and not with `"direct"`, which cannot.
-        statistics: what a layer that tracks its solves hands in to be told how they went.
+        statistics: what a layer that tracks its solves hands in to be told how they went, where `training` is given.
 
     Returns:
         A `keras_node.Solution`: `ts`; `ys`, the structure of `y0` with a new first axis of length `T`; `stats`;
