@@ -8,7 +8,7 @@ import sys
 import pytest
 
 EXAMPLES = sorted((pathlib.Path(__file__).parent.parent / "examples").glob("*.py"))
-NEEDS = {"japanese_vowels": "aeon", "hopper": "dm_control"}
+NEEDS = {"japanese_vowels": "aeon", "hopper": "dm_control", "latent_hopper": "dm_control"}
 
 
 def parameters():

@@ -59,8 +59,8 @@ class LatentODE(keras.Model):
         `times`: `(batch, T)`, or `(T,)` where the batch shares them. `values` and `mask`: `(batch, T, features)`.
 
     Output shape:
-        `(batch, T, features)`: the reconstruction, from the mean of `q`. Steps without any observation repeat the one
-        before; for other times than those observed, see `extrapolate`.
+        `(batch, T, features)`: the reconstruction, from the mean of `q`. A step without any observation repeats that
+        before it; for other times than those observed, there is `extrapolate`.
 
     `fit(x)` with `x = (times, values, mask)` learns to reconstruct the observations. `fit(x, y)` with
     `y = (times, values, mask)` of its own length has the encoder read `x` and the loss compare with `y`: all
@@ -202,6 +202,11 @@ class LatentODE(keras.Model):
             times: `(T,)` or `(batch, T)`, monotonic, from `t0` on.
             training: Python boolean, handed on to the field and the decoder.
         """
+        if self.decoder is None:
+            raise ValueError(
+                f"How many channels an observation of model {self.name!r} has is known once it has seen some: `fit` it "
+                "or call it, or give it a `decoder`."
+            )
         z = self.dynamics(z0, ts=times, training=training)
         return ops.cast(self.decoder(z, training=training), self.compute_dtype)
 
