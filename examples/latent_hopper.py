@@ -43,7 +43,8 @@ class Feedback(keras.layers.Layer):
         self.cell.build((None, CHANNELS + 1))
 
     def call(self, waits, states):
-        return self.cell(keras.ops.concatenate([self.decoder(states[0]), waits], axis=-1), states)
+        decoded = self.decoder(states[0][:, None])[:, 0]  # it is made for series
+        return self.cell(keras.ops.concatenate([decoded, waits], axis=-1), states)
 
 
 class Recurrence(keras.layers.Layer):
@@ -59,17 +60,17 @@ class Recurrence(keras.layers.Layer):
         self.rnn.build((None, MOMENTS, 1))
 
     def call(self, z0, ts):
-        return self.rnn(keras.ops.diff(ts, prepend=keras.ops.zeros_like(ts[:, :1]))[..., None], initial_state=[z0])
+        waits = keras.ops.diff(keras.ops.pad(ts, [(0, 0), (1, 0)]))
+        return self.rnn(waits[..., None], initial_state=[z0])
 
 
 def autoencoder(kind):
     """A latent ODE, or the same with a recurrent network in the place of the ODE."""
     field = keras.Sequential([Dense(UNITS, activation="elu"), Dense(UNITS, activation="elu"), Dense(LATENT_DIM)])
     decoder = keras.Sequential([Dense(UNITS, activation="tanh"), Dense(CHANNELS)])
-    decoder.build((None, LATENT_DIM))
     solver = keras_node.RungeKutta("tsit5", max_steps=64)
     model = keras_node.LatentODE(
-        LATENT_DIM, units=UNITS, vector_field=field, decoder=decoder, solver=solver, gradient="checkpointed"
+        LATENT_DIM, units=UNITS, vector_field=field, decoder=decoder, solver=solver, gradient="direct"
     )
     if kind == "recurrent":
         del model.dynamics
@@ -122,7 +123,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("latent_hopper.png"))
     options = parser.parse_args()
-    epochs, seeds, count = (2, 1, 200) if options.quick else (options.epochs, options.seeds, 1000)
+    epochs, seeds, count = (1, 1, 100) if options.quick else (options.epochs, options.seeds, 1000)
 
     paths, test = np.split(trajectories(count, np.random.default_rng(0)), [count * 4 // 5])
     hidden = hide(test, np.random.default_rng(1))

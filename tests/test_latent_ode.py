@@ -171,6 +171,16 @@ def test_reconstruction_is_extrapolation_to_the_times_observed(solver, float64):
     np.testing.assert_array_equal(reconstruction, model(x))
 
 
+def test_moments_without_observations_are_reconstructed(float64):
+    model, (times, values, mask) = latent_ode(solver=RungeKutta("tsit5", rtol=1e-10, atol=1e-12)), series("float64")
+    mask[:, 1] = False
+    mask[0, 4] = False  # the last one
+    np.testing.assert_allclose(
+        model((times, values, mask))[:2], model.extrapolate((times, values, mask), np.maximum.accumulate(times, 1))[:2]
+    )
+    assert not np.allclose(model((times, values, mask))[0, 4], model((times, values, mask))[0, 3])
+
+
 def test_times_of_the_batch_may_be_shared(float64):
     model, (_, values, _) = latent_ode(solver=RungeKutta("rk4", num_steps=4)), series("float64")
     shared, mask = np.linspace(0.2, 2.0, STEPS), np.ones(values.shape, bool)
