@@ -171,6 +171,16 @@ def test_reconstruction_is_extrapolation_to_the_times_observed(solver, float64):
     np.testing.assert_array_equal(reconstruction, model(x))
 
 
+def test_moments_without_observations_are_reconstructed(float64):
+    model, (times, values, mask) = latent_ode(solver=RungeKutta("tsit5", rtol=1e-10, atol=1e-12)), series("float64")
+    mask[:, 1] = False
+    mask[0, 4] = False  # the last one
+    np.testing.assert_allclose(
+        model((times, values, mask))[:2], model.extrapolate((times, values, mask), np.maximum.accumulate(times, 1))[:2]
+    )
+    assert not np.allclose(model((times, values, mask))[0, 4], model((times, values, mask))[0, 3])
+
+
 def test_times_of_the_batch_may_be_shared(float64):
     model, (_, values, _) = latent_ode(solver=RungeKutta("rk4", num_steps=4)), series("float64")
     shared, mask = np.linspace(0.2, 2.0, STEPS), np.ones(values.shape, bool)
@@ -259,7 +269,7 @@ def test_xla_computes_the_same_loss_and_gradients(float64):
 
 
 def test_fit_learns_under_xla_and_the_model_is_saved(tmp_path):
-    model, x = latent_ode(units=16, noise_scale=0.2, kl_annealing_steps=10, gradient="backsolve"), waves(64)
+    model, x = latent_ode(units=16, kl_annealing_steps=10, gradient="backsolve"), waves(64)
     half = (x[0], x[1], x[2] & (np.arange(12) % 2 == 0)[:, None])
     model.compile(keras.optimizers.Adam(0.02), jit_compile=True)
     history = model.fit(half, x, batch_size=16, epochs=12, verbose=0).history
@@ -269,6 +279,7 @@ def test_fit_learns_under_xla_and_the_model_is_saved(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded(half), model(half))
+    np.testing.assert_array_equal(loaded.log_noise_scale, model.log_noise_scale)
     assert float(loaded.kl_weight) == 1  # the annealing goes on where it was
 
 
@@ -289,7 +300,7 @@ def test_the_configuration_survives_a_round_trip():
     assert again.get_config() == model.get_config()
     assert isinstance(again.encoder.cell, ODERNNCell) and again.dynamics.t0 == -1.0
     x = series("float64")
-    model(x), again(x)
+    model.compute_loss(x), again.compute_loss(x)
     again.set_weights(model.get_weights())
     np.testing.assert_array_equal(again(x), model(x))
     assert again(x).dtype == "float64" and len(again.get_weights()) == len(model.get_weights())
@@ -351,7 +362,9 @@ def test_errors_say_what_arrived():
     with pytest.raises(ValueError, match=r"takes no `loss`.*Received: loss='mse'"):
         latent_ode().compile("adam", loss="mse")
     with pytest.raises(ValueError, match=r"as many channels.*Received"):
-        latent_ode(decoder=layers.Dense(5))(x)
+        latent_ode(decoder=layers.Dense(5)).compute_loss(x)
+    with pytest.raises(ValueError, match="once it has seen some"):
+        latent_ode().sample(3, [0.0, 1.0])
     with pytest.raises(ValueError, match=r"tuple `\(times, values, mask\)`"):
         latent_ode().compute_loss(x[:2])
     with pytest.raises(ValueError, match=r"\(batch, T, features\).*Received: shapes"):

@@ -52,16 +52,16 @@ class LatentODE(keras.Model):
 
     Call arguments:
         inputs: the observations, a tuple `(times, values, mask)`. What `values` hold where `mask` is false, and `times`
-            at steps where it is false for all channels (padding), has no effect. The times of the other steps must not
-            decrease. `mask` is boolean or, as several devices need it (`tf.distribute`), 0 and 1.
+            at steps where it is false for all channels, has no effect on `q` and the loss. The times of the other steps
+            must not decrease. `mask` is boolean or, as several devices need it (`tf.distribute`), 0 and 1.
         training: Python boolean, handed on to the layers.
 
     Input shape:
         `times`: `(batch, T)`, or `(T,)` where the batch shares them. `values` and `mask`: `(batch, T, features)`.
 
     Output shape:
-        `(batch, T, features)`: the reconstruction, from the mean of `q`. Steps without any observation repeat the one
-        before; for other times than those observed, see `extrapolate`.
+        `(batch, T, features)`: the reconstruction, from the mean of `q`, at all of `times`. A step without observations
+        whose time lies before the last one observed, such as padding by zeros, repeats that one.
 
     `fit(x)` with `x = (times, values, mask)` learns to reconstruct the observations. `fit(x, y)` with
     `y = (times, values, mask)` of its own length has the encoder read `x` and the loss compare with `y`: all
@@ -150,7 +150,10 @@ class LatentODE(keras.Model):
             self.log_noise_scale = self.add_weight(shape=(features,), initializer="zeros", name="log_noise_scale")
 
     def call(self, inputs, training=None):
-        times, _, _ = self._series(inputs)
+        times, values, _ = self._series(inputs)
+        # Also at times when nothing was observed, unless they go back, as in padding.
+        given = ops.cast(inputs[0], values.dtype)
+        times = ops.maximum(ops.where(ops.isfinite(given), given, times), times)
         return self.decode(self.posterior(inputs, training).mean(), times, training)
 
     @property
@@ -203,6 +206,11 @@ class LatentODE(keras.Model):
             times: `(T,)` or `(batch, T)`, monotonic, from `t0` on.
             training: Python boolean, handed on to the field and the decoder.
         """
+        if self.decoder is None:
+            raise ValueError(
+                f"How many channels an observation of model {self.name!r} has is known once it has seen some: `fit` it "
+                "or call it, or give it a `decoder`."
+            )
         z = self.dynamics(z0, ts=times, training=training)
         return ops.cast(self.decoder(z, training=training), self.compute_dtype)
 
