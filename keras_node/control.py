@@ -39,7 +39,8 @@ class ControlPath(NamedTuple):
         """The rate of change at `t`, in the shape of the value.
 
         At a knot it is that of the piece behind it, at the last knot that of the piece before. A jump has none: that
-        of a rectilinear path is zero.
+        of a rectilinear path is zero. That of a linear path jumps from piece to piece, so that the gradient of an
+        integral of it is right with respect to values, and not to times; `keras_node.NeuralCDE` has both.
         """
         points = _points(t, self.times.dtype)
         inside = (points >= self.times[:, :1, None]) & (points <= self.times[:, -1:, None])
@@ -65,8 +66,8 @@ def control_path(times, values, mask=None, interpolation="hermite"):
     """Lays a path through observations: `X(times[i]) = values[i]`, and something sensible in between.
 
     - `"linear"`: straight from one observation to the next.
-    - `"hermite"`: a cubic whose slope at an observation is that of the straight line from the one before. The path is
-      smooth, and up to an observation it depends on nothing later, if none is missing.
+    - `"hermite"`: a cubic whose slope at an observation is that of the straight line from the one before. The path has
+      no kinks, and up to an observation it depends on nothing later, if none is missing.
     - `"rectilinear"`: the last observation, until the next one comes. The path jumps, and depends on nothing later
       even where values are missing.
 
@@ -90,6 +91,7 @@ def control_path(times, values, mask=None, interpolation="hermite"):
 
     Raises:
         ValueError: for inputs of another shape, and for an unknown `interpolation`.
+        TypeError: for values that are not floating-point.
 
     Example:
     >>> path = keras_node.control_path([0.0, 1.0, 3.0], tf.constant([[[0.0], [1.0], [5.0]]]), interpolation="linear")
@@ -124,10 +126,10 @@ def pieces(times, values, mask, interpolation):
     if interpolation not in INTERPOLATIONS:
         names = ", ".join(repr(name) for name in INTERPOLATIONS)
         raise ValueError(f"`interpolation` must be one of {names}. Received: interpolation={interpolation!r}")
+    mask = None if mask is None else ops.cast(mask, "bool")
     _check_shapes(times, values, mask)
     observed = ~ops.isnan(values)
     if mask is not None:
-        mask = ops.cast(mask, "bool")
         observed &= mask[..., None] if len(mask.shape) == 2 else mask
     valid = ops.any(observed, axis=-1)
 

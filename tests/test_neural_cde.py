@@ -71,13 +71,12 @@ def test_commuting_linear_fields_depend_on_the_ends_of_the_path_alone(kind, floa
             np.testing.assert_allclose(z[b, i], expected, rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize("kind", ["hermite", "linear"])
-def test_it_is_the_solve_along_the_public_path(kind, float64):
+def test_it_is_the_solve_along_the_public_path(float64):
     x, times = series("float64")
     x, times = x[1:2], times[1:2]
-    layer = cde(interpolation=kind, solver=PRECISE)
+    layer = cde(solver=PRECISE)
     z, z0 = layer(x, times), layer.initial(x[:, 0])
-    path = keras_node.control_path(times, np.concatenate([times[..., None], x], axis=-1), interpolation=kind)
+    path = keras_node.control_path(times, np.concatenate([times[..., None], x], axis=-1))
     solver = RungeKutta("tsit5", rtol=1e-9, atol=1e-10, step_at=times[0])
 
     def field(t, z, args):

@@ -136,11 +136,8 @@ class NeuralCDE(keras.layers.Layer):
             field = keras.Sequential([hidden, matrix])
         controlled = _Controlled(field, self.units, dtype=self.variable_dtype, autocast=False, name="field")
         degree = 3 if self.interpolation == "hermite" else 1
-        s = keras.KerasTensor((None, 1) if self.solver.per_sample else (), dtype=self.variable_dtype)
-        z, rates = (
-            keras.KerasTensor((None, *n), dtype=self.variable_dtype) for n in ((self.units,), (degree, channels))
-        )
-        build(controlled, s, z, rates)
+        shapes = (None, 1) if self.solver.per_sample else (), (None, self.units), (None, degree, channels)
+        build(controlled, *(keras.KerasTensor(shape, dtype=self.variable_dtype) for shape in shapes))
         solve = functools.partial(
             odeint,
             controlled,
