@@ -99,7 +99,8 @@ class VectorField:
         return captured + [tf.convert_to_tensor(v) for v in trace.trainable_variables]
 
     def _evaluate(self, t, y, args):
-        dy = self.function(*field_inputs(self.num_arguments, t, y, args), **self.keywords)
+        with tf.name_scope("vector_field"):  # a layer's name may begin with "_", a scope's at the root may not
+            dy = self.function(*field_inputs(self.num_arguments, t, y, args), **self.keywords)
         self.computes_in_float16 = any(getattr(d, "dtype", None) == tf.float16 for d in tf.nest.flatten(dy))
         return like_state(dy, y, self.function)
 

@@ -339,3 +339,15 @@ def test_the_import_is_light_and_needs_the_tensorflow_backend():
     )
     result = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True)
     assert "keras_node needs Keras on the TensorFlow backend" in result.stderr
+
+
+class _Private(keras.layers.Layer):
+    def call(self, y):
+        return -y
+
+
+def test_the_name_of_a_field_may_begin_with_an_underscore():
+    model = keras.Sequential([keras.Input((2,)), keras_node.ODELayer(_Private())])
+    model.compile("sgd", "mse", jit_compile=False)
+    history = model.fit(np.ones((4, 2)), np.zeros((4, 2)), verbose=0).history
+    np.testing.assert_allclose(history["loss"], np.exp(-2), rtol=1e-2)
