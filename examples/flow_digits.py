@@ -2,7 +2,8 @@
 
 scikit-learn's 8x8 digits are reduced to a few principal components, each scaled to variance one, and the density of
 these is learnt given the digit. Both flows have the same field, initial weights, batches, tolerances, exact trace and
-training loop, compiled by XLA; what differs is the solver, its adjoint and how the trace is computed. The mixtures are
+training loop; what differs is the solver, its adjoint and how the trace is computed. Ours is compiled by XLA, which
+refuses the exact trace of TensorFlow Probability 0.25. The mixtures are
 one for each digit, with as many components as do best on the validation digits; each flow keeps its best weights there.
 
     python examples/flow_digits.py            # a few minutes on two cores
@@ -79,13 +80,13 @@ def tfp_log_prob(field, dim):
     return log_prob, None
 
 
-def train(log_prob, field, parts, steps, seed):
-    """Maximise the likelihood; return the test NLL of the best weights and the median seconds of a step."""
+def train(log_prob, field, parts, steps, seed, jit_compile):
+    """Maximise the likelihood; return the test NLL of the best weights and the least seconds of a step."""
     (x, condition), validation, test = parts
     optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(3e-3, steps))
     optimizer.build(field.trainable_variables)
 
-    @tf.function(jit_compile=True)
+    @tf.function(jit_compile=jit_compile)
     def step(x, condition):
         with tf.GradientTape() as tape:
             loss = -tf.reduce_mean(log_prob(x, condition))
@@ -94,7 +95,7 @@ def train(log_prob, field, parts, steps, seed):
         )
         return loss
 
-    @tf.function(jit_compile=True)
+    @tf.function(reduce_retracing=True)
     def nll(x, condition):
         return -tf.reduce_mean(log_prob(x, condition))
 
@@ -107,7 +108,7 @@ def train(log_prob, field, parts, steps, seed):
         if (i + 1) % CHECK_EVERY == 0:
             best = min(best, (float(nll(*validation)), i, field.get_weights()), key=lambda b: b[0])
     field.set_weights(best[-1])
-    return float(nll(*test)), np.median(seconds[1:])  # the first step compiles
+    return float(nll(*test)), min(seconds)
 
 
 def draw(path, sample, pca):
@@ -134,18 +135,17 @@ def main():
     steps = CHECK_EVERY if options.quick else options.steps
     parts, pca = digits(options.components)
 
-    print("density                     test NLL, nats   ms a step")
-    for name, make in {"our flow": our_log_prob, "tfp.bijectors.FFJORD": tfp_log_prob}.items():
+    print("density                     test NLL, nats   ms a step, at least")
+    rows = [("our flow", our_log_prob, True), ("tfp.bijectors.FFJORD", tfp_log_prob, False)]
+    for name, make, jit_compile in rows[: 1 if options.quick else None]:
         keras.utils.set_random_seed(options.seed)
         field = keras_node.ConcatSquashField((64, 64))
         field.build((), (None, options.components), (None, 10))
         log_prob, sampler = make(field, options.components)
-        nll, seconds = train(log_prob, field, parts, steps, options.seed)
-        print(f"{name:27} {nll:14.3f} {1e3 * seconds:11.1f}", flush=True)
+        nll, seconds = train(log_prob, field, parts, steps, options.seed, jit_compile)
+        print(f"{name:27} {nll:14.3f} {1e3 * seconds:21.1f}", flush=True)
         if sampler is not None:
             draw(options.out, sampler, pca)
-        if options.quick:
-            break
     nll, components = mixture_nll(parts)
     print(f"mixture of {components} a digit         {nll:14.3f}")
     print(f"picture: {options.out.resolve()}")

@@ -264,9 +264,9 @@ def test_fit_learns_and_the_flow_is_saved_and_exported(conditional, tmp_path):
     assert loaded.evaluate(data, verbose=0) == pytest.approx(nll, rel=1e-6)
     assert json.dumps(loaded.get_config()) == json.dumps(model.get_config())  # where tuples are lists
     model.export(tmp_path / "served", verbose=False)
-    serve = tf.saved_model.load(tmp_path / "served").serve
+    served = tf.saved_model.load(tmp_path / "served")
     few = tuple(a[:5] for a in data) if conditional else x[:5]
-    np.testing.assert_allclose(serve(few), expected[:5], atol=1e-5)
+    np.testing.assert_allclose(served.serve(few), expected[:5], atol=1e-5)
 
 
 def test_a_bijector_of_tensorflow_probability(monkeypatch):
