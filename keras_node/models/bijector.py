@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import tensorflow as tf
+
 
 def make_bijector(flow: Any, condition: Any = None) -> Any:
     """Returns the map of a `keras_node.ContinuousFlow` from its base to its data as a `tfp.bijectors.Bijector`."""
@@ -9,9 +11,7 @@ def make_bijector(flow: Any, condition: Any = None) -> Any:
 
     class FlowBijector(tfp.bijectors.Bijector):
         def __init__(self):
-            super().__init__(
-                forward_min_event_ndims=1, is_constant_jacobian=False, dtype=flow.variable_dtype, name=flow.name
-            )
+            super().__init__(forward_min_event_ndims=1, dtype=tf.as_dtype(flow.variable_dtype), name=flow.name)
 
         def _forward(self, z):
             x, log_det = flow.forward(z, condition)

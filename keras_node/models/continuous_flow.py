@@ -148,6 +148,11 @@ class ContinuousFlow(keras.Model):
 
     def call(self, inputs, training=None):
         x, condition = _parts(inputs)
+        if training and self.trace == "exact" and _draws(self.vector_field):
+            raise ValueError(
+                'With `trace="exact"` a field is evaluated on several copies of its batch, which noise such as dropout '
+                f'would make different: use `trace="hutchinson"`. Received: {self.vector_field!r}'
+            )
         end = 0.0
         if training and self.steer:
             end = keras.random.uniform((), -self.steer, self.steer, self.variable_dtype, self.seed_generator)
@@ -288,6 +293,12 @@ def _parts(inputs):
     if isinstance(inputs, dict):
         return inputs["x"], inputs.get("condition")
     return tuple(inputs) if isinstance(inputs, list | tuple) else (inputs, None)
+
+
+def _draws(function):
+    """Whether a field has a seed, and so may be noisy in training."""
+    variables = function.non_trainable_variables if isinstance(function, keras.Layer) else []
+    return any(not tf.as_dtype(v.dtype).is_floating for v in variables)
 
 
 def _is_nest_of_shapes(shape):

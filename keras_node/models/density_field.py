@@ -10,11 +10,10 @@ from keras_node.vector_field import call_arguments, field_inputs, like_state
 
 
 class DensityField:
-    """A field for the state `(x, integrals)`, the columns of `integrals` having the rates
+    """A field for the state `(x, integrals)`.
 
-    `tr(df/dx)`, and with `energies` also `||f||^2` and `||df/dx||_F^2`.
-
-    Called with `args = (condition, noise)`. Without noise the Jacobian is formed; with noise `e`, of covariance one, it
+    The columns of `integrals` have the rates `tr(df/dx)` and, with `energies`, `||f||^2` and `||df/dx||_F^2`. Called
+    with `args = (condition, noise)`. Without noise the Jacobian is formed; with noise `e`, of covariance one, it
     is only multiplied from the left: `e^T (df/dx) e` and `||e^T df/dx||^2` have the exact values as their means.
 
     Args:
@@ -29,23 +28,27 @@ class DensityField:
 
     def __call__(self, t: tf.Tensor, state: tuple, args: tuple, training: bool | None = None) -> tuple:
         (x, _), (condition, noise) = state, args
-        # In a graph all rows of a Jacobian are one vectorised product; eagerly, tracing that would take longer.
-        eager = tf.executing_eagerly()
-        with tf.GradientTape(persistent=eager, watch_accessed_variables=False) as tape:
-            tape.watch(x)
-            dx = self._evaluate(t, x, condition, training)
-        zero = tf.UnconnectedGradients.ZERO
+        # A copy of the batch for every row of the Jacobian, or one for the noise. `batch_jacobian` would save copies,
+        # but makes XLA compile a training step anew whenever the weights change.
+        copies = x.shape[1] if noise is None else 1
+        shape = (copies, -1, x.shape[1])
+
+        def copied(a):
+            return a if a is None or a.shape.rank == 0 else tf.tile(a, [copies] + [1] * (a.shape.rank - 1))
+
+        rows = copied(x)
         if noise is None:
-            jacobian = tape.batch_jacobian(dx, x, zero, experimental_use_pfor=not eager)
-            trace = tf.linalg.trace(jacobian)
+            cotangent = tf.reshape(tf.eye(copies, dtype=x.dtype)[:, None] + tf.zeros_like(x)[None], tf.shape(rows))
         else:
-            noise = tf.stop_gradient(noise)
-            product = tape.gradient(dx, x, noise, zero)
-            jacobian = product[:, None]
-            trace = tf.reduce_sum(product * noise, axis=1)
-        rates = [trace]
+            cotangent = tf.stop_gradient(noise)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(rows)
+            dx = self._evaluate(copied(t), rows, copied(condition), training)
+        product = tape.gradient(dx, rows, cotangent, tf.UnconnectedGradients.ZERO)
+        dx = tf.reshape(dx, shape)[0]
+        rates = [tf.reduce_sum(tf.reshape(product * cotangent, shape), axis=(0, 2))]
         if self.energies:
-            rates += [tf.reduce_sum(dx**2, axis=1), tf.reduce_sum(jacobian**2, axis=(1, 2))]
+            rates += [tf.reduce_sum(dx**2, axis=1), tf.reduce_sum(tf.reshape(product**2, shape), axis=(0, 2))]
         return dx, tf.stack(rates, axis=1)
 
     def _evaluate(self, t: tf.Tensor, x: tf.Tensor, condition: Any, training: bool | None) -> tf.Tensor:

@@ -1,0 +1,352 @@
+"""The continuous normalizing flow: densities in closed form, estimates, gradients, and its life as a model."""
+
+import itertools
+import json
+
+import keras
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+import tensorflow as tf
+from keras import ops
+
+import keras_node
+from keras_node import ContinuousFlow, RungeKutta
+from keras_node.models.density_field import DensityField
+
+A = np.array([[0.3, -0.8], [0.5, -0.6]])
+TIGHT = RungeKutta("tsit5", rtol=1e-9, atol=1e-9)
+COARSE = RungeKutta("midpoint", num_steps=3)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    keras.utils.set_random_seed(0)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+def linear(t, x):
+    return ops.matmul(x, ops.cast(A.T, x.dtype))
+
+
+@keras.saving.register_keras_serializable(package="tests")
+def turning(t, x, condition):
+    """A field whose trace is not constant, and differs with time and condition."""
+    first, second = x[:, :1], x[:, 1:]
+    return ops.concatenate([ops.sin(second + t) - first * condition, ops.tanh(first * second)], axis=1)
+
+
+def points(n=6, dtype="float64"):
+    return np.random.default_rng(1).normal(size=(n, 2)).astype(dtype)
+
+
+def flow(field=None, dtype="float32", **kwargs):
+    """A small flow whose weights are large enough to matter."""
+    if field is None:
+        field = keras_node.ConcatSquashField((8,), dtype=dtype)
+    return ContinuousFlow(2, field, **{"seed": 3, "dtype": dtype, **kwargs})
+
+
+def moved(model, condition=None, scale=0.7):
+    """The flow, built and with random weights in place of the initial ones."""
+    shape = (None, 2)
+    model.build(shape if condition is None else (shape, condition.shape))
+    rng = np.random.default_rng(2)
+    model.vector_field.set_weights([scale * rng.normal(size=w.shape) for w in model.vector_field.weights])
+    return model
+
+
+def trapezoid(values, ts):
+    return np.sum((values[1:] + values[:-1]) / 2 * np.diff(ts)[:, None], axis=0)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_linear_field_has_the_density_of_a_gaussian(per_sample):
+    model = flow(linear, "float64", t1=1.5, solver=RungeKutta(rtol=1e-9, atol=1e-9, per_sample=per_sample))
+    matrix = scipy.linalg.expm(1.5 * A)
+    expected = scipy.stats.multivariate_normal(np.zeros(2), matrix @ matrix.T)
+    np.testing.assert_allclose(model.log_prob(points()), expected.logpdf(points()), atol=1e-7)
+    x, log_det = model.forward(points())
+    np.testing.assert_allclose(x, points() @ matrix.T, atol=1e-7)
+    np.testing.assert_allclose(log_det, np.full(6, 1.5 * np.trace(A)), atol=1e-7)
+    samples = model.sample(4, seed=5)
+    np.testing.assert_allclose(samples, keras.random.normal((4, 2), dtype="float64", seed=5) @ matrix.T, atol=1e-7)
+
+
+def test_the_log_determinant_is_that_of_the_map():
+    condition = np.array([0.4, -0.3])[:, None]
+    model = flow(turning, "float64", solver=TIGHT)
+    z = tf.constant(points(2))
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(z)
+        x, log_det = model.forward(z, condition)
+    determinants = np.linalg.det(tape.batch_jacobian(x, z, experimental_use_pfor=False))
+    np.testing.assert_allclose(log_det, np.log(determinants), atol=1e-7)
+
+
+def test_density_integrates_to_one():
+    model = moved(flow(solver=RungeKutta(rtol=1e-4, atol=1e-4)))
+    side = np.linspace(-8, 8, 121)
+    grid = np.stack(np.meshgrid(side, side), -1).astype("float32")
+    density = np.exp(tf.function(model.log_prob)(grid))
+    assert density.shape == (121, 121)
+    assert np.std(np.log(density[40:80, 40:80])) > 0.3
+    np.testing.assert_allclose(np.sum(density) * (side[1] - side[0]) ** 2, 1, atol=1e-2)
+
+
+def test_sample_and_log_prob_invert_each_other():
+    condition = np.random.default_rng(4).normal(size=(3,)).astype("float32")
+    model = moved(flow(), condition[None])
+    x = model.sample(50, condition, seed=7)
+    z, backward = model.inverse(x, condition)
+    np.testing.assert_allclose(z, keras.random.normal((50, 2), seed=7), atol=1e-4)
+    again, forward = model.forward(z, condition)
+    np.testing.assert_allclose(again, x, atol=1e-4)
+    np.testing.assert_allclose(forward, -backward, atol=1e-4)
+    log_base = scipy.stats.norm.logpdf(z).sum(-1)
+    np.testing.assert_allclose(model.log_prob(x, condition), log_base + backward, atol=1e-5)
+
+
+def test_the_mean_of_hutchinsons_estimates_is_the_exact_value():
+    """Over all four vectors of signs the mean is exact, of the trace and of the Frobenius norm."""
+    field, x, condition = DensityField(turning, energies=True), tf.constant(points()), tf.constant(points()[:, :1])
+    state, t = (x, tf.zeros((6, 3), x.dtype)), tf.constant(0.3, x.dtype)
+    exact, rates = field(t, state, (condition, None))
+    estimates = []
+    for signs in itertools.product([-1.0, 1.0], repeat=2):
+        noise = tf.tile(tf.constant([signs], x.dtype), [6, 1])
+        dx, estimate = field(t, state, (condition, noise))
+        np.testing.assert_allclose(dx, exact, atol=1e-14)
+        estimates.append(estimate)
+    np.testing.assert_allclose(np.mean(estimates, axis=0), rates, atol=1e-12)
+    assert np.std(estimates, axis=0)[:, 0].max() > 0.1
+
+
+@pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
+def test_hutchinsons_noise_is_drawn_once_for_a_solve(noise):
+    """In a linear field the estimate of a sample is then `e^T A e`, of mean `tr A`, and the steps do not matter."""
+    model = flow(linear, trace="hutchinson", noise=noise, solver=COARSE)
+    z = np.zeros((20000, 2), "float32")
+    estimates = np.asarray(model.forward(z)[1])
+    if noise == "rademacher":
+        possible = np.trace(A) + np.array([1, -1]) * (A[0, 1] + A[1, 0])
+        assert np.min(np.abs(estimates[:, None] - possible), axis=1).max() < 1e-6
+    deviation = np.std(estimates)
+    assert abs(np.mean(estimates) - np.trace(A)) < 4 * deviation / np.sqrt(len(z))
+    assert np.any(estimates != np.asarray(model.forward(z)[1]))
+
+
+def fix_noise(model, monkeypatch):
+    """XLA draws other numbers from the same seed."""
+    signs = np.sign(np.random.default_rng(8).normal(size=(6, 2)))
+    monkeypatch.setattr(
+        model, "_noise", lambda like: None if model.trace == "exact" else tf.constant(signs, like.dtype)
+    )
+
+
+@pytest.mark.parametrize(
+    ("trace", "gradient", "solver"), [("exact", "backsolve", TIGHT), ("hutchinson", "direct", COARSE)]
+)
+def test_gradients_agree_with_finite_differences(trace, gradient, solver, monkeypatch):
+    """Of the loss of training, both energies in it: the field is differentiated twice."""
+    condition = points(6)
+    options = {"kinetic_energy": 0.3, "jacobian_norm": 0.2, "gradient": gradient, "trace": trace}
+    model = moved(flow(dtype="float64", solver=solver, **options), condition)
+    fix_noise(model, monkeypatch)
+    weights = model.trainable_variables
+
+    @tf.function
+    def loss(condition):
+        log_prob = model((points(), condition), training=True)
+        return model.compute_loss(y_pred=log_prob)
+
+    @tf.function
+    def gradients(condition):
+        with tf.GradientTape() as tape:
+            tape.watch(condition)
+            value = loss(condition)
+        return tape.gradient(value, [condition, *weights])
+
+    model.loss = None  # as `compile` leaves it
+    condition = tf.constant(condition)
+    found, step = gradients(condition), 1e-5
+    rng = np.random.default_rng(5)
+    directions = [rng.normal(size=g.shape) for g in found]
+    ends = []
+    for sign in (1, -1):
+        for w, d in zip(weights, directions[1:], strict=True):
+            w.assign_add(sign * step * d)
+        ends.append(loss(condition + sign * step * directions[0]))
+        for w, d in zip(weights, directions[1:], strict=True):
+            w.assign_sub(sign * step * d)
+    along = sum(np.sum(g * d) for g, d in zip(found, directions, strict=True))
+    np.testing.assert_allclose(along, (ends[0] - ends[1]) / (2 * step), rtol=1e-6)
+
+
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_eager_graph_and_xla_agree(trace, monkeypatch):
+    condition = points(6, "float32")
+    model = moved(flow(trace=trace, solver=COARSE, kinetic_energy=0.1, jacobian_norm=0.1), condition)
+    fix_noise(model, monkeypatch)
+
+    def step(x, condition):
+        with tf.GradientTape() as tape:
+            log_prob = model((x, condition), training=True)
+            loss = sum(model.losses) - tf.reduce_mean(log_prob)
+        return log_prob, tape.gradient(loss, model.trainable_variables)
+
+    x = tf.constant(points(6, "float32"))
+    expected = tf.nest.flatten(step(x, tf.constant(condition)))
+    unknown = [tf.TensorSpec((None, 2)), tf.TensorSpec((None, 2))]
+    for function in (tf.function(step, input_signature=unknown), tf.function(step, jit_compile=True)):
+        for found, value in zip(tf.nest.flatten(function(x, tf.constant(condition))), expected, strict=True):
+            np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-5)
+
+
+def test_energies_are_the_integrals_along_the_paths():
+    x, condition = points(), points()[:, :1]
+    ts = np.linspace(1, 0, 201)
+    solve = tf.function(lambda: keras_node.odeint(turning, x, ts, args=condition, solver=TIGHT).ys)
+    path = solve().numpy()
+    first, second = path[..., 0], path[..., 1]
+    t, c = ts[:, None], condition[:, 0]
+    kinetic = (np.sin(second + t) - first * c) ** 2 + np.tanh(first * second) ** 2
+    slope = 1 - np.tanh(first * second) ** 2
+    squares = c**2 + np.cos(second + t) ** 2 + (slope * second) ** 2 + (slope * first) ** 2
+    for option, values in {"kinetic_energy": kinetic, "jacobian_norm": squares}.items():
+        model = flow(turning, "float64", solver=RungeKutta(rtol=1e-7, atol=1e-7), **{option: 2.0})
+        model((x, condition), training=True)
+        np.testing.assert_allclose(model.losses[0], -2 * np.mean(trapezoid(values, ts)), rtol=1e-5)
+        model((x, condition))
+        assert model.losses == []
+
+
+def test_steer_draws_the_end_of_training_solves():
+    """In a field that moves everything at the speed 1, the base is reached where the solve ends."""
+    model = ContinuousFlow(1, lambda x: ops.ones_like(x), steer=0.4, solver=COARSE, seed=0, dtype="float64")
+
+    @tf.function
+    def draw(x, training):
+        return model(x, training=training)
+
+    def end(training):
+        # Of z = x - (1 - end), the log-densities of x = 0 and x = 1 differ by 1 - end - 1/2.
+        low, high = draw(tf.constant([[0.0], [1.0]], tf.float64), training)
+        return 0.5 - float(high - low)
+
+    ends = [end(True) for _ in range(200)]
+    assert -0.4 < min(ends) < -0.35 and 0.35 < max(ends) < 0.4
+    assert abs(np.mean(ends)) < 4 * 0.4 / np.sqrt(3 * 200)
+    assert end(False) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_fit_learns_and_the_flow_is_saved_and_exported(conditional, tmp_path):
+    rng = np.random.default_rng(6)
+    label = rng.integers(0, 2, size=(256, 1)).astype("float32")
+    x = (0.5 * rng.normal(size=(256, 2)) + 2 * label).astype("float32")
+    data = (x, label) if conditional else x
+    model = flow(solver=COARSE, jacobian_norm=0.01)
+    model.compile(keras.optimizers.Adam(3e-2))
+    history = model.fit(data, batch_size=64, epochs=12, verbose=0, validation_data=(data,)).history
+    assert history["loss"][-1] < history["loss"][0] - 0.5
+    nll = model.evaluate(data, verbose=0)
+    assert history["val_loss"][-1] == pytest.approx(nll, rel=1e-5)
+    expected = model.log_prob(*data) if conditional else model.log_prob(x)
+    assert nll == pytest.approx(-np.mean(expected), rel=1e-4)
+    if conditional:  # the condition tells the half of the data
+        shuffled = model.evaluate({"x": x, "condition": 1 - label}, verbose=0)
+        assert shuffled > nll + 1
+
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.evaluate(data, verbose=0) == pytest.approx(nll, rel=1e-6)
+    assert json.dumps(loaded.get_config()) == json.dumps(model.get_config())  # where tuples are lists
+    model.export(tmp_path / "served", verbose=False)
+    served = tf.saved_model.load(tmp_path / "served")
+    few = tuple(a[:5] for a in data) if conditional else x[:5]
+    np.testing.assert_allclose(served.serve(few), expected[:5], atol=1e-5)
+
+
+def test_a_bijector_of_tensorflow_probability(monkeypatch):
+    tfp = pytest.importorskip("tensorflow_probability")
+    condition = points(3, "float32")
+    model = moved(flow(), condition)
+    distribution = model.as_distribution(condition)
+    assert distribution.batch_shape == (3,) and distribution.event_shape == (2,)
+    x = distribution.sample(4, seed=1)
+    assert x.shape == (4, 3, 2)
+    x = tf.identity(x)  # which TensorFlow Probability has not seen
+    np.testing.assert_allclose(distribution.log_prob(x), model.log_prob(x, condition), atol=1e-5)
+
+    bijector = model.as_bijector(condition[0])
+    z = tf.constant(points(5, "float32"))
+    x, log_det = model.forward(z, condition[0])
+    np.testing.assert_allclose(bijector.forward(z), x, atol=1e-5)
+    np.testing.assert_allclose(bijector.inverse(tf.identity(x)), z, atol=1e-4)
+    np.testing.assert_allclose(bijector.forward_log_det_jacobian(tf.identity(z)), log_det, atol=1e-5)
+    np.testing.assert_allclose(bijector.inverse_log_det_jacobian(tf.identity(x)), -log_det, atol=1e-4)
+
+    chain = tfp.bijectors.Chain([tfp.bijectors.Scale(2.0), bijector])
+    base = tfp.distributions.MultivariateNormalDiag(tf.zeros(2), tf.ones(2))
+    scaled = tfp.distributions.TransformedDistribution(base, chain)
+    solves = []
+    monkeypatch.setattr(model, "inverse", lambda *args: solves.append(args) or ContinuousFlow.inverse(model, *args))
+    found = scaled.log_prob(2 * x)
+    np.testing.assert_allclose(found, model.log_prob(x, condition[0]) - 2 * np.log(2), atol=1e-4)
+    assert len(solves) == 1
+
+
+def test_a_field_may_be_any_callable_or_layer():
+    x = points(4, "float32")
+    for field in (keras.layers.Dense(2), lambda x: 0 * x + 1, linear):
+        model = flow(field, solver=COARSE)
+        np.testing.assert_allclose(model.inverse(model.forward(x)[0])[0], x, atol=2e-2)
+    with pytest.raises(ValueError, match="condition"):
+        flow(linear).log_prob(x, x)
+
+
+def test_mixed_precision_keeps_the_density_in_single():
+    model = flow(keras_node.ConcatSquashField((8,), dtype="mixed_float16"), "mixed_float16", solver=COARSE)
+    full = flow(solver=COARSE)
+    x = points(4, "float32")
+    log_prob = model.log_prob(x)
+    full.build((None, 2))
+    full.set_weights(model.get_weights())
+    assert log_prob.dtype == tf.float32
+    np.testing.assert_allclose(log_prob, full.log_prob(x), atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"event_dim": 0},
+        {"t1": 0.0},
+        {"steer": 1.0},
+        {"trace": "other"},
+        {"noise": "other"},
+        {"kinetic_energy": -1.0},
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(options):
+    with pytest.raises(ValueError, match="Received"):
+        ContinuousFlow(**{"event_dim": 2, **options})
+
+
+def test_data_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="Received"):
+        flow().log_prob(np.zeros((4, 3), "float32"))
+    model = flow(linear, solver=COARSE)
+    model.compile("adam", run_eagerly=True)
+    with pytest.raises(ValueError, match="maximum likelihood"):
+        model.fit(points(4, "float32"), np.zeros(4), verbose=0)
+
+
+def test_noise_inside_a_field_needs_hutchinsons_estimate():
+    field = keras.Sequential([keras.layers.Dense(4), keras.layers.Dropout(0.5), keras.layers.Dense(2)])
+    x = points(4, "float32")
+    with pytest.raises(ValueError, match="dropout"):
+        flow(field, solver=COARSE)(x, training=True)
+    for model in (flow(field, solver=COARSE), flow(field, solver=COARSE, trace="hutchinson")):
+        assert np.all(np.isfinite(model(x, training=model.trace == "hutchinson")))
