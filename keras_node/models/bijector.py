@@ -11,23 +11,25 @@ def make_bijector(flow: Any, condition: Any = None) -> Any:
 
     class FlowBijector(tfp.bijectors.Bijector):
         def __init__(self):
+            self._solved = None, None, None
             super().__init__(forward_min_event_ndims=1, dtype=tf.as_dtype(flow.variable_dtype), name=flow.name)
 
         def _forward(self, z):
             x, log_det = flow.forward(z, condition)
-            # One solve gives both, and TensorFlow Probability looks here before it asks for the other.
-            self._cache.forward_attributes(z)["ildj"] = -log_det
+            self._solved = z, x, log_det
             return x
 
         def _inverse(self, x):
             z, log_det = flow.inverse(x, condition)
-            self._cache.inverse_attributes(x)["ildj"] = log_det
+            self._solved = z, x, -log_det
             return z
 
+        # One solve gives both, and TensorFlow Probability asks for the one after the other.
+
         def _forward_log_det_jacobian(self, z):
-            return flow.forward(z, condition)[1]
+            return self._solved[2] if z is self._solved[0] else flow.forward(z, condition)[1]
 
         def _inverse_log_det_jacobian(self, x):
-            return flow.inverse(x, condition)[1]
+            return -self._solved[2] if x is self._solved[1] else flow.inverse(x, condition)[1]
 
     return FlowBijector()
