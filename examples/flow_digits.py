@@ -118,7 +118,12 @@ def draw(path, sample, pca):
     condition = np.repeat(np.eye(10, dtype="float32"), 12, axis=0)
     images = pca.inverse_transform(sample(1, condition)[0].numpy()).reshape(10, 12, 8, 8)
     figure, axis = plt.subplots(figsize=(9, 7.6), layout="constrained")
-    axis.imshow(np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 1))).transpose(0, 2, 1, 3).reshape(90, 108), cmap="gray_r")
+    axis.imshow(
+        np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 1))).transpose(0, 2, 1, 3).reshape(90, 108),
+        cmap="gray_r",
+        vmin=0,
+        vmax=16,
+    )
     axis.set(
         xticks=[], yticks=9 * np.arange(10) + 4, yticklabels=range(10), title="Samples of the flow given the digit"
     )
