@@ -195,7 +195,7 @@ def test_under_xla_times_that_decrease_give_nan_for_their_sample():
     expected, bad = layer(x, times), times.copy()
     bad[1, 3] = times[1, 1]
     z = tf.function(layer, autograph=False, jit_compile=True)(tf.constant(x), tf.constant(bad))
-    np.testing.assert_allclose(z[::2], expected[::2], atol=1e-6)
+    np.testing.assert_allclose(z[::2], expected[::2], rtol=1e-5)  # XLA rounds in another order
     assert np.all(np.isnan(z[1]))
 
 

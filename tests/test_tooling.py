@@ -147,14 +147,14 @@ def test_a_field_that_is_a_lambda_is_refused_in_safe_mode(make, tmp_path):
 
 
 def test_a_field_that_is_a_function_nobody_registered_is_refused(tmp_path):
-    def decay(y):
+    def nobodys_decay(y):
         return -y
 
-    model = classifier(decay)
+    model = classifier(nobodys_decay)
     model.save(tmp_path / "model.keras")
-    with pytest.raises(TypeError, match="decay"):
+    with pytest.raises(TypeError, match="nobodys_decay"):
         keras.models.load_model(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras", custom_objects={"decay": decay})
+    loaded = keras.models.load_model(tmp_path / "model.keras", custom_objects={"nobodys_decay": nobodys_decay})
     np.testing.assert_array_equal(loaded(X), model(X))
 
 
