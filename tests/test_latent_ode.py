@@ -317,7 +317,9 @@ def test_unknown_batch_size_and_export(tmp_path):
 
     model.export(tmp_path / "served", verbose=False)
     served = tf.saved_model.load(tmp_path / "served")
-    np.testing.assert_allclose(served.serve(tuple(a[:3].astype("float32") for a in x)), expected[:3], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        served.serve(tuple(a[:3].astype("float32") for a in x)), expected[:3], rtol=1e-6, atol=1e-6
+    )
 
 
 def test_half_precision_is_for_the_networks_only():

@@ -119,7 +119,9 @@ def test_a_missing_value_is_one_that_a_path_fills_in(kind):
     filled[:, 2, 0] = x[:, 1, 0] + (weight * (x[:, 3, 0] - x[:, 1, 0]) if kind != "rectilinear" else 0)
     expected = layer(filled, times)
     np.testing.assert_allclose(layer(x, times), expected, rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(layer(np.nan_to_num(x, nan=9.0), times, mask=~np.isnan(x)), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        layer(np.nan_to_num(x, nan=9.0), times, mask=~np.isnan(x)), expected, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_a_rectilinear_path_makes_states_that_do_not_know_the_future():
@@ -171,7 +173,9 @@ def test_gradients_are_those_of_finite_differences(kind, gradient, float64):
 
 def test_with_steps_of_its_own_a_sample_does_not_depend_on_its_batch():
     layer, (x, times) = cde(solver=RungeKutta("bosh3", per_sample=True)), series()
-    np.testing.assert_allclose(layer(x[:1], times[:1]), layer(x * [[[1]], [[9]], [[0]]], times)[:1], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        layer(x[:1], times[:1]), layer(x * [[[1]], [[9]], [[0]]], times)[:1], rtol=1e-6, atol=1e-6
+    )
 
 
 def test_only_differences_of_times_matter_and_large_ones_keep_their_digits():
