@@ -8,9 +8,10 @@ Long-Term Dependencies in Irregularly-Sampled Time Series") is whether the numbe
   with the paper's tanh it learns to count long runs only slowly.
 - ODE-RNN as in the paper's code: nothing but the ODE `dh/dt = tanh(W h + U x + b)`, driven by the last event `x`.
 
-Both are trained alike, on streams that grow from 8 to 31 bits, the ODE-RNN for a quarter of the epochs: as published, it
-stays at chance (with 32 units it did so for all of them). What it lacks is an update more than an LSTM: `keras_node.ODERNN(keras.layers.SimpleRNNCell(32), field)` gets 98 % of streams
-of 8 bits right. How close the ODE-LSTM comes to the published figure depends on the seed: with 0 it is 98.25 %.
+Both are trained alike, on streams that grow from 8 to 31 bits, the ODE-RNN for a quarter of the epochs: as published,
+it stays at chance (with 32 units it did so for all of them). What it lacks is an update more than an LSTM:
+`keras_node.ODERNN(keras.layers.SimpleRNNCell(32), field)` gets 98 % of streams of 8 bits right. How close the ODE-LSTM
+comes to the published figure depends on the seed: with 0 it is 98.25 %.
 
     python examples/event_xor.py            # under ten minutes on two cores
     python examples/event_xor.py --quick    # half a minute
