@@ -40,11 +40,11 @@ def make(case, arrays, method):
     y0, ts = tf.constant(arrays["y0"]), arrays["ts"]
     weights = [tf.constant(arrays[name]) for name in sorted(arrays) if name.startswith("w")]
     field = field_of(case)
-    max_steps = 100_000 if case.rtol < 1e-10 else 4096  # a reference takes many
+    max_steps = 100_000 if method == "reference" else 4096
     solver = keras_node.RungeKutta(
         "tsit5", rtol=case.rtol, atol=case.rtol, per_sample=case.per_sample, max_steps=max_steps
     )
-    gradient = "checkpointed" if method == "checkpointed" else "backsolve"
+    gradient = "checkpointed" if method in ("checkpointed", "reference") else "backsolve"
     if method == "floor":
         return floor(case, y0, ts, weights, field, solver)
     if not case.gradient and method in ("checkpointed", "compiled solve"):
@@ -67,7 +67,8 @@ def make(case, arrays, method):
             loss = loss_of(case, solution.ys)
         return tape.gradient(loss, [y0, *weights]), solution.ys[-1], solution.stats.num_evaluations
 
-    xla = method not in ("graph", "compiled solve")
+    # Convolutions in float64 take minutes under XLA on a CPU.
+    xla = method not in ("graph", "compiled solve", "reference")
     function = step if method == "eager" else tf.function(step, jit_compile=xla)
 
     def run():
