@@ -72,11 +72,14 @@ CASES = [
     *[mlp(sizes, rtol) for sizes in SIZES for rtol in (1e-3, 1e-5)],
     mlp(SIZES[1], 1e-8, dtype="float64"),
     Case("linear, 100 times, 1e-05", "linear", (128, 16), 1e-5, num_times=100, t1=5.0),
-    Case("convolutions 32 x 16 x 16 x 32, 1e-03", "conv", (32, 16, 16, 32), 1e-3),
-    Case("Van der Pol, own steps, 1e-05", "van_der_pol", (256,), 1e-5, t1=10.0, per_sample=True),
     *[mlp(sizes, 1e-5, gradient=False) for sizes in SIZES],
 ]
 QUICK = CASES[:1]
+# Minutes each: run if asked for.
+SLOW = [
+    Case("convolutions 32 x 16 x 16 x 32, 1e-03", "conv", (32, 16, 16, 32), 1e-3),
+    Case("Van der Pol, own steps, 1e-05", "van_der_pol", (256,), 1e-5, t1=10.0, per_sample=True),
+]
 # For the picture of error against time.
 CURVES = [mlp(sizes, rtol, dtype="float64") for sizes in SIZES[:2] for rtol in (1e-2, 1e-4, 1e-6, 1e-8)]
 

@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 
 import numpy as np
-from cases import CASES, QUICK
+from cases import CASES, QUICK, SLOW
 
 HERE = pathlib.Path(__file__).parent
 
@@ -211,12 +211,13 @@ def main() -> None:
     """Run the cases and write the results."""
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--quick", action="store_true", help="one case, few rounds; writes nothing unless --out")
-    arguments.add_argument("--cases", default="", help="only cases whose name contains this")
+    arguments.add_argument("--cases", default="", help="only cases whose name contains this, slow ones included")
     options = arguments.parse_args()
     workers = start_workers(options)
+    cases = [case for case in CASES + SLOW if options.cases in case.name] if options.cases else CASES
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        for case in QUICK if options.quick else [c for c in CASES if options.cases in c.name]:
+        for case in QUICK if options.quick else cases:
             print(case.name, flush=True)
             results[case] = compare(case, workers, 2 if options.quick else options.rounds, folder)
             print("\n".join(table(case, results[case])), flush=True)

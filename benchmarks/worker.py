@@ -14,7 +14,7 @@ import sys
 import time
 
 import numpy as np
-from cases import CASES, CURVES, reference_of
+from cases import CASES, CURVES, SLOW, reference_of
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     library = importlib.import_module(f"libraries.{sys.argv[1]}")
-    cases = {case.name: case for case in CASES + CURVES}
+    cases = {case.name: case for case in CASES + SLOW + CURVES}
     cases |= {f"reference of {name}": reference_of(case) for name, case in cases.items()}
     steps = {}
     print(json.dumps({"methods": library.METHODS, "versions": library.versions()}), file=answers, flush=True)
