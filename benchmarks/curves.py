@@ -34,7 +34,7 @@ def main() -> None:
         for case in CURVES:
             print(case.name, flush=True)
             panels.setdefault(case.sizes, []).append(compare(case, workers, options.rounds, folder))
-    figure, axes = plt.subplots(1, len(panels), figsize=(11, 4.5), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(11, 5.2), layout="constrained", squeeze=False)
     for ax, (sizes, runs) in zip(axes[0], panels.items(), strict=True):
         for name, label in SHOWN.items():
             rows = [row for run in runs for row in run if f"{row.library} {row.method}" == name]
@@ -47,7 +47,7 @@ def main() -> None:
         batch, width, hidden = sizes
         ax.set(title=f"MLP, {batch} x {width}, {hidden} hidden, float64", xlabel="least time of a training step in ms")
     axes[0][0].set_ylabel("relative error of the gradient")
-    axes[0][0].legend()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     out = options.out or pathlib.Path(__file__).with_suffix(".png")
     figure.savefig(out, dpi=120)
     print(f"picture: {out}")
