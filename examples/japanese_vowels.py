@@ -12,7 +12,7 @@ settings by threefold cross-validation on the training series, for both recurren
 and dropout of the neural CDE among seven, by two folds of it at 50 %.
 
     pip install aeon                              # the data
-    python examples/japanese_vowels.py            # trains 27 networks
+    python examples/japanese_vowels.py            # 27 networks: seven minutes on two cores
     python examples/japanese_vowels.py --quick    # a quarter of a minute
 """
 
