@@ -4,7 +4,8 @@
     python benchmarks/compare.py --quick        # one case, for a first look
 
 Every library runs in a process of its own and is asked for a step in turn, so that what else the machine does falls on
-all alike. First all are held against a solve in float64 at tight tolerances. Writes RESULTS.md.
+all alike. First all are held against a solve in float64 at tight tolerances. Writes comparison.md; RESULTS.md keeps
+what was measured, this and more.
 """
 
 import argparse
@@ -236,7 +237,7 @@ def main() -> None:
         "",
         *(line for case, rows in results.items() for line in table(case, rows)),
     ]
-    if out := options.out or (None if options.quick else HERE / "RESULTS.md"):
+    if out := options.out or (None if options.quick else HERE / "comparison.md"):
         out.write_text("\n".join(text))
         print(f"written: {out}")
 
