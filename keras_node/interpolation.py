@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_node import trees
+from keras_node.buffers import new_buffer, stack, write
 from keras_node.clock import pick
 from keras_node.solvers.step import Step
 from keras_node.solvers.tableaus import ButcherTableau
@@ -50,12 +51,6 @@ class Progress(NamedTuple):
     length: tf.Tensor
     end: tf.Tensor
     accepted: tf.Tensor
-
-
-def new_buffer(size: int | tf.Tensor, like: tf.Tensor) -> tf.TensorArray:
-    """Room for `size` tensors; with one of them written, stacking it is defined when a solve ends early."""
-    array = tf.TensorArray(like.dtype, size, element_shape=like.shape, clear_after_read=False)
-    return array.write(0, like)
 
 
 class DenseOutput:
@@ -115,7 +110,7 @@ class DenseOutput:
         reached = index < written
 
         def leaf(buffer, first):
-            states = (buffer.stack() if self.shared else buffer)[: self.size]
+            states = stack(buffer)[: self.size]
             expand = tf.ones([states.shape.rank - at_start.shape.rank], tf.int32)
             starts, known = (tf.reshape(m, tf.concat([tf.shape(m), expand], 0)) for m in (at_start, reached))
             return tf.where(starts, first[None], tf.where(known, states, float("nan")))
@@ -129,5 +124,5 @@ class DenseOutput:
 
     def _write(self, buffer, row, value):
         if self.shared:
-            return buffer.write(row, value)
+            return write(buffer, row, value)
         return tf.tensor_scatter_nd_update(buffer, tf.stack([row, tf.range(tf.size(row))], axis=1), value)

@@ -1,5 +1,6 @@
 """The junction: checks arguments, makes parameters explicit, hands the problem to a gradient."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -53,7 +54,7 @@ def odeint(
         jit_compile: whether the solve and its gradient are XLA programs of their own, as parts of a graph (in a
             `tf.function`, in `fit`) that as a whole is none; eagerly nothing is compiled. `"auto"` (default) compiles
             where `training` is true, so that models are exported without, and not with `"direct"`, which cannot.
-        statistics: what a layer that tracks its solves hands in to be told how they went, where `training` is given.
+        statistics: what a layer that tracks its solves hands in to be told how they went, there and back.
 
     Returns:
         A `keras_node.Solution`: `ts`; `ys`, the structure of `y0` with a new first axis of length `T`; `stats`;
@@ -80,11 +81,7 @@ def odeint(
     _check_batch(y0, ts, solver)
 
     field = VectorField(vector_field, ts[0], y0, args, training)
-    # `fit`, `evaluate` and `predict` say whether they train. An export does not, or says no and traces the gradient all
-    # the same, and must not take the counters along.
-    if training is None:
-        statistics = None
-    on_backward = statistics.backward if statistics is not None and training else None
+    on_backward = None if statistics is None else functools.partial(statistics.backward, training=training)
     problem = Problem(field, y0, ts, field.params, solver, throw, times_vary, jit_compile, on_backward)
     ys, stats, status = gradient(problem)
     if valid is not None:
@@ -92,7 +89,7 @@ def odeint(
         valid = valid if status.shape.rank == 1 else tf.reduce_all(valid)
         status = tf.where(valid, status, int(Status.NON_FINITE))
     if statistics is not None:
-        statistics.forward(stats, status)
+        statistics.forward(stats, status, training)
     if throw:
         ys = check_status(status, ys, "The solve")
     ys = tf.nest.map_structure(lambda y, o: tf.cast(y, o.dtype) if tf.is_tensor(o) else y, ys, original)

@@ -26,7 +26,7 @@ class Problem(NamedTuple):
         throw: whether a failed solve raises where it can.
         times_vary: whether a gradient may be asked for `ts`; not when they are numbers.
         jit_compile: whether to make the solve, and its gradient, an XLA program of its own.
-        on_backward: is told the `Stats` and the status of what a gradient solved.
+        on_backward: is told the `Stats` and the status of what a gradient solved, and whether a failure is none of its.
     """
 
     vector_field: Callable[[tf.Tensor, Nest, list[tf.Tensor]], Nest]
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
     throw: bool
     times_vary: bool
     jit_compile: bool
-    on_backward: Callable[[Stats, tf.Tensor], None] | None = None
+    on_backward: Callable[[Stats, tf.Tensor, tf.Tensor], None] | None = None
 
 
 class Trajectory(NamedTuple):

@@ -31,6 +31,9 @@ class SolverStatistic(keras.metrics.Mean):
 class SolverStatistics:
     """The statistics of a layer, forwards and backwards.
 
+    `fit`, `evaluate` and `predict` say whether they train. An export does not, or says no and traces the gradient all
+    the same, and must not take the counters along.
+
     Args:
         layer: name of the layer.
         backward: whether to report what gradients solve as well.
@@ -41,11 +44,13 @@ class SolverStatistics:
         directions = ("", "backward_") if backward else ("",)
         self.metrics = [SolverStatistic(layer, prefix + kind) for prefix in directions for kind in _KINDS]
 
-    def forward(self, stats: Stats, status: tf.Tensor) -> None:
-        self._update("", stats, status)
+    def forward(self, stats: Stats, status: tf.Tensor, training: bool | None) -> None:
+        if training is not None:
+            self._update("", stats, status)
 
-    def backward(self, stats: Stats, status: tf.Tensor) -> None:
-        if self._reports_backward:
+    def backward(self, stats: Stats, status: tf.Tensor, excused: tf.Tensor, training: bool | None) -> None:
+        del excused
+        if training and self._reports_backward:
             self._update("backward_", stats, status)
 
     def _update(self, prefix, stats, status):

@@ -13,6 +13,7 @@ import keras
 import tensorflow as tf
 
 from keras_node import trees
+from keras_node.pure_function import RecordingScope, full_precision
 from keras_node.trees import Nest
 
 _KEYWORDS = ("training", "mask")
@@ -105,9 +106,9 @@ class VectorField:
         return like_state(dy, y, self.function)
 
     def _read_variables(self):
-        self._values = [_full_precision(v.value) for v in self._trainable]
+        self._values = [full_precision(v.value) for v in self._trainable]
         # A tape watches a frozen weight all the same, and would take it for a tensor that the field closes over.
-        self._constant_values = [tf.stop_gradient(_full_precision(v.value)) for v in self._constant]
+        self._constant_values = [tf.stop_gradient(full_precision(v.value)) for v in self._constant]
 
     def _advance_state(self, t0, y0):
         """Evaluates the field once to learn which variables it reads and updates.
@@ -116,7 +117,7 @@ class VectorField:
         the stages of a solver.
         """
         known = {id(v) for v in self._trainable + self._constant}
-        scope = _RecordingScope()
+        scope = RecordingScope()
         with scope:
             self._evaluate(t0, trees.stop_gradient(y0), self.args)
         for variable in scope.read.values():
@@ -132,28 +133,6 @@ class VectorField:
                     f"layer, or call the field with `training=False`. Received: {self.function!r}"
                 )
             variable.assign(value)
-
-
-class _RecordingScope(keras.StatelessScope):
-    """Notes every Keras variable that is read or updated."""
-
-    def __init__(self):
-        super().__init__()
-        self.read = {}
-        self._updated = {}
-
-    def get_current_value(self, variable):
-        self.read[id(variable)] = variable
-        return super().get_current_value(variable)
-
-    def add_update(self, update):
-        variable, _ = update
-        self._updated[id(variable)] = variable
-        super().add_update(update)
-
-    @property
-    def updates(self):
-        return [(v, self.state_mapping[i]) for i, v in self._updated.items()]
 
 
 def call_arguments(function: keras.Layer | Callable) -> tuple[int, bool]:
@@ -211,12 +190,6 @@ def _to_tensor(x, dtype):
     x = tf.convert_to_tensor(x)
     # A number or an array takes the state's precision; NumPy's default would not mix with float32.
     return tf.cast(x, dtype) if x.dtype.is_floating else x
-
-
-def _full_precision(value):
-    """A variable's value; under a mixed policy it comes in half precision, in which a gradient is not summed up."""
-    value = tf.convert_to_tensor(value)
-    return tf.cast(value, tf.float32) if value.dtype in (tf.float16, tf.bfloat16) else value
 
 
 def _is_float(x) -> bool:

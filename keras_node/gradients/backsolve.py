@@ -60,6 +60,15 @@ class BacksolveAdjoint:
             )
         self.norm = norm
         self.num_checkpoints = num_checkpoints
+        self._known = None
+
+    def given(self, y1: Nest) -> "BacksolveAdjoint":
+        """The same gradient, of a solve between two times whose result `y1` is known and not solved for again."""
+        if self.num_checkpoints is not None:
+            return self  # it needs states in between
+        gradient = BacksolveAdjoint(self.solver, self.norm)
+        gradient._known = y1
+        return gradient
 
     def __call__(self, problem: Problem) -> Trajectory:
         solver = self.solver or problem.solver
@@ -70,6 +79,8 @@ class BacksolveAdjoint:
                 f'Received: norm="full", ts of shape {tuple(problem.ts.shape)}, solver={solver!r}'
             )
 
+        if self._known is not None:
+            return solve_with_gradient(problem, self._recall, self._backward)
         if self.num_checkpoints is None:
             return solve_with_gradient(problem, solve, self._backward)
         if problem.solver.num_steps is not None:
@@ -85,6 +96,12 @@ class BacksolveAdjoint:
         trajectory = solve_with_gradient(problem._replace(ts=ts), solve, self._backward)
         wanted = tf.argsort(tf.where(index < 0, tf.size(index), index), axis=0, stable=True)[: tf.shape(problem.ts)[0]]
         return trajectory._replace(ys=tf.nest.map_structure(lambda y: take(y, wanted), trajectory.ys))
+
+    def _recall(self, problem: Problem) -> tuple[Trajectory, tuple]:
+        """The known result, as if solved for."""
+        ys = tf.nest.map_structure(lambda a, b: tf.stack([a, tf.cast(b, a.dtype)]), problem.y0, self._known)
+        none = tf.constant(0)
+        return Trajectory(ys, Stats(none, none, none), none), ()
 
     def _backward(self, problem: Problem, memory: tuple, ys: Nest, dys: Nest) -> tuple[tuple, Stats, tf.Tensor]:
         """The gradients of `y0`, `ts` and `params`, from those of the states at `ts`, and how their solve went."""

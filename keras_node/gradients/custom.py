@@ -25,23 +25,66 @@ def solve_with_gradient(
             `ys`, and the stats and the status of what it solved for them. It is differentiated in its turn for second
             derivatives: the tensors of `problem` and `ys` are connected to what the solve came from.
     """
-    inputs = (problem.y0, problem.ts, problem.params)
-    outputs = Trajectory(problem.y0, Stats(0, 0, 0), 0)
-    compiles = problem.jit_compile and not tf.executing_eagerly()
-    solved = []
 
     def run(y0, ts, params):
-        return forward(problem._replace(y0=y0, ts=ts, params=params))
+        trajectory, memory = forward(problem._replace(y0=y0, ts=ts, params=params))
+        return trajectory.ys, (trajectory.stats, trajectory.status), memory
+
+    def run_back(memory, y0, ts, params, ys, dys):
+        gradients, *report = backward(problem._replace(y0=y0, ts=ts, params=params), memory, ys, dys)
+        return gradients, report
+
+    def conclude(gradients, report, dys):
+        if not problem.throw and problem.on_backward is None:
+            return gradients
+        stats, status = report
+        # An upstream gradient that is not finite is the loss's own affair (a loss scaler skips that step), and so is
+        # one so large that a field in float16 overflows on it.
+        excused = ~tf.reduce_all([tf.reduce_all(tf.math.is_finite(d)) for d in tf.nest.flatten(dys)])
+        if problem.vector_field.computes_in_float16:
+            excused |= status == int(Status.NON_FINITE)
+        if problem.on_backward is not None:
+            problem.on_backward(stats, status, excused)
+        if not problem.throw:
+            return gradients
+        adjoint, *others = gradients
+        return check_status(tf.where(excused, 0, status), adjoint, "The solve of the adjoint"), *others
+
+    inputs = (problem.y0, problem.ts, problem.params)
+    ys, (stats, status) = with_gradient(run, run_back, conclude, inputs, problem.jit_compile)
+    closed_over = problem.vector_field.closed_over(problem.ts[0], problem.y0)
+    return Trajectory(refuse(closed_over, problem.vector_field.function, ys), stats, status)
+
+
+def with_gradient(forward: Callable, backward: Callable, conclude: Callable, inputs: tuple, jit_compile: bool) -> tuple:
+    """`forward(*inputs)` with a gradient by `backward`.
+
+    Args:
+        forward: `forward(*inputs)` gives `(ys, others, memory)`, nests of float tensors, of any tensors, and of what
+            `backward` needs beside them, a constant of differentiation.
+        backward: `backward(memory, *inputs, ys, dys)` gives the gradients of `inputs` from those of `ys`, and a report.
+            Differentiated in its turn for second derivatives.
+        conclude: `conclude(gradients, report, dys)` returns the gradients once it has looked at the report.
+        inputs: nests of float tensors.
+        jit_compile: whether forward and backward are XLA programs of their own, in a graph.
+
+    Returns:
+        `(ys, others)`.
+    """
+    compiles = jit_compile and not tf.executing_eagerly()
+    structure, solved = [], []
 
     @tf.custom_gradient
     def differentiable(*flat):
-        # An eager tape would otherwise record every operation of the solve, in memory that grows with it.
+        # An eager tape would otherwise record every operation, in memory that grows with their number.
         constants = tf.nest.pack_sequence_as(inputs, [tf.stop_gradient(x) for x in flat])
-        trajectory, memory = (_compiled(run) if compiles else run)(*constants)
+        ys, others, memory = (_compiled(forward) if compiles else forward)(*constants)
+        structure.append((ys, others))
 
         def gradient(*upstream, variables=None):
+            dys, _ = tf.nest.pack_sequence_as((ys, others), upstream)
             # The gradient of a lookup comes as IndexedSlices, which a loop cannot carry.
-            dys = tf.nest.map_structure(tf.convert_to_tensor, tf.nest.pack_sequence_as(outputs, upstream).ys)
+            dys = tf.nest.map_structure(tf.convert_to_tensor, dys)
             if not solved:
                 # Only forward mode asks before the solve has returned, and would get zeros.
                 raise NotImplementedError(
@@ -49,36 +92,22 @@ def solve_with_gradient(
                     'gradient="direct" (eagerly, or with the accumulator around a `tf.function`), or reverse mode.'
                 )
 
-            def run_back(y0, ts, params, ys, dys):
-                return backward(problem._replace(y0=y0, ts=ts, params=params), memory, ys, dys)
+            def run_back(*arguments):
+                return backward(memory, *arguments)
 
             arguments = (*tf.nest.pack_sequence_as(inputs, flat), *solved, dys)
             # What a loop in an XLA program keeps for its own gradient cannot leave the program.
             results = recomputed(_compiled(run_back), run_back, arguments) if compiles else run_back(*arguments)
-            (adjoint, dts, dparams), stats, status = results
-            if problem.on_backward is not None:
-                problem.on_backward(stats, status)
-            if problem.throw:
-                # An upstream gradient that is not finite is the loss's own affair (a loss scaler skips that step),
-                # and so is one so large that a field in float16 overflows on it.
-                excused = ~tf.reduce_all([tf.reduce_all(tf.math.is_finite(d)) for d in tf.nest.flatten(dys)])
-                if problem.vector_field.computes_in_float16:
-                    excused |= status == int(Status.NON_FINITE)
-                adjoint = check_status(tf.where(excused, 0, status), adjoint, "The solve of the adjoint")
-            flat_gradients = tf.nest.flatten((adjoint, dts, dparams))
-            # A TensorFlow variable in a closure: `_refuse` sees to it that nobody takes `None` for an answer.
-            return flat_gradients if variables is None else (flat_gradients, [None] * len(variables))
+            gradients = tf.nest.flatten(conclude(*results, dys))
+            # A TensorFlow variable in a closure: `refuse` sees to it that nobody takes `None` for an answer.
+            return gradients if variables is None else (gradients, [None] * len(variables))
 
-        return tf.nest.flatten(trajectory), gradient
+        return tf.nest.flatten((ys, others)), gradient
 
-    trajectory = tf.nest.pack_sequence_as(outputs, differentiable(*tf.nest.flatten(inputs)))
-    solved.append(trajectory.ys)
-    closed_over = problem.vector_field.closed_over(problem.ts[0], problem.y0)
-    if closed_over:
-        nothing = _refuse(closed_over, problem.vector_field.function)
-        ys = tf.nest.map_structure(lambda y: y + tf.cast(nothing, y.dtype), trajectory.ys)
-        trajectory = trajectory._replace(ys=ys)
-    return trajectory
+    results = differentiable(*tf.nest.flatten(inputs))
+    ys, others = tf.nest.pack_sequence_as(structure[0], results)
+    solved.append(ys)
+    return ys, others
 
 
 def recomputed(function: Callable, again: Callable, arguments: tuple) -> Any:
@@ -107,8 +136,10 @@ def _compiled(function: Callable) -> Callable:
     return tf.function(function, autograph=False, jit_compile=True)
 
 
-def _refuse(tensors: list[tf.Tensor], function: Any) -> tf.Tensor:
-    """A zero that raises when a gradient with respect to one of these tensors is asked for."""
+def refuse(tensors: list[tf.Tensor], function: Any, ys: Nest) -> Nest:
+    """`ys`, raising when a gradient is asked for one of these tensors, which `function` closes over."""
+    if not tensors:
+        return ys
 
     @tf.custom_gradient
     def zero(*tensors):
@@ -123,4 +154,5 @@ def _refuse(tensors: list[tf.Tensor], function: Any) -> tf.Tensor:
 
         return tf.zeros(()), gradient
 
-    return zero(*tensors)
+    nothing = zero(*tensors)
+    return tf.nest.map_structure(lambda y: y + tf.cast(nothing, y.dtype), ys)

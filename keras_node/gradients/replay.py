@@ -5,10 +5,11 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from keras_node import trees
+from keras_node.buffers import new_buffer, read, stack, write
 from keras_node.clock import Clock, pick
 from keras_node.gradients.vjp import vjp
 from keras_node.integrate import step_limit
-from keras_node.interpolation import DenseOutput, Progress, interpolate, new_buffer
+from keras_node.interpolation import DenseOutput, Progress, interpolate
 from keras_node.solve import Problem, solve_clock
 from keras_node.solvers.step import Rates, Step, rk_step
 from keras_node.trees import Nest
@@ -61,7 +62,7 @@ class Recorder:
             length=tf.where(progress.accepted, progress.length, 0),
             end=tf.where(progress.accepted, progress.end, progress.start),
         )
-        steps = tf.nest.map_structure(lambda buffer, x: buffer.write(count, x), steps, seen)
+        steps = tf.nest.map_structure(lambda buffer, x: write(buffer, count, x), steps, seen)
         stride, states = tf.while_loop(
             lambda stride, _: count == stride * self.slots,
             lambda stride, states: (2 * stride, self._thinned(states)),
@@ -69,18 +70,18 @@ class Recorder:
             maximum_iterations=1,
         )
         slot = tf.where(count % stride == 0, count // stride, self.slots)
-        states = tf.nest.map_structure(lambda buffer, y: buffer.write(slot, y), states, step.y0)
+        states = tf.nest.map_structure(lambda buffer, y: write(buffer, slot, y), states, step.y0)
         return Record(count + tf.cast(tf.reduce_any(progress.accepted), tf.int32), stride, steps, states)
 
     def result(self, memory: Record) -> Record:
-        stack = lambda nest: tf.nest.map_structure(lambda buffer: buffer.stack(), nest)  # noqa: E731
-        return memory._replace(steps=stack(memory.steps), states=stack(memory.states))
+        steps, states = tf.nest.map_structure(stack, (memory.steps, memory.states))
+        return memory._replace(steps=steps, states=states)
 
     def _thinned(self, buffers: Nest) -> Nest:
         """Every second state, moved to the front."""
 
         def move(i, buffers):
-            return i + 1, tf.nest.map_structure(lambda buffer: buffer.write(i, buffer.read(2 * i)), buffers)
+            return i + 1, tf.nest.map_structure(lambda buffer: write(buffer, i, read(buffer, 2 * i)), buffers)
 
         return tf.while_loop(lambda i, _: 2 * i < self.slots, move, (1, buffers))[1]
 
@@ -163,17 +164,14 @@ class Replay:
             first = stretch * self.record.stride
             length = tf.minimum(self.record.stride, self.record.count - first)
             y = tf.nest.map_structure(lambda states: tf.gather(states, stretch), self.record.states)
-            kept = tf.nest.map_structure(
-                lambda a: tf.TensorArray(a.dtype, self.capacity, element_shape=a.shape, clear_after_read=False), y
-            )
-            kept = tf.nest.map_structure(lambda buffer, a: buffer.write(0, a), kept, y)
+            kept = tf.nest.map_structure(lambda a: new_buffer(self.capacity, a), y)
 
             def again(i, y, kept):
                 y = self.step(first + i - 1, y, params, clock)[0].y1
-                return i + 1, y, tf.nest.map_structure(lambda buffer, a: buffer.write(i, a), kept, y)
+                return i + 1, y, tf.nest.map_structure(lambda buffer, a: write(buffer, i, a), kept, y)
 
             def back(i, total):
-                y = tf.nest.map_structure(lambda buffer: buffer.read(i), kept)
+                y = tf.nest.map_structure(lambda buffer: read(buffer, i), kept)
                 return i - 1, through_step(first + i, y, total)
 
             _, _, kept = tf.while_loop(lambda i, *_: i < length, again, (1, y, kept))

@@ -1,7 +1,5 @@
 """A layer that is driven by a path through irregular observations."""
 
-import functools
-
 import keras
 import tensorflow as tf
 from keras import ops
@@ -9,6 +7,7 @@ from keras import ops
 from keras_node import gradients, solvers
 from keras_node.control import INTERPOLATIONS, differentiate, increments, pieces, polynomial
 from keras_node.layers.irregular_times import check_order
+from keras_node.layers.series import SeriesRNN
 from keras_node.odeint import check_jit_compile, odeint
 from keras_node.statistics import SolverStatistics
 from keras_node.vector_field import build, call_arguments
@@ -138,16 +137,14 @@ class NeuralCDE(keras.layers.Layer):
         degree = 3 if self.interpolation == "hermite" else 1
         shapes = (None, 1) if self.solver.per_sample else (), (None, self.units), (None, degree, channels)
         build(controlled, *(keras.KerasTensor(shape, dtype=self.variable_dtype) for shape in shapes))
-        solve = functools.partial(
-            odeint,
-            controlled,
-            solver=self.solver,
-            gradient=self.gradient,
-            jit_compile=self.jit_compile,
-            statistics=self.statistics,
-        )
-        cell = _Cell(controlled, solve, self.units, dtype=self.variable_dtype, autocast=False, name="cell")
-        self.rnn = keras.layers.RNN(
+        options = {
+            "solver": self.solver,
+            "gradient": self.gradient,
+            "jit_compile": self.jit_compile,
+            "statistics": self.statistics,
+        }
+        cell = _Cell(controlled, self.units, options, dtype=self.variable_dtype, autocast=False, name="cell")
+        self.rnn = SeriesRNN(
             cell, return_sequences=self.return_sequences, autocast=False, dtype=self.variable_dtype, name="rnn"
         )
         self.rnn.build((x_shape[0], None, degree, channels))
@@ -230,12 +227,23 @@ class _Controlled(keras.layers.Layer):
 class _Cell(keras.layers.Layer):
     """Moves the state along one piece of the path."""
 
-    def __init__(self, field, solve, units, **kwargs):
+    dropout_cells = ()
+
+    def __init__(self, field, units, options, **kwargs):
         super().__init__(**kwargs)
         self.field = field
-        self.solve = solve
         self.state_size = units
+        self.options = options
+        self.gradient = options["gradient"]
+        self.jit_compile = options["jit_compile"]
+        self.statistics = options["statistics"]
 
     def call(self, rates, states, training=None):
-        z = self.solve(states[0], [0.0, 1.0], args=rates, training=training).ys[-1]
+        return self.advance(rates, states, training, lambda *args, **options: self.solve(*args, **options).ys[-1])
+
+    def advance(self, rates, states, training, move):
+        z = move(states[0], [0.0, 1.0], args=rates, training=training)
         return z, [z]
+
+    def solve(self, y0, ts, **options):
+        return odeint(self.field, y0, ts, **{**self.options, **options})

@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_node.layers.irregular_times import check_order, elapsed_times
 from keras_node.layers.ode_rnn_cell import ODERNNCell
+from keras_node.layers.series import SeriesRNN
 
 _RNN_OPTIONS = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll", "zero_output_for_mask")
 
@@ -128,7 +129,7 @@ class ODERNN(keras.layers.Layer):
         super().__init__(autocast=False, **{"dtype": cell.dtype_policy, **kwargs})
         self.time_feature = time_feature
         self.supports_masking = True
-        self.rnn = keras.layers.RNN(
+        self.rnn = SeriesRNN(
             cell,
             return_sequences=return_sequences,
             return_state=return_state,

@@ -1,5 +1,7 @@
 """A recurrent cell whose state keeps moving between observations."""
 
+import inspect
+
 import keras
 from keras import ops
 
@@ -148,32 +150,39 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
             build(self.vector_field, t, keras.KerasTensor((None, size), dtype=self.variable_dtype))
 
     def call(self, inputs, states, training=None):
+        return self.advance(inputs, states, training, lambda *args, **options: self.solve(*args, **options).ys[-1])
+
+    def advance(self, inputs, states, training, move):
+        """A step in which `move(y0, ts, training=training)` gives the states behind the interval."""
         ts = [0.0, self.interval]
         if self.time_feature:
             inputs, elapsed = inputs[:, :-1], inputs[:, -1]
             ts = ops.stack([ops.zeros_like(elapsed), elapsed])
         leaves = keras.tree.flatten(states)
-        moved = self._move([leaves[i] for i in self.evolve], ts, training)
-        for i, state in zip(self.evolve, moved, strict=True):
+        moving = [leaves[i] for i in self.evolve]
+        h = moving[0] if len(moving) == 1 else ops.concatenate(moving, axis=-1)
+        h = move(h, ts, training=training)
+        ends = [sum(s.shape[-1] for s in moving[:i]) for i in range(1, len(moving))]
+        for i, state in zip(self.evolve, ops.split(h, ends, axis=-1) if ends else [h], strict=True):
             leaves[i] = state
-        return self.cell(inputs, keras.tree.pack_sequence_as(states, leaves))
+        takes_training = "training" in inspect.signature(self.cell.call).parameters
+        keywords = {"training": training} if takes_training else {}
+        return self.cell(inputs, keras.tree.pack_sequence_as(states, leaves), **keywords)
 
-    def _move(self, states, ts, training):
-        """The states after the interval."""
-        h = states[0] if len(states) == 1 else ops.concatenate(states, axis=-1)
-        solution = odeint(
-            self.vector_field,
-            h,
-            ts,
-            solver=self.solver,
-            gradient=self.gradient,
-            training=training,
-            jit_compile=self.jit_compile,
-            statistics=self.statistics,
-        )
-        h = solution.ys[-1]
-        ends = [sum(s.shape[-1] for s in states[:i]) for i in range(1, len(states))]
-        return ops.split(h, ends, axis=-1) if ends else [h]
+    def solve(self, y0, ts, **options):
+        """`keras_node.odeint` with the field and the options of this cell."""
+        own = {
+            "solver": self.solver,
+            "gradient": self.gradient,
+            "jit_compile": self.jit_compile,
+            "statistics": self.statistics,
+        }
+        return odeint(self.vector_field, y0, ts, **{**own, **options})
+
+    @property
+    def dropout_cells(self):
+        """The wrapped cells that draw dropout masks."""
+        return _dropout_cells(self.cell)
 
     def _state_sizes(self):
         return keras.tree.flatten(self.state_size)
@@ -187,11 +196,11 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
         del step_input
 
     def reset_dropout_mask(self):
-        for cell in _dropout_cells(self.cell):
+        for cell in self.dropout_cells:
             cell.reset_dropout_mask()
 
     def reset_recurrent_dropout_mask(self):
-        for cell in _dropout_cells(self.cell):
+        for cell in self.dropout_cells:
             cell.reset_recurrent_dropout_mask()
 
     def get_config(self):
