@@ -86,9 +86,10 @@ class PureFunction:
 
     @staticmethod
     def _values(scope):
-        """What stands for the variables in a trace: tensors that a scope gave them, or their handles."""
+        """What stands for the variables in a trace: tensors that a scope gave them, or handles, one on each device."""
         values = [v.value for v in scope.read.values()]
-        return [v.handle if isinstance(v, tf.Variable) else v for v in values]
+        copies = [c for v in values for c in tf.distribute.get_strategy().experimental_local_results(v)]
+        return [c.handle if isinstance(c, tf.Variable) else c for c in copies]
 
     def assign(self, carried: list[tf.Tensor]) -> None:
         """Updates the variables."""

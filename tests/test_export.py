@@ -77,20 +77,28 @@ def test_litert_with_builtin_operators_only(name, tmp_path):
     np.testing.assert_allclose(run_litert(path, [X]), model.predict(X, verbose=0), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.filterwarnings("ignore")
-def test_litert_of_a_recurrent_layer_has_builtin_operators_only_where_it_is_unrolled(tmp_path):
-    def model_of(**options):
-        keras.utils.set_random_seed(0)
-        x, times = keras.Input((2, 3)), keras.Input((2,))
-        layer = keras_node.ODERNN(keras.layers.GRUCell(4), field(), solver=SOLVERS["fixed"], **options)
-        return keras.Model([x, times], layer(x, times))
-
-    values = np.random.default_rng(2).normal(size=(3, 2, 3)).astype("float32")
-    expected = model_of().predict([values, TIMES[:, :2]], verbose=0)
+def test_litert_of_a_recurrent_layer_with_builtin_operators_only(name, tmp_path):
+    keras.utils.set_random_seed(0)
+    x, times, mask = keras.Input((5, 3)), keras.Input((5,)), keras.Input((5, 1, 1), dtype="bool")
+    layer = keras_node.ODERNN(keras.layers.GRUCell(4), field(), solver=SOLVERS[name])
+    model = keras.Model([x, times, mask], layer(x, times, mask=mask[:, :, 0, 0]))
+    values = np.random.default_rng(2).normal(size=(3, 5, 3)).astype("float32")
+    observed = np.random.default_rng(3).uniform(size=(3, 5, 1, 1)) < 0.7
     path = str(tmp_path / "model.tflite")
     builtins = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}
-    # What is to run without Flex is asked for at export, and refused there.
-    with pytest.raises(Exception, match="TensorListReserve"):
-        model_of().export(path, format="litert", verbose=False, target_spec=builtins)
-    model_of(unroll=True).export(path, format="litert", verbose=False, target_spec=builtins)
-    np.testing.assert_allclose(run_litert(path, [values, TIMES[:, :2]]), expected, atol=1e-5)
+    model.export(path, format="litert", verbose=False, target_spec=builtins)
+    inputs = [values, TIMES, observed]
+    np.testing.assert_allclose(run_litert(path, inputs), model.predict(inputs, verbose=0), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_litert_of_several_times(tmp_path):
+    keras.utils.set_random_seed(0)
+    x = keras.Input((4,))
+    model = keras.Model(x, keras_node.ODELayer(field(), solver=SOLVERS["adaptive"])(x, ts=[0.1, 0.5, 1.0]))
+    path = str(tmp_path / "model.tflite")
+    builtins = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}
+    model.export(path, format="litert", verbose=False, target_spec=builtins)
+    np.testing.assert_allclose(run_litert(path, [X]), model.predict(X, verbose=0), atol=1e-5)

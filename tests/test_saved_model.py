@@ -46,9 +46,9 @@ def continuous():
     return keras.Sequential([keras.Input((4,), name="a"), layer, keras.layers.Dense(2)])
 
 
-def recurrent(**options):
+def recurrent():
     x, times = keras.Input((3, 3), name="a"), keras.Input((3,), name="b")
-    layer = keras_node.ODERNN(keras.layers.GRUCell(4), field(), solver=SOLVER, **options)
+    layer = keras_node.ODERNN(keras.layers.GRUCell(4), field(), solver=SOLVER)
     return keras.Model([x, times], layer(x, times))
 
 
@@ -60,9 +60,7 @@ def test_models_are_served_and_fine_tuned_without_keras(tmp_path):
     series = [a.astype("float32") for a in series]
     models = {
         "continuous": (continuous(), state),
-        "recurrent": (recurrent(gradient="direct"), series),
-        # In the loop over steps TensorFlow does not load a gradient of our own.
-        "unrolled": (recurrent(unroll=True), series),
+        "recurrent": (recurrent(), series),
     }
     for name, (model, inputs) in models.items():
         model.export(tmp_path / name, verbose=False)

@@ -99,9 +99,10 @@ class SeriesRNN(keras.layers.RNN):
                 if doutputs:
                     doutput += tf.gather(doutputs[0], i)
                 inputs, cotangents = (x_i, output_i, states_i, params), (doutput, dstates, at(i, dmoved))
+                reports.statuses.clear()  # a second derivative has left some of another graph
                 dx_i, doutput, dstates, dstep = vjp(tape, (output, after, behind), inputs, cotangents)
                 dstates, dparams = trees.add(dstates, at(i, dbefore)), trees.add(dparams, dstep)
-                return i - 1, doutput, dstates, dparams, write(dx, i, dx_i), tf.maximum(worst, reports.worst())
+                return i - 1, doutput, dstates, dparams, write(dx, i, dx_i), tf.reduce_max([worst, *reports.statuses])
 
             size = x.shape[0] or tf.shape(x)[0]
             start = (size - 1, doutput, dstates, [tf.zeros_like(p) for p in params], new_buffer(size, x[0]), 0)
@@ -141,11 +142,6 @@ class _Reports:
     def backward(self, stats, status, excused, training):
         del stats, training
         self.statuses.append(tf.reduce_max(tf.where(excused, 0, status)))
-
-    def worst(self):
-        """The worst of the statuses since it was last asked."""
-        statuses, self.statuses = self.statuses, []
-        return tf.reduce_max(statuses) if statuses else 0
 
 
 def _dropout_masks(cell, x, states):
