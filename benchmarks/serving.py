@@ -2,8 +2,7 @@
 
     python benchmarks/serving.py
 
-Every format runs on one thread, on one batch of 16, in this one process. Latencies are medians. The recurrent layer is
-unrolled for LiteRT, whose interpreter without Flex has no operators for Keras' loop over steps.
+Every format runs on one thread, on one batch of 16, in this one process; LiteRT without Flex. Latencies are medians.
 """
 
 import os
@@ -38,10 +37,10 @@ def continuous(solver):
     return keras.Sequential([keras.Input((FEATURES,)), *layers])
 
 
-def recurrent(solver, unroll=False):
+def recurrent(solver):
     """An `ODERNN` and a head."""
     x, times = keras.Input((STEPS, FEATURES)), keras.Input((STEPS,))
-    h = keras_node.ODERNN(keras.layers.GRUCell(UNITS), field(), solver=solver, unroll=unroll)(x, times)
+    h = keras_node.ODERNN(keras.layers.GRUCell(UNITS), field(), solver=solver)(x, times)
     return keras.Model([x, times], keras.layers.Dense(10)(h))
 
 
@@ -120,24 +119,19 @@ def main():
     state = [rng.normal(size=(BATCH, FEATURES)).astype("float32")]
     times = np.cumsum(rng.uniform(size=(BATCH, STEPS)), axis=1).astype("float32")
     series = [rng.normal(size=(BATCH, STEPS, FEATURES)).astype("float32"), times]
+    keras.utils.set_random_seed(0)
     cases = {
-        "ODELayer, tsit5 adaptive": (lambda **_: continuous(ADAPTIVE), state),
-        "ODELayer, rk4 x 4": (lambda **_: continuous(FIXED), state),
-        "ODERNN, tsit5 adaptive": (lambda **options: recurrent(ADAPTIVE, **options), series),
-        "ODERNN, rk4 x 4": (lambda **options: recurrent(FIXED, **options), series),
+        "ODELayer, tsit5 adaptive": (continuous(ADAPTIVE), state),
+        "ODELayer, rk4 x 4": (continuous(FIXED), state),
+        "ODERNN, tsit5 adaptive": (recurrent(ADAPTIVE), series),
+        "ODERNN, rk4 x 4": (recurrent(FIXED), series),
     }
     print("| model | format | size, KiB | latency, ms | largest difference |\n| --- | --- | --- | --- | --- |")
-    for case, (make, inputs) in cases.items():
-        keras.utils.set_random_seed(0)
-        model = make()
+    for case, (model, inputs) in cases.items():
         expected = model.predict_on_batch(inputs[0] if len(inputs) == 1 else inputs)
         for name, run in RUNS.items():
-            served = model
-            if name == "LiteRT":
-                served = make(unroll=True)
-                served.set_weights(model.get_weights())
             with tempfile.TemporaryDirectory() as folder:
-                path, call = run(served, inputs, pathlib.Path(folder))
+                path, call = run(model, inputs, pathlib.Path(folder))
                 difference = np.max(np.abs(call() - expected))
                 row = f"{size(path) / 1024:.0f} | {milliseconds(call):.2f} | {difference:.0e}"
                 print(f"| {case} | {name} | {row} |", flush=True)

@@ -44,7 +44,9 @@ def assert_all_close(actual, expected, atol=2e-6):
         np.testing.assert_allclose(a, b, atol=atol, rtol=1e-5)
 
 
-@pytest.mark.parametrize("gradient", ["backsolve", "checkpointed", keras_node.BacksolveAdjoint(num_checkpoints=1)])
+@pytest.mark.parametrize(
+    "gradient", ["backsolve", "checkpointed", "direct", keras_node.BacksolveAdjoint(num_checkpoints=1)]
+)
 @pytest.mark.parametrize(
     "options",
     [

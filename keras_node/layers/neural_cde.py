@@ -39,8 +39,9 @@ class NeuralCDE(keras.layers.Layer):
             observations. Defaults to `"tsit5"`.
         gradient: `"backsolve"` (default), `"direct"`, or an object such as `keras_node.BacksolveAdjoint()`.
         return_sequences: whether to return the state at every step, or the last one. Defaults to `False`.
-        jit_compile: whether the solve is an XLA program of its own where the model as a whole is none: `"auto"`
-            (default) in training, and not with `"direct"`; or `True` or `False`.
+        jit_compile: whether the loop over the steps, its solves included, is an XLA program of its own where the model
+            as a whole is none, and its gradient another: `"auto"` (default) in training, and not with `"direct"`; or
+            `True` or `False`.
         track_stats: whether evaluations, steps, rejected steps and failures of the solves forwards are metrics of
             the model, in the logs of `fit` and `evaluate` (see `keras_node.SolverMonitor`). Defaults to `False`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.

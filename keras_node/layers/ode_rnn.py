@@ -45,8 +45,9 @@ class ODERNN(keras.layers.Layer):
         unroll: whether to unroll the loop over steps. Defaults to `False`.
         zero_output_for_mask: whether the output of a masked step is zero, or that of the step before. Defaults to
             `False`.
-        jit_compile: whether the solve is an XLA program of its own where the model as a whole is none: `"auto"`
-            (default) in training, and not with `"direct"`; or `True` or `False`.
+        jit_compile: whether the loop over the steps, its solves included, is an XLA program of its own where the model
+            as a whole is none, and its gradient another: `"auto"` (default) in training, and not with `"direct"`; or
+            `True` or `False`.
         track_stats: whether evaluations, steps, rejected steps and failures of the solves forwards are metrics of
             the model, in the logs of `fit` and `evaluate` (see `keras_node.SolverMonitor`). Defaults to `False`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name`. `dtype` defaults to the cell's.

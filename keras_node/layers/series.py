@@ -19,8 +19,8 @@ class SeriesRNN(keras.layers.RNN):
 
     The loop keeps the states before every step and behind its solve. On the way back each step is differentiated from
     there: by the adjoint method without solving forwards again, and with no gradient of TensorFlow's through the loop,
-    which would keep all that a step computes. In training, the loop and its gradient are one XLA program each. Eagerly,
-    unrolled and with `gradient="direct"` the loop is Keras' own.
+    which would keep all that a step computes. In training, the loop and its gradient are one XLA program each. With
+    `gradient="direct"` TensorFlow differentiates it all the same. Eagerly and unrolled the loop is Keras' own.
 
     A cell has `gradient`, `jit_compile`, `statistics`, `dropout_cells`; `solve(y0, ts, **options)`, which is `odeint`
     with its field and options; and `advance(inputs, states, training, move)`, a step in which `move(y0, ts, **options)`
@@ -29,7 +29,7 @@ class SeriesRNN(keras.layers.RNN):
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
         cell = self.cell
-        if tf.executing_eagerly() or self.unroll or isinstance(cell.gradient, DirectGradient):
+        if tf.executing_eagerly() or self.unroll:
             return super().inner_loop(sequences, initial_state, mask, training)
         x = self._steps(sequences)
         valid = () if mask is None else self._steps(tf.cast(mask, tf.bool))
@@ -115,17 +115,21 @@ class SeriesRNN(keras.layers.RNN):
             del dys
             return check_status(worst, gradients, "The solve of the adjoint")
 
-        compiles = bool(training) if cell.jit_compile == "auto" else cell.jit_compile
-        ys, (carried, worst) = with_gradient(forward, backward, conclude, (x, states, pure.params), compiles)
+        inputs = (x, states, pure.params)
+        if isinstance(cell.gradient, DirectGradient):
+            ys, (carried, worst), _ = forward(*inputs)
+        else:
+            compiles = bool(training) if cell.jit_compile == "auto" else cell.jit_compile
+            ys, (carried, worst) = with_gradient(forward, backward, conclude, inputs, compiles)
+            ys = refuse(pure.closed_over, cell, ys)
         pure.assign(carried)
-        output, states, outputs, _, _ = check_status(worst, refuse(pure.closed_over, cell, ys), "The solve")
-        outputs = tf.transpose(outputs[0], [1, 0, 2]) if self.return_sequences else output[:, None]
+        output, states, outputs, _, _ = check_status(worst, ys, "The solve")
+        outputs = _swapped(outputs[0]) if self.return_sequences else output[:, None]
         return output, outputs, keras.tree.pack_sequence_as(initial_state, states)
 
     def _steps(self, x):
         """`(batch, T, ...)` as `(T, batch, ...)`, in the order of processing."""
-        x = tf.transpose(x, [1, 0, *range(2, x.shape.rank)])
-        return tf.reverse(x, [0]) if self.go_backwards else x
+        return tf.reverse(_swapped(x), [0]) if self.go_backwards else _swapped(x)
 
 
 class _Reports:
@@ -171,6 +175,11 @@ def _fixed(cells, masks):
     finally:
         for cell, _ in zip(cells, masks, strict=False):
             del cell.get_dropout_mask, cell.get_recurrent_dropout_mask
+
+
+def _swapped(x):
+    """A tensor with its first two axes exchanged."""
+    return tf.transpose(x, [1, 0, *range(2, x.shape.rank)])
 
 
 def _shape_like(spec, x):
