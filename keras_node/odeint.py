@@ -15,6 +15,9 @@ from keras_node.statistics import SolverStatistics
 from keras_node.trees import Nest
 from keras_node.vector_field import VectorField
 
+# Beginnings of the names of operations: gradients, transposed and depthwise convolutions included.
+_CONVOLUTIONS = ("Conv2D", "Conv3D", "DepthwiseConv2d")
+
 
 @tf.autograph.experimental.do_not_convert
 def odeint(
@@ -52,7 +55,8 @@ def odeint(
             the mode, the states that a failed solve did not reach are NaN, and its `status` tells why.
         jit_compile: whether the solve and its gradient are XLA programs of their own, as parts of a graph (in a
             `tf.function`, in `fit`) that as a whole is none; eagerly nothing is compiled. `"auto"` (default) compiles
-            where `training` is true, so that models are exported without, and not with `"direct"`, which cannot.
+            where `training` is true, so that models are exported without; not with `"direct"`, which cannot; and not a
+            field with convolutions where there is no device but a CPU.
         statistics: what a layer that tracks its solves hands in to be told how they went, where `training` is given.
 
     Returns:
@@ -72,14 +76,14 @@ def odeint(
     """
     solver, gradient = solvers.get(solver), gradients.get(gradient)
     check_jit_compile(jit_compile, gradient)
-    if jit_compile == "auto":
-        jit_compile = bool(training) and not isinstance(gradient, DirectGradient)
     original, y0 = y0, _to_state(y0)
     times_vary = any(tf.is_tensor(t) or isinstance(t, tf.Variable | keras.Variable) for t in tf.nest.flatten(ts))
     ts, valid = _to_times(ts, tf.nest.flatten(y0)[0])
     _check_batch(y0, ts, solver)
 
     field = VectorField(vector_field, ts[0], y0, args, training)
+    if jit_compile == "auto":
+        jit_compile = bool(training) and not isinstance(gradient, DirectGradient) and _gains(field, ts[0], y0)
     # `fit`, `evaluate` and `predict` say whether they train. An export does not, or says no and traces the gradient all
     # the same, and must not take the counters along.
     if training is None:
@@ -109,6 +113,20 @@ def check_jit_compile(jit_compile: bool | str, gradient: Any) -> None:
             "`tf.function(jit_compile=True)` or `model.compile(jit_compile=True)`, or use another gradient. "
             "Received: jit_compile=True"
         )
+
+
+def _gains(field: VectorField, t0: tf.Tensor, y0: Nest) -> bool:
+    """Whether a solve may be faster as an XLA program.
+
+    On a CPU it is not where the field convolves. XLA hands a convolution to a fast routine if it has the layout of a
+    forward one, and brings the gradients of one into that layout in the outermost computation only: inside the loop of
+    a solve they run as plain nested loops, tens of times slower than TensorFlow's.
+    """
+    if tf.executing_eagerly() or any(
+        device.device_type in ("GPU", "TPU") for device in tf.config.list_logical_devices()
+    ):
+        return True
+    return not any(name.startswith(_CONVOLUTIONS) for name in field.operations(t0, y0))
 
 
 def _to_state(y0: Nest) -> Nest:
