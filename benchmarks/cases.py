@@ -145,7 +145,6 @@ def counted(name, **options) -> Case:
 
 COUNTED = [
     counted("mu = 15, one cycle, phases spread over it", start="cycle"),
-    counted("mu = 15, one cycle, random states", start="random"),
     counted("mu = 15, T = 10, phases spread over the cycle", start="cycle", t1=10.0),
     counted("mu = 15, T = 10, random states", start="random", t1=10.0),
     counted("mu from 1 to 25, T = 10, near one state", mu=(1.0, 25.0), t1=10.0),

@@ -116,6 +116,8 @@ def targets(results) -> list[str]:
         if values:
             reached = max(values) if kind == "largest" else geometric_mean(values)
             verdict = "| | |" if kind is None else f"| {kind} {aim} | {'met' if reached <= aim else 'missed'} |"
-            figures = (f"{geometric_mean(v):.2f} | {max(v):.2f}" for v in (values, typical))
+            figures = (
+                f"{x:.2f}" if x > 0.1 else f"{x:.2g}" for v in (values, typical) for x in (geometric_mean(v), max(v))
+            )
             lines.append(f"| {name} | {' | '.join(figures)} {verdict}")
     return lines
