@@ -18,7 +18,7 @@ help:
 	@echo "make examples  run every example"
 	@echo "make test      run the tests; PYTEST_ARGS='-k solver' chooses some"
 	@echo "make bench     compare with other libraries, in environments of their own; BENCH_ARGS=--quick for a first look"
-	@echo "make bench-more  error against time, plain fit beside XLA, and how the time of a step grows"
+	@echo "make bench-more  error against time, numbers of steps, plain fit beside XLA, and how the time of a step grows"
 	@echo "make lint      check style and format"
 	@echo "make format    put both right where ruff can"
 	@echo "make clean     remove the virtual environment and every output"
@@ -38,9 +38,10 @@ PEERS := --python $(BIN)/python --torch-python $(VENV)-torch/bin/python --jax-py
 bench: $(INSTALLED) $(VENV)-torch/.installed $(VENV)-jax/.installed
 	$(BIN)/python benchmarks/compare.py $(PEERS) $(BENCH_ARGS)
 
-# Error against time beside other libraries, plain fit beside XLA, and how the time grows with the problem.
+# Error against time and numbers of steps beside other libraries, plain fit beside XLA, and how the time of a step grows.
 bench-more: $(INSTALLED) $(VENV)-torch/.installed $(VENV)-jax/.installed
 	$(BIN)/python benchmarks/curves.py $(PEERS)
+	$(BIN)/python benchmarks/steps.py $(PEERS)
 	$(BIN)/python benchmarks/fit.py
 	$(BIN)/python benchmarks/scaling.py
 

@@ -33,7 +33,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for case in CURVES:
             print(case.name, flush=True)
-            panels.setdefault(case.sizes, []).append(compare(case, workers, options.rounds, folder))
+            panels.setdefault(case.sizes, []).append(compare(case, workers, options.rounds, options.budget, folder)[0])
     figure, axes = plt.subplots(1, len(panels), figsize=(11, 5.2), layout="constrained", squeeze=False)
     for ax, (sizes, runs) in zip(axes[0], panels.items(), strict=True):
         for name, label in SHOWN.items():

@@ -7,6 +7,7 @@ arguments that makes one step and returns the gradients (of `y0`, then of the we
 and the number of evaluations, where it is known. It raises `NotImplementedError` where a method has no part in a case.
 """
 
+import dataclasses
 import importlib
 import json
 import os
@@ -14,7 +15,7 @@ import sys
 import time
 
 import numpy as np
-from cases import CASES, CURVES, SLOW, reference_of
+from cases import CASES, COUNTED, CURVES, reference_of
 
 
 def main() -> None:
@@ -23,9 +24,18 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     library = importlib.import_module(f"libraries.{sys.argv[1]}")
-    cases = {case.name: case for case in CASES + SLOW + CURVES}
+    cases = {case.name: case for case in CASES + CURVES + COUNTED}
     cases |= {f"reference of {name}": reference_of(case) for name, case in cases.items()}
+    cases |= {f"joint steps of {case.name}": dataclasses.replace(case, per_sample=False) for case in COUNTED}
     steps = {}
+
+    def load(case, method):
+        """Make a step and take it once, for the results of which it returns."""
+        step = library.make(case, case.arrays(), method)
+        results = step()
+        steps[case.name, method] = step
+        return results
+
     print(json.dumps({"methods": library.METHODS, "versions": library.versions()}), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
@@ -33,19 +43,18 @@ def main() -> None:
         try:
             if request["do"] == "load":
                 start = time.perf_counter()
-                step = library.make(case, case.arrays(), method)
-                results = step()
-                seconds = time.perf_counter() - start
-                gradients, y1, evaluations = results
-                np.savez(request["out"], y1=y1, **{f"g{i}": g for i, g in enumerate(gradients)})
-                steps[case.name, method] = step
-                answer = {"seconds": seconds, "evaluations": None if evaluations is None else float(evaluations)}
+                gradients, y1, evaluations = load(case, method)
+                answer = {"seconds": time.perf_counter() - start}
+                answer["evaluations"] = None if evaluations is None else float(evaluations)
+                if "out" in request:
+                    np.savez(request["out"], y1=y1, **{f"g{i}": g for i, g in enumerate(gradients)})
             else:
-                step = steps[case.name, method]
+                if (case.name, method) not in steps:  # this process is new
+                    load(case, method)
                 seconds = []
                 for _ in range(request["repeat"]):
                     start = time.perf_counter()
-                    step()
+                    steps[case.name, method]()
                     seconds.append(time.perf_counter() - start)
                 answer = {"seconds": seconds}
         except Exception as error:

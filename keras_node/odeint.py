@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_node import gradients, solvers
-from keras_node.gradients.direct import DirectGradient
+from keras_node.jit_compile import check_jit_compile, compiles
 from keras_node.solution import Solution, Status, check_status
 from keras_node.solve import Problem
 from keras_node.statistics import SolverStatistics
@@ -53,7 +53,8 @@ def odeint(
             the mode, the states that a failed solve did not reach are NaN, and its `status` tells why.
         jit_compile: whether the solve and its gradient are XLA programs of their own, as parts of a graph (in a
             `tf.function`, in `fit`) that as a whole is none; eagerly nothing is compiled. `"auto"` (default) compiles
-            where `training` is true, so that models are exported without, and not with `"direct"`, which cannot.
+            where `training` is true, so that models are exported without; not with `"direct"`, which cannot; and not a
+            field with convolutions where there is no device but a CPU.
         statistics: what a layer that tracks its solves hands in to be told how they went, there and back.
 
     Returns:
@@ -73,14 +74,13 @@ def odeint(
     """
     solver, gradient = solvers.get(solver), gradients.get(gradient)
     check_jit_compile(jit_compile, gradient)
-    if jit_compile == "auto":
-        jit_compile = bool(training) and not isinstance(gradient, DirectGradient)
     original, y0 = y0, _to_state(y0)
     times_vary = any(tf.is_tensor(t) or isinstance(t, tf.Variable | keras.Variable) for t in tf.nest.flatten(ts))
     ts, valid = _to_times(ts, tf.nest.flatten(y0)[0])
     _check_batch(y0, ts, solver)
 
     field = VectorField(vector_field, ts[0], y0, args, training)
+    jit_compile = compiles(jit_compile, gradient, training, lambda: field.trace(ts[0], y0)[1])
     on_backward = None if statistics is None else functools.partial(statistics.backward, training=training)
     problem = Problem(field, y0, ts, field.params, solver, throw, times_vary, jit_compile, on_backward)
     ys, stats, status = gradient(problem)
@@ -94,18 +94,6 @@ def odeint(
         ys = check_status(status, ys, "The solve")
     ys = tf.nest.map_structure(lambda y, o: tf.cast(y, o.dtype) if tf.is_tensor(o) else y, ys, original)
     return Solution(ts, ys, stats, status)
-
-
-def check_jit_compile(jit_compile: bool | str, gradient: Any) -> None:
-    """Refuses what is not one of the choices, and what backpropagation cannot enter."""
-    if jit_compile not in (True, False, "auto"):
-        raise ValueError(f'`jit_compile` must be `True`, `False` or "auto". Received: jit_compile={jit_compile!r}')
-    if jit_compile is True and isinstance(gradient, DirectGradient):
-        raise ValueError(
-            'With gradient="direct" a solve cannot be compiled by itself: compile what is around it, '
-            "`tf.function(jit_compile=True)` or `model.compile(jit_compile=True)`, or use another gradient. "
-            "Received: jit_compile=True"
-        )
 
 
 def _to_state(y0: Nest) -> Nest:

@@ -47,7 +47,7 @@ class PureFunction:
         constants: the values of the other ones, but for
         carried: those that it updates: seeds, statistics.
         closed_over: float tensors that it reads beside these and its arguments.
-        outputs: the shapes and dtypes of what it returns.
+        trace: the concrete function; `structured_outputs` has the shapes and dtypes of what is returned.
     """
 
     def __init__(self, function: Callable, *arguments: Nest):
@@ -59,7 +59,7 @@ class PureFunction:
                 return function(*arguments)
 
         trace = tf.function(traced, autograph=False).get_concrete_function()
-        self.outputs = trace.structured_outputs
+        self.trace = trace
         updated = [variable for variable, _ in scope.updates]
         read = [v for v in scope.read.values() if not any(v is u for u in updated)]
         self._trainable = [v for v in read if v.trainable]

@@ -54,6 +54,7 @@ class VectorField:
         self.args = tf.nest.map_structure(lambda a: _to_tensor(a, tf.nest.flatten(y0)[0].dtype), args)
         self._float_args = [a for a in tf.nest.flatten(self.args) if _is_float(a)]
 
+        self._traced = None
         self._trainable, self._constant = [], []
         if isinstance(function, keras.Layer):
             if not function.built:
@@ -91,13 +92,20 @@ class VectorField:
         In a graph they are such tensors themselves. Eagerly nothing tells of them but the field's value, which is
         watched by a tape if one of them is.
         """
-        arguments = trees.stop_gradient((t, y, self.params))
         if tf.executing_eagerly():
-            return tf.nest.flatten(self(*arguments))
+            return tf.nest.flatten(self(*trees.stop_gradient((t, y, self.params))))
+        arguments, trace = self.trace(t, y)
         known = {id(x) for x in tf.nest.flatten((arguments, self.args, self._constant_values))}
-        trace = tf.function(lambda: self(*arguments), autograph=False).get_concrete_function()
         captured = [x for x in trace.captured_inputs if x.dtype.is_floating and id(x) not in known]
         return captured + [tf.convert_to_tensor(v) for v in trace.trainable_variables]
+
+    def trace(self, t: tf.Tensor, y: Nest) -> tuple[tuple, Any]:
+        """An evaluation as a graph of its own, and what it was made of; the first is kept for all who ask."""
+        if self._traced is None:
+            arguments = trees.stop_gradient((t, y, self.params))
+            function = tf.function(lambda: self(*arguments), autograph=False)
+            self._traced = arguments, function.get_concrete_function()
+        return self._traced
 
     def _evaluate(self, t, y, args):
         with tf.name_scope("vector_field"):  # a layer's name may begin with "_", a scope's at the root may not

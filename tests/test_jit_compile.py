@@ -89,6 +89,46 @@ def test_auto_compiles_in_training_only(tmp_path):
     np.testing.assert_allclose(served.serve(x), model(x), rtol=1e-5)
 
 
+class Inside(keras.layers.Layer):
+    """A layer whose operations are those of a function inside the graph."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def build(self, shape):
+        self.layer.build(shape)
+
+    def call(self, y):
+        return tf.cond(tf.reduce_sum(y) > 0, lambda: self.layer(y), lambda: -self.layer(y))
+
+
+@pytest.mark.parametrize(
+    ("shape", "field"),
+    [
+        ((6, 3), lambda: keras.layers.Conv1D(3, 3, padding="same")),
+        ((4, 4, 3), lambda: keras.layers.Conv2D(3, 3, padding="same")),
+        ((4, 4, 3), lambda: keras.layers.Conv2DTranspose(3, 3, padding="same")),
+        ((4, 4, 3), lambda: keras.layers.DepthwiseConv2D(3, padding="same")),
+        ((4, 4, 3), lambda: keras.layers.SeparableConv2D(3, 3, padding="same")),
+        ((4, 4, 4, 3), lambda: keras.layers.Conv3D(3, 3, padding="same")),
+        ((4, 4, 3), lambda: Inside(keras.layers.Conv2D(3, 3, padding="same"))),
+    ],
+)
+def test_auto_leaves_convolutions_to_tensorflow_on_a_cpu(shape, field, monkeypatch):
+    def compiles(field, **options):
+        layer = keras_node.ODELayer(field, solver="bosh3", **options)
+        function = tf.function(lambda x: layer(x, training=True))
+        return bool(compiled_functions(function.get_concrete_function(tf.ones((2, *shape)))))
+
+    assert not compiles(field())
+    assert compiles(field(), jit_compile=True)
+    assert compiles(keras.layers.Dense(3))
+    gpu = tf.config.LogicalDevice("/device:GPU:0", "GPU")
+    monkeypatch.setattr(tf.config, "list_logical_devices", lambda device_type=None: [gpu])
+    assert compiles(field())
+
+
 @pytest.mark.parametrize("jit_compile", [True, False])
 def test_the_choice_is_saved(jit_compile):
     layers = [

@@ -5,9 +5,10 @@ import tensorflow as tf
 
 import keras_node
 
-# `backsolve` and `checkpointed` are whole steps under XLA; the next three are backsolve without it, in a graph with
-# the solves alone compiled, and eagerly.
-METHODS = ["backsolve", "checkpointed", "graph", "compiled solve", "eager", "floor"]
+# `backsolve` and `checkpointed` are whole steps under XLA. The next three are backsolve (checkpointed, where that is
+# unstable) in a graph without XLA, in one as `fit` makes it by default, whose solves are compiled by themselves, and
+# eagerly.
+METHODS = ["backsolve", "checkpointed", "graph", "default", "eager", "floor"]
 
 
 def versions() -> dict:
@@ -37,6 +38,10 @@ def loss_of(case, ys):
 
 def make(case, arrays, method):
     """A training step by keras_node."""
+    if method == "backsolve" and case.gradient and case.unstable_backwards:
+        raise NotImplementedError("the solve backwards is unstable")
+    if case.kind == "ode_rnn":
+        return recurrent(case, arrays, method)
     y0, ts = tf.constant(arrays["y0"]), arrays["ts"]
     weights = [tf.constant(arrays[name]) for name in sorted(arrays) if name.startswith("w")]
     field = field_of(case)
@@ -44,17 +49,24 @@ def make(case, arrays, method):
     solver = keras_node.RungeKutta(
         "tsit5", rtol=case.rtol, atol=case.rtol, per_sample=case.per_sample, max_steps=max_steps
     )
-    gradient = "checkpointed" if method in ("checkpointed", "reference") else "backsolve"
+    exact = method in ("checkpointed", "reference") or case.unstable_backwards
     if method == "floor":
         return floor(case, y0, ts, weights, field, solver)
-    if not case.gradient and method in ("checkpointed", "compiled solve"):
+    if not case.gradient and method in ("checkpointed", "default"):
         raise NotImplementedError("without a gradient it is backsolve's solve")
     if method == "eager" and (case.kind != "mlp" or case.dtype != "float32"):
         raise NotImplementedError("eager mode is measured on the MLPs")
 
     def solve(y0, weights):
         return keras_node.odeint(
-            field, y0, ts, args=weights, solver=solver, gradient=gradient, jit_compile=method == "compiled solve"
+            field,
+            y0,
+            ts,
+            args=weights,
+            solver=solver,
+            gradient="checkpointed" if exact else "backsolve",
+            training=True,
+            jit_compile="auto" if method == "default" else False,
         )
 
     def step(y0, weights):
@@ -67,8 +79,8 @@ def make(case, arrays, method):
             loss = loss_of(case, solution.ys)
         return tape.gradient(loss, [y0, *weights]), solution.ys[-1], solution.stats.num_evaluations
 
-    # Convolutions in float64 take minutes under XLA on a CPU.
-    xla = method not in ("graph", "compiled solve", "reference")
+    # In float64 XLA has no fast convolutions at all on a CPU.
+    xla = method not in ("graph", "default") and not (method == "reference" and case.kind == "conv")
     function = step if method == "eager" else tf.function(step, jit_compile=xla)
 
     def run():
@@ -78,8 +90,52 @@ def make(case, arrays, method):
     return run
 
 
+def recurrent(case, arrays, method):
+    """A training step of an ODE-RNN."""
+    if method in ("eager", "floor"):
+        raise NotImplementedError("measured on solves by themselves")
+    _, _, units, hidden = case.sizes
+    dense = [keras.layers.Dense(n, activation=a, dtype=case.dtype) for n, a in ((hidden, "tanh"), (units, None))]
+    cell = keras.layers.GRUCell(units, dtype=case.dtype)
+    solver = keras_node.RungeKutta("tsit5", rtol=case.rtol, atol=case.rtol)
+    gradient = "checkpointed" if method == "checkpointed" else "backsolve"
+    if method == "reference":  # ten steps for the way of one or two
+        solver, gradient = keras_node.RungeKutta("tsit5", num_steps=10), "direct"
+    layer = keras_node.ODERNN(
+        cell,
+        keras.Sequential([keras.Input((units,), dtype=case.dtype), *dense]),
+        solver=solver,
+        gradient=gradient,
+        jit_compile="auto" if method == "default" else False,
+        return_sequences=True,
+    )
+    x, times = tf.constant(arrays["y0"]), tf.constant(arrays["ts"])
+    layer.build(x.shape)
+    variables = [v for d in dense for v in (d.kernel, d.bias)] + [cell.kernel, cell.recurrent_kernel, cell.bias]
+    for i, variable in enumerate(variables):
+        variable.assign(arrays[f"w{i}"])
+
+    @tf.function(jit_compile=method not in ("graph", "default", "reference"))
+    def function(x, times):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            states = layer(x, times, training=True)
+            loss = tf.reduce_mean(tf.square(states))
+        return tape.gradient(loss, [x, *(v.value for v in variables)]), states[:, -1]
+
+    def run():
+        gradients, y1 = function(x, times)
+        return [g.numpy() for g in gradients], y1.numpy(), None
+
+    return run
+
+
 def floor(case, y0, ts, weights, field, solver):
     """As many evaluations, and vector-Jacobian products backwards, as backsolve makes."""
+    if case.kind == "conv" or case.per_sample:
+        raise NotImplementedError(
+            "XLA has no fast convolutions in a loop; samples differ in their numbers of evaluations"
+        )
     calls = []
 
     def counted(t, y, w):

@@ -16,6 +16,8 @@ def versions() -> dict:
 def make(case, arrays, method):
     """A training step by TensorFlow Probability."""
     del method
+    if case.kind == "ode_rnn" or (case.gradient and case.unstable_backwards):
+        raise NotImplementedError("it has no layers; its adjoint solves backwards")
     y0, ts = tf.constant(arrays["y0"]), arrays["ts"]
     weights = [tf.constant(arrays[name]) for name in sorted(arrays) if name.startswith("w")]
     field = field_of(case)

@@ -6,9 +6,10 @@ from keras import ops
 
 from keras_node import gradients, solvers
 from keras_node.control import INTERPOLATIONS, differentiate, increments, pieces, polynomial
+from keras_node.jit_compile import check_jit_compile
 from keras_node.layers.irregular_times import check_order
 from keras_node.layers.series import SeriesRNN
-from keras_node.odeint import check_jit_compile, odeint
+from keras_node.odeint import odeint
 from keras_node.statistics import SolverStatistics
 from keras_node.vector_field import build, call_arguments
 
@@ -170,8 +171,9 @@ class NeuralCDE(keras.layers.Layer):
         rates = differentiate(coefficients)
         elapsed = increments(knots)[..., None, None]
         elapsed = ops.pad(elapsed, [(0, 0), (0, 0), (0, rates.shape[2] - 1), (0, 0)])
+        rates = ops.concatenate([elapsed, rates], axis=-1)
         # The last piece is of no length: it leaves the state at the first knot as it is.
-        rates = ops.roll(ops.concatenate([elapsed, rates], axis=-1), 1, axis=1)
+        rates = ops.concatenate([rates[:, -1:], rates[:, :-1]], axis=1)
         return ops.cast(rates, self.variable_dtype)
 
     def compute_output_shape(self, x_shape):

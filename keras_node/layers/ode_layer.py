@@ -7,7 +7,8 @@ from keras import ops
 
 from keras_node import gradients, solvers
 from keras_node.gradients.direct import DirectGradient
-from keras_node.odeint import check_jit_compile, odeint
+from keras_node.jit_compile import check_jit_compile
+from keras_node.odeint import odeint
 from keras_node.statistics import SolverStatistics
 from keras_node.vector_field import build, call_arguments
 
@@ -35,7 +36,8 @@ class ODELayer(keras.layers.Layer):
         augment_dims: number of zeros appended to the last axis of the input, which let trajectories pass each
             other (augmented neural ODE). Defaults to `0`.
         jit_compile: whether the solve is an XLA program of its own where the model as a whole is none: `"auto"`
-            (default) in training, and not with `"direct"`; or `True` or `False`.
+            (default) in training, but not with `"direct"` and, on a CPU, not with convolutions in the field; or `True`
+            or `False`.
         track_stats: whether evaluations, steps, rejected steps and failures of the solves, forwards and backwards, are
             metrics of the model, in the logs of `fit` and `evaluate` (see `keras_node.SolverMonitor`). A call that does
             not say whether it is `training` counts nothing. Defaults to `False`.

@@ -6,7 +6,8 @@ import keras
 from keras import ops
 
 from keras_node import gradients, solvers
-from keras_node.odeint import check_jit_compile, odeint
+from keras_node.jit_compile import check_jit_compile
+from keras_node.odeint import odeint
 from keras_node.statistics import SolverStatistics
 from keras_node.vector_field import build, call_arguments
 

@@ -10,6 +10,7 @@ from keras_node.buffers import new_buffer, stack, write
 from keras_node.gradients.custom import refuse, with_gradient
 from keras_node.gradients.direct import DirectGradient
 from keras_node.gradients.vjp import vjp
+from keras_node.jit_compile import compiles
 from keras_node.pure_function import PureFunction, RecordingScope
 from keras_node.solution import check_status
 
@@ -56,7 +57,8 @@ class SeriesRNN(keras.layers.RNN):
             return output, keras.tree.flatten(states), moved, tf.reduce_max(statuses)
 
         pure = PureFunction(advance, x[0], states, masks, ())
-        blank = [tf.zeros(_shape_like(spec, x[0]), spec.dtype) for spec in (pure.outputs[0], *pure.outputs[2])]
+        output_spec, _, moved_specs, _ = pure.trace.structured_outputs
+        blank = [tf.zeros(_shape_like(spec, x[0]), spec.dtype) for spec in (output_spec, *moved_specs)]
 
         def step(i, x, output, states, params, carried, known=()):
             """A step, which changes nothing where it is masked."""
@@ -119,8 +121,8 @@ class SeriesRNN(keras.layers.RNN):
         if isinstance(cell.gradient, DirectGradient):
             ys, (carried, worst), _ = forward(*inputs)
         else:
-            compiles = bool(training) if cell.jit_compile == "auto" else cell.jit_compile
-            ys, (carried, worst) = with_gradient(forward, backward, conclude, inputs, compiles)
+            jit_compile = compiles(cell.jit_compile, cell.gradient, training, lambda: pure.trace)
+            ys, (carried, worst) = with_gradient(forward, backward, conclude, inputs, jit_compile)
             ys = refuse(pure.closed_over, cell, ys)
         pure.assign(carried)
         output, states, outputs, _, _ = check_status(worst, ys, "The solve")

@@ -9,10 +9,11 @@ import tensorflow as tf
 from keras import ops
 
 from keras_node import gradients, solvers
+from keras_node.jit_compile import check_jit_compile
 from keras_node.layers.concat_squash import ConcatSquashField
 from keras_node.models.bijector import make_bijector
 from keras_node.models.density_field import DensityField
-from keras_node.odeint import check_jit_compile, odeint
+from keras_node.odeint import odeint
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.vector_field import build, call_arguments
 
