@@ -123,6 +123,53 @@ def test_the_mean_of_hutchinsons_estimates_is_the_exact_value():
     assert np.std(estimates, axis=0)[:, 0].max() > 0.1
 
 
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("dim", [1, 4, 5, 9])
+def test_exact_rates_are_those_of_the_jacobian_in_any_dimension(dim, mode):
+    """For `f = tanh(x W)` trace, Frobenius norm and the gradient of the trace have closed forms."""
+    rng = np.random.default_rng(dim)
+    matrix, x = rng.normal(size=(dim, dim)), rng.normal(size=(3, dim))
+
+    def rates(x):
+        field = DensityField(lambda x: tf.tanh(x @ matrix), energies=True)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            dx, rates = field(tf.constant(0.0, x.dtype), (x, tf.zeros((3, 3), x.dtype)), (None, None))
+            trace = rates[:, 0]
+        return dx, rates, tape.gradient(trace, x)
+
+    if mode != "eager":
+        signature = [tf.TensorSpec((None, dim), tf.float64)] if mode == "graph" else None
+        rates = tf.function(rates, input_signature=signature, jit_compile=mode == "xla")
+    dx, integrands, slope = rates(tf.constant(x))
+    trace, kinetic, frobenius = np.transpose(integrands)
+    f = np.tanh(x @ matrix)
+    np.testing.assert_allclose(dx, f, rtol=1e-12)
+    np.testing.assert_allclose(trace, (1 - f**2) @ np.diag(matrix), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(kinetic, np.sum(f**2, axis=1), rtol=1e-10)
+    np.testing.assert_allclose(frobenius, (1 - f**2) ** 2 @ np.sum(matrix**2, axis=0), rtol=1e-10)
+    np.testing.assert_allclose(slope, -2 * f * (1 - f**2) * np.diag(matrix) @ matrix.T, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_xla_compiles_a_training_step_once_for_all_weights(trace):
+    """What XLA takes for a constant is written into the program, and a new value would compile it anew."""
+    model = ContinuousFlow(5, keras_node.ConcatSquashField((4,)), trace=trace, solver=COARSE, seed=0)
+    model.build((None, 5))
+
+    @tf.function(jit_compile=True)
+    def gradient(x, *weights):
+        with tf.GradientTape() as tape:
+            tape.watch(weights)
+            log_prob, _ = model.stateless_call(weights, model.non_trainable_variables, x, training=True)
+        return tape.gradient(log_prob, weights)
+
+    weights = [tf.convert_to_tensor(w) for w in model.trainable_variables]
+    values = [(tf.ones((3, 5)), *weights), (tf.zeros((3, 5)), *(w + 1 for w in weights))]
+    programs = {gradient.experimental_get_compiler_ir(*inputs)(stage="hlo") for inputs in values}
+    assert len(programs) == 1
+
+
 @pytest.mark.parametrize("noise", ["rademacher", "gaussian"])
 def test_hutchinsons_noise_is_drawn_once_for_a_solve(noise):
     """In a linear field the estimate of a sample is then `e^T A e`, of mean `tr A`, and the steps do not matter."""

@@ -41,9 +41,10 @@ class ContinuousFlow(keras.Model):
         t1: time of the data, positive. Defaults to `1.0`.
         solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"` with `rtol=atol=1e-5`.
         gradient: `"backsolve"` (default), `"checkpointed"`, `"direct"`, or an object.
-        trace: `"exact"` (default), at the cost of a vector-Jacobian product on `event_dim` copies of the batch, or
-            `"hutchinson"`, an estimate without bias on the batch alone, in training and elsewhere. Another flow over
-            the same field may have the other. Noise inside the field (dropout) needs `"hutchinson"` in training.
+        trace: `"exact"` (default), at the cost of `event_dim` vector-Jacobian products, of which up to four share an
+            evaluation of the field, or `"hutchinson"`, an estimate without bias by one product, in training and
+            elsewhere. Another flow over the same field may have the other. Noise inside the field (dropout) needs
+            `"hutchinson"` in training.
         noise: of Hutchinson's estimate, `"rademacher"` (default) or `"gaussian"`, drawn once for a solve.
         kinetic_energy: weight of the kinetic energy of the paths in training. Defaults to `0.0`.
         jacobian_norm: weight of the Frobenius norm of the Jacobian in training, estimated where the trace is.
@@ -151,8 +152,8 @@ class ContinuousFlow(keras.Model):
         x, condition = _parts(inputs)
         if training and self.trace == "exact" and _draws(self.vector_field):
             raise ValueError(
-                'With `trace="exact"` a field is evaluated on several copies of its batch, which noise such as dropout '
-                f'would make different: use `trace="hutchinson"`. Received: {self.vector_field!r}'
+                'With `trace="exact"` a field may be evaluated on several copies of its batch, which noise such as '
+                f'dropout would make different: use `trace="hutchinson"`. Received: {self.vector_field!r}'
             )
         end = 0.0
         if training and self.steer:

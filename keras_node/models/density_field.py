@@ -1,5 +1,6 @@
 """The vector field of a flow together with what a flow integrates along its paths."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,12 @@ import keras
 import tensorflow as tf
 
 from keras_node.vector_field import call_arguments, field_inputs, like_state
+
+# How many rows of the Jacobian come from one copy of the batch, by a vector-Jacobian product each on one evaluation.
+# More would save little and make the program larger. `vectorized_map` and `batch_jacobian` need no copies, but under
+# XLA they call a function, and its gradient is a second one that reshapes to what the first returns. A shape must be
+# a constant, so XLA takes all that enters the first for constants, and compiles anew whenever a weight changes.
+_ROWS_PER_COPY = 4
 
 
 class DensityField:
@@ -28,27 +35,34 @@ class DensityField:
 
     def __call__(self, t: tf.Tensor, state: tuple, args: tuple, training: bool | None = None) -> tuple:
         (x, _), (condition, noise) = state, args
-        # A copy of the batch for every row of the Jacobian, or one for the noise. `batch_jacobian` would save copies,
-        # but makes XLA compile a training step anew whenever the weights change.
-        copies = x.shape[1] if noise is None else 1
-        shape = (copies, -1, x.shape[1])
+        dim = x.shape[1]
+        rows = dim if noise is None else 1
+        copies = math.ceil(rows / _ROWS_PER_COPY)
+        per_copy = math.ceil(rows / copies)
 
         def copied(a):
-            return a if a is None or a.shape.rank == 0 else tf.tile(a, [copies] + [1] * (a.shape.rank - 1))
+            unchanged = a is None or a.shape.rank == 0 or copies == 1
+            return a if unchanged else tf.tile(a, [copies] + [1] * (a.shape.rank - 1))
 
-        rows = copied(x)
         if noise is None:
-            cotangent = tf.reshape(tf.eye(copies, dtype=x.dtype)[:, None] + tf.zeros_like(x)[None], tf.shape(rows))
+            # A row that is not there has the cotangent zero.
+            basis = tf.reshape(tf.eye(copies * per_copy, dim, dtype=x.dtype), (copies, per_copy, 1, dim))
+            cotangents = [tf.reshape(e + tf.zeros_like(x), (-1, dim)) for e in tf.unstack(basis, axis=1)]
         else:
-            cotangent = tf.stop_gradient(noise)
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(rows)
-            dx = self._evaluate(copied(t), rows, copied(condition), training)
-        product = tape.gradient(dx, rows, cotangent, tf.UnconnectedGradients.ZERO)
-        dx = tf.reshape(dx, shape)[0]
-        rates = [tf.reduce_sum(tf.reshape(product * cotangent, shape), axis=(0, 2))]
+            cotangents = [tf.stop_gradient(noise)]
+        inputs = copied(x)
+        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+            tape.watch(inputs)
+            dx = self._evaluate(copied(t), inputs, copied(condition), training)
+        products = [tape.gradient(dx, inputs, e, tf.UnconnectedGradients.ZERO) for e in cotangents]
+
+        def summed(terms):
+            return tf.reduce_sum(tf.reshape(tf.add_n(terms), (copies, -1, dim)), axis=(0, 2))
+
+        dx = tf.reshape(dx, (copies, -1, dim))[0]
+        rates = [summed([p * e for p, e in zip(products, cotangents, strict=True)])]
         if self.energies:
-            rates += [tf.reduce_sum(dx**2, axis=1), tf.reduce_sum(tf.reshape(product**2, shape), axis=(0, 2))]
+            rates += [tf.reduce_sum(dx**2, axis=1), summed([p**2 for p in products])]
         return dx, tf.stack(rates, axis=1)
 
     def _evaluate(self, t: tf.Tensor, x: tf.Tensor, condition: Any, training: bool | None) -> tf.Tensor:
