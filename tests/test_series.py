@@ -44,22 +44,24 @@ def assert_all_close(actual, expected, atol=2e-6):
         np.testing.assert_allclose(a, b, atol=atol, rtol=1e-5)
 
 
+BACKWARDS = {"mask": MASK, "return_sequences": True, "zero_output_for_mask": True, "go_backwards": True}
+
+
 @pytest.mark.parametrize(
-    "gradient", ["backsolve", "checkpointed", "direct", keras_node.BacksolveAdjoint(num_checkpoints=1)]
-)
-@pytest.mark.parametrize(
-    "options",
+    ("gradient", "options"),
     [
-        {},
-        {"mask": MASK},
-        {"mask": MASK, "return_sequences": True, "return_state": True},
-        {"mask": MASK, "return_sequences": True, "zero_output_for_mask": True, "go_backwards": True},
+        ("backsolve", {}),
+        ("backsolve", {"mask": MASK, "return_sequences": True, "return_state": True}),
+        ("backsolve", BACKWARDS),
+        ("checkpointed", BACKWARDS),
+        ("direct", BACKWARDS),
+        (keras_node.BacksolveAdjoint(num_checkpoints=1), {"mask": MASK}),
     ],
 )
 def test_the_loop_is_keras_own(gradient, options):
     options = dict(options)
     inputs = {"mask": options.pop("mask")} if "mask" in options else {}
-    solver = RungeKutta("bosh3", rtol=1e-5) if isinstance(gradient, keras_node.BacksolveAdjoint) else COARSE
+    solver = RungeKutta("bosh3", rtol=1e-4) if isinstance(gradient, keras_node.BacksolveAdjoint) else COARSE
     layer = ODERNN(layers.LSTMCell(UNITS), mlp(), solver=solver, gradient=gradient, **options)
     assert_all_close(tf.function(results_and_gradients)(layer, **inputs), results_and_gradients(layer, **inputs))
 
@@ -175,7 +177,7 @@ KEEP = Keep()
 
 
 def test_second_derivatives():
-    layer = ODERNN(layers.GRUCell(UNITS), mlp(), solver=RungeKutta("rk4", num_steps=1), gradient="checkpointed")
+    layer = ODERNN(layers.GRUCell(UNITS), mlp(), solver=RungeKutta("heun", num_steps=1), gradient="checkpointed")
     direct = ODERNN(layer.cell.cell, layer.cell.vector_field, solver=layer.cell.solver, gradient="direct", unroll=True)
     x, times = series()
 
