@@ -16,6 +16,41 @@ from typing import NamedTuple
 import tensorflow as tf
 
 
+class Segment(NamedTuple):
+    """One segment of a clock, or with per-sample steps one for each sample.
+
+    Attributes:
+        start, stop: the readings at its ends.
+        first, last: the times there.
+        rate: time by reading.
+        at_rest: the time between its ends if they have one reading, with a derivative and the value zero; or zero.
+        kinks: whether the field may jump at its ends.
+    """
+
+    start: tf.Tensor
+    stop: tf.Tensor
+    first: tf.Tensor
+    last: tf.Tensor
+    rate: tf.Tensor
+    at_rest: tf.Tensor | None
+    kinks: bool
+
+    def time(self, reading: tf.Tensor) -> tf.Tensor:
+        return self.inside(tf.add(self.first, tf.multiply(tf.subtract(reading, self.start), self.rate)))
+
+    def duration(self, length: tf.Tensor) -> tf.Tensor:
+        """The time that passes, with its sign, while the clock moves on by `length`."""
+        duration = tf.multiply(length, self.rate)
+        return duration if self.at_rest is None else duration + self.at_rest
+
+    def inside(self, time: tf.Tensor) -> tf.Tensor:
+        """`time`, kept off the ends of the segment by the least amount if they are kinks."""
+        if not self.kinks:
+            return time
+        first, last = tf.math.nextafter(self.first, self.last), tf.math.nextafter(self.last, self.first)
+        return tf.clip_by_value(time, tf.minimum(first, last), tf.maximum(first, last))
+
+
 class Clock(NamedTuple):
     """Segments of a solve. A step never leaves its segment, and the last one ends the solve.
 
@@ -39,26 +74,27 @@ class Clock(NamedTuple):
     def end(self) -> tf.Tensor:
         return self.stops[-1]
 
-    def time(self, segment: tf.Tensor | int, reading: tf.Tensor) -> tf.Tensor:
-        elapsed = reading - pick(self.stops, segment)
-        return self.inside(segment, pick(self.times, segment) + elapsed * pick(self.rate, segment))
-
-    def duration(self, segment: tf.Tensor | int, length: tf.Tensor) -> tf.Tensor:
-        """The time that passes, with its sign, while the clock moves on by `length` in a segment."""
-        duration = length * pick(self.rate, segment)
+    def segment(self, index: tf.Tensor | int) -> Segment:
+        """One segment, or one for each sample."""
         if self.num_segments == 1:
-            return duration
+            # Eagerly a subscript takes as long as ten additions.
+            (rate,) = tf.unstack(self.rate)
+            return Segment(*tf.unstack(self.stops), *tf.unstack(self.times), rate, None, self.kinks)
         # A segment of no length has no rate, yet moving its end would give it one.
-        spans = self.times[1:] - self.times[:-1]
-        return duration + pick(tf.where(self._lengths() == 0, spans, 0), segment)
+        at_rest = tf.where(self._lengths() == 0, self.times[1:] - self.times[:-1], 0)
+        return Segment(
+            start=pick(self.stops, index),
+            stop=pick(self.stops, index + 1),
+            first=pick(self.times, index),
+            last=pick(self.times, index + 1),
+            rate=pick(self.rate, index),
+            at_rest=pick(at_rest, index),
+            kinks=self.kinks,
+        )
 
-    def inside(self, segment: tf.Tensor | int, time: tf.Tensor) -> tf.Tensor:
-        """`time`, kept off the ends of its segment by the least amount if they are kinks."""
-        if not self.kinks:
-            return time
-        start, end = pick(self.times, segment), pick(self.times, segment + 1)
-        first, last = tf.math.nextafter(start, end), tf.math.nextafter(end, start)
-        return tf.clip_by_value(time, tf.minimum(first, last), tf.maximum(first, last))
+    def inside(self, index: tf.Tensor | int, time: tf.Tensor) -> tf.Tensor:
+        """`time`, kept off the ends of its segment if they are kinks."""
+        return self.segment(index).inside(time) if self.kinks else time
 
     def read(self, ts: tf.Tensor) -> tf.Tensor:
         """The readings at which it is `ts`, `(T,)` or `(T, batch)`."""

@@ -8,10 +8,11 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import tensorflow as tf
 
 from keras_node import trees
-from keras_node.clock import Clock, pick
+from keras_node.clock import Clock
 from keras_node.interpolation import Progress
 from keras_node.solution import Stats, Status
 from keras_node.solvers.runge_kutta import RungeKutta
@@ -47,18 +48,19 @@ class Integral(NamedTuple):
 
 
 class _LoopState(NamedTuple):
+    running: tf.Tensor  # whether there is more to do
     reading: tf.Tensor  # of the clock
-    segment: tf.Tensor
+    segment: tf.Tensor  # index; () where there is one only
     step_size: tf.Tensor  # to attempt next
     y: Nest
     quadrature: Nest
     k1: Rates | tuple  # the rates at (reading, y) of a method that is first same as last, else ()
     history: tuple[tf.Tensor, ...]  # of the controller
     memories: tuple  # of the observers
-    status: tf.Tensor
-    num_evaluations: tf.Tensor
+    finite: tf.Tensor  # whether the last error estimate was a finite number
+    num_attempts: tf.Tensor
     num_steps: tf.Tensor
-    num_rejected: tf.Tensor
+    num_restarts: tf.Tensor  # behind jumps, an evaluation each
 
 
 def integrate(
@@ -87,139 +89,150 @@ def integrate(
     """
     tableau, controller, per_sample = solver.tableau, solver.controller, solver.per_sample
     norm = norm or functools.partial(rms_norm, per_sample=per_sample)
+    end_of_clock = clock.end
     # The shape of all that steers the loop: one value, or one for each sample.
-    control = tf.shape(clock.end)
+    control = tf.shape(end_of_clock)
     several_segments = clock.num_segments != 1
-    last_segment = tf.shape(clock.rate)[0] - 1
+    last_index = tf.shape(clock.rate)[0] - 1
+    first_segment = clock.segment(tf.zeros(control, tf.int32) if several_segments else 0)
 
-    def unfinished(s: _LoopState):
+    def on_the_way(index, reading):
         # Segments are counted, since the last ones may be of length zero.
-        on_the_way = s.segment <= last_segment if several_segments else s.reading < clock.end
-        return (s.status == int(Status.SUCCESS)) & on_the_way
+        return index <= last_index if several_segments else reading < end_of_clock
+
+    def where_running(s: _LoopState, new, old):
+        # A joint solve takes no step unless it is running.
+        return tf.where(s.running, new, old) if per_sample else new
 
     def body(s: _LoopState):
-        running = unfinished(s)
-        segment = tf.minimum(s.segment, last_segment) if several_segments else 0
-        stop, rate = pick(clock.stops, segment + 1), pick(clock.rate, segment)
+        index = tf.minimum(s.segment, last_index) if several_segments else 0
+        segment = clock.segment(index) if several_segments else first_segment
         proposed = s.step_size
         if solver.num_steps is not None:
-            proposed = (stop - pick(clock.stops, segment)) / solver.num_steps
+            proposed = (segment.stop - segment.start) / solver.num_steps
         # A last step is stretched by up to 1 % rather than followed by a tiny one.
-        lands = 1.01 * proposed >= stop - s.reading
-        length = tf.where(running, tf.where(lands, stop - s.reading, proposed), 0)
-        end = tf.where(lands, stop, s.reading + length)
+        left = tf.subtract(segment.stop, s.reading)
+        lands = tf.multiply(proposed, 1.01) >= left
+        length = where_running(s, trees.where(lands, left, proposed), 0)
+        end = trees.where(lands, segment.stop, tf.add(s.reading, length))
 
+        dt = segment.duration(length)
         step = rk_step(
             tableau,
-            lambda t, y: vector_field(clock.inside(segment, t), y, rate),
-            t=clock.time(segment, s.reading),
-            dt=clock.duration(segment, length),
+            lambda t, y: vector_field(segment.inside(t), y, segment.rate),
+            t=segment.time(s.reading),
+            dt=dt,
             y0=s.y,
             k1=s.k1 if tableau.fsal else None,
         )
         decision = controller.decide(length, step.error, s.y, step.y1, s.history, norm)
-        always = decision.accept is True and not per_sample
-        accepted = running & decision.accept
-        keep = (lambda new, old: new) if always else (lambda new, old: trees.where(accepted, new, old))
+        accepted = where_running(s, decision.accept, False)
+
+        def keep(new, old):
+            return trees.where(accepted, new, old)
 
         reading, y = keep(end, s.reading), keep(step.y1, s.y)
         k1 = keep(step.k[-1], s.k1) if tableau.fsal else ()
-        gained = trees.add(s.quadrature, trees.scale(length, quadrature_rate(tableau, step)))
-        progress = Progress(segment, s.reading, length, end, accepted)
+        elapsed = dt if segment.rate.shape.rank == 0 else length
+        gained = trees.add(s.quadrature, trees.scale(elapsed, quadrature_rate(tableau, step)))
+        progress = Progress(index, s.reading, length, end, accepted)
         memories = tuple(o.update(m, step, progress) for o, m in zip(observers, s.memories, strict=True))
 
-        # A step that was cut short at a stop says little of the length of the next.
-        step_size = tf.where(accepted & lands, tf.maximum(decision.step_size, proposed), decision.step_size)
-        evaluations = s.num_evaluations + tf.cast(running, tf.int32) * _evaluations_per_step(tableau)
-        segment = s.segment
+        step_size, following, restarts = decision.step_size, s.segment, s.num_restarts
         if several_segments:
             arrived = accepted & lands
-            segment = segment + tf.cast(arrived, tf.int32)
+            # A step that was cut short at a stop says little of the length of the next.
+            step_size = trees.where(arrived, tf.maximum(step_size, proposed), step_size)
+            following = following + tf.cast(arrived, tf.int32)
             if jump is not None:
-                arrived = arrived & (segment <= last_segment)
-                y, k1, evaluations = tf.cond(
+                arrived = arrived & (following <= last_index)
+                y, k1, restarts = tf.cond(
                     tf.reduce_any(arrived),
-                    lambda: behind_stop(arrived, segment, reading, y, k1, evaluations),
-                    lambda: (y, k1, evaluations),
+                    lambda: behind_stop(arrived, following, reading, y, k1, restarts),
+                    lambda: (y, k1, restarts),
                 )
 
         # Time must move: a step that the clock cannot resolve would be attempted for ever.
-        moves = lands | (end > s.reading) if solver.num_steps is not None else reading + step_size > reading
-        stuck = running & (reading < clock.end) & ~moves
-        cause = tf.where(decision.finite, int(Status.STEP_SIZE_UNDERFLOW), int(Status.NON_FINITE))
+        moves = lands | (end > s.reading) if solver.num_steps is not None else tf.add(reading, step_size) > reading
+        if several_segments:
+            moves = moves | (reading >= end_of_clock)
         return _LoopState(
+            running=s.running & moves & on_the_way(following, reading),
             reading=reading,
-            segment=segment,
-            step_size=tf.stop_gradient(tf.where(running, step_size, s.step_size)),
+            segment=following,
+            step_size=tf.stop_gradient(where_running(s, step_size, s.step_size)),
             y=y,
             quadrature=keep(gained, s.quadrature),
             k1=k1,
             history=decision.history,
             memories=memories,
-            status=tf.where(stuck, cause, s.status),
-            num_evaluations=evaluations,
-            num_steps=s.num_steps + tf.cast(accepted, tf.int32),
-            num_rejected=s.num_rejected + tf.cast(running & ~accepted, tf.int32),
+            finite=where_running(s, decision.finite, s.finite),
+            num_attempts=tf.add(s.num_attempts, where_running(s, 1, 0)),
+            num_steps=tf.add(s.num_steps, tf.cast(accepted, tf.int32)),
+            num_restarts=restarts,
         )
 
-    def behind_stop(arrived, segment, reading, y, k1, evaluations):
-        segment = tf.minimum(segment, last_segment)
-        y = trees.where(arrived, jump(segment, y), y)
+    def behind_stop(arrived, index, reading, y, k1, restarts):
+        index = tf.minimum(index, last_index)
+        y = trees.where(arrived, jump(index, y), y)
         if tableau.fsal:
-            k1 = vector_field(clock.time(segment, reading), y, pick(clock.rate, segment))
-            evaluations = evaluations + tf.cast(arrived, tf.int32)
-        return y, k1, evaluations
+            segment = clock.segment(index)
+            k1 = vector_field(segment.time(reading), y, segment.rate)
+            restarts = restarts + tf.cast(arrived, tf.int32)
+        return y, k1, restarts
 
-    first_segment = tf.zeros(control, tf.int32) if several_segments else ()
-    k1, step_size, evaluations = _first_evaluations(vector_field, y0, clock, solver, control, norm)
-    status = tf.zeros(control, tf.int32)
-    if k1 != ():
-        status = tf.where(_is_finite(k1.y, per_sample), status, int(Status.NON_FINITE))
+    k1, step_size, evaluations = _first_evaluations(vector_field, y0, first_segment, clock, solver, control, norm)
+    zeros = tf.zeros(control, tf.int32)
+    finite = _is_finite(k1.y, per_sample) if k1 != () else tf.fill(control, True)
+    reading = tf.zeros(control, clock.stops.dtype)
     start = _LoopState(
-        reading=tf.zeros(control, clock.stops.dtype),
-        segment=first_segment,
+        running=finite & on_the_way(zeros, reading),
+        reading=reading,
+        segment=zeros if several_segments else (),
         step_size=step_size,
         y=y0,
         quadrature=quadrature,
         k1=k1 if tableau.fsal else (),
         history=controller.start(step_size),
         memories=tuple(observer.start(y0) for observer in observers),
-        status=status,
-        num_evaluations=tf.fill(control, evaluations),
-        num_steps=tf.zeros(control, tf.int32),
-        num_rejected=tf.zeros(control, tf.int32),
+        finite=finite,
+        num_attempts=zeros,
+        num_steps=zeros,
+        num_restarts=zeros,
     )
     (s,) = tf.while_loop(
-        lambda s: tf.reduce_any(unfinished(s)),
+        lambda s: tf.reduce_any(s.running) if per_sample else s.running,
         lambda s: (body(s),),
         (start,),
         maximum_iterations=step_limit(solver, clock),
     )
 
-    status = tf.where(unfinished(s), int(Status.MAX_STEPS), s.status)
-    status = tf.where((status == 0) & ~_is_finite(s.y, per_sample), int(Status.NON_FINITE), status)
+    finite = s.finite & _is_finite(s.y, per_sample)
+    ended = tf.where(on_the_way(s.segment, s.reading), int(Status.STEP_SIZE_UNDERFLOW), int(Status.SUCCESS))
+    status = tf.where(s.running, int(Status.MAX_STEPS), tf.where(finite, ended, int(Status.NON_FINITE)))
+    evaluations = evaluations + s.num_restarts + s.num_attempts * _evaluations_per_step(tableau)
     return Integral(
         y1=trees.poison(status != 0, s.y),
         quadrature=trees.poison(tf.reduce_any(status != 0), s.quadrature),
         memories=s.memories,
-        stats=Stats(s.num_evaluations, s.num_steps, s.num_rejected),
+        stats=Stats(evaluations, s.num_steps, s.num_attempts - s.num_steps),
         status=status,
     )
 
 
-def _first_evaluations(vector_field, y0, clock, solver, control, norm):
+def _first_evaluations(vector_field, y0, segment, clock, solver, control, norm):
     """The rates at the start where they serve, the first step size, and how many evaluations these took."""
     adaptive_start = solver.adaptive and solver.first_step is None
-    rate = pick(clock.rate, 0)
+    rate = segment.rate
     k1, evaluations = (), 0
     if solver.tableau.fsal or adaptive_start:
-        k1, evaluations = vector_field(clock.inside(0, clock.times[0]), y0, rate), 1
+        k1, evaluations = vector_field(segment.inside(segment.first), y0, rate), 1
     if not adaptive_start:
         given = solver.first_step if solver.adaptive else solver.step_size or 0.0
         return k1, tf.fill(control, tf.cast(given, clock.stops.dtype)), evaluations
 
     def rate_of_change(reading, y):
-        return trees.scale(rate, vector_field(clock.time(0, reading), y, rate).y)
+        return trees.scale(rate, vector_field(segment.time(reading), y, rate).y)
 
     step_size = first_step_size(rate_of_change, y0, trees.scale(rate, k1.y), clock.end, solver.controller, norm)
     return k1, step_size, evaluations + 1
@@ -228,8 +241,8 @@ def _first_evaluations(vector_field, y0, clock, solver, control, norm):
 def _is_finite(x: Nest, per_sample: bool) -> tf.Tensor:
     flags = []
     for leaf in tf.nest.flatten(x):
-        axes = list(range(1, leaf.shape.rank)) if per_sample else None
-        flags.append(tf.reduce_all(tf.math.is_finite(leaf), axes))
+        axes = np.arange(int(per_sample), leaf.shape.rank)
+        flags.append(tf.raw_ops.All(input=tf.math.is_finite(leaf), axis=axes))
     return tf.reduce_all(tf.stack(flags), axis=0)
 
 

@@ -115,4 +115,4 @@ def solve_clock(ts: tf.Tensor, solver: RungeKutta, y0: Nest) -> tuple[Clock, tf.
     if solver.step_at:
         times, _ = merge(times, tf.constant(solver.step_at, ts.dtype))
     clock = make_clock(times, solver.per_sample, kinks=bool(solver.step_at))
-    return clock, clock.read(ts)
+    return clock, clock.stops if clock.num_segments == 1 and ts.shape[0] == 2 else clock.read(ts)

@@ -3,6 +3,8 @@
 Step sizes are positive readings of the solver's clock (see `clock.py`), scalars for a joint solve and
 `(batch,)` for per-sample steps. No gradient flows through a step size.
 
+Eagerly an operator takes TensorFlow several times as long as its function: `tf.multiply` and the like are used here.
+
 References: Hairer, Norsett & Wanner (1993), "Solving Ordinary Differential Equations I", II.4.
 Soderlind (2003), "Digital filters in adaptive time-stepping". ACM Trans. Math. Softw. 29(1).
 """
@@ -11,6 +13,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from keras_node import trees
@@ -23,32 +26,37 @@ class Decision(NamedTuple):
     """What a controller says of an attempted step.
 
     Attributes:
-        accept: whether the step stands; the Python `True` where none is ever rejected.
+        accept: whether the step stands.
         finite: whether the error estimate was a finite number.
         step_size: what to attempt next.
         history: the controller's memory for the next decision.
     """
 
-    accept: tf.Tensor | bool
-    finite: tf.Tensor | bool
+    accept: tf.Tensor
+    finite: tf.Tensor
     step_size: tf.Tensor
     history: tuple[tf.Tensor, ...]
 
 
 def error_scale(y: Nest, rtol: float, atol: float) -> Nest:
     """`atol + rtol * |y|`, the error that is allowed."""
-    return tf.nest.map_structure(lambda a: atol + rtol * tf.abs(a), y)
+    return trees.each(lambda a: tf.add(tf.multiply(tf.abs(a), rtol), atol), y)
 
 
 def rms_norm(x: Nest, per_sample: bool) -> tf.Tensor:
     """Root mean square over all elements of all leaves; with `per_sample`, over those of each sample."""
-    total, count = 0.0, 0
-    for leaf in tf.nest.flatten(x):
-        axes = list(range(1, leaf.shape.rank)) if per_sample else None
-        total = total + tf.reduce_sum(tf.square(leaf), axes)
-        size = tf.size(leaf) // tf.maximum(tf.shape(leaf)[0], 1) if per_sample else tf.size(leaf)
-        count = count + size
-    return tf.sqrt(total / tf.cast(tf.maximum(count, 1), total.dtype))
+    leaves, first = tf.nest.flatten(x), int(per_sample)
+    squares = [tf.raw_ops.Sum(input=tf.square(x), axis=np.arange(first, x.shape.rank)) for x in leaves]
+    total, count = trees.total(squares), sum(_size(leaf, first) for leaf in leaves)
+    # Without elements there is no error.
+    count = max(count, 1) if isinstance(count, int) else tf.cast(tf.maximum(count, 1), total.dtype)
+    return tf.sqrt(tf.realdiv(total, count))
+
+
+def _size(x: tf.Tensor, first: int) -> int | tf.Tensor:
+    """How many elements lie on the axes from the `first` one; a number, wherever it can be."""
+    size = x.shape[first:].num_elements()
+    return tf.reduce_prod(tf.shape(x)[first:]) if size is None else size
 
 
 def first_step_size(
@@ -72,7 +80,7 @@ def first_step_size(
     scale = error_scale(y0, controller.rtol, controller.atol)
 
     def size(x):
-        return norm(tf.nest.map_structure(tf.divide, x, scale))
+        return norm(trees.each(tf.realdiv, x, scale))
 
     d0, d1 = size(y0), size(k1)
     h0 = tf.where((d0 < 1e-5) | (d1 < 1e-5), tf.cast(1e-6, d0.dtype), 0.01 * tf.math.divide_no_nan(d0, d1))
@@ -100,7 +108,8 @@ class ConstantSteps:
 
     def decide(self, step_size, error, y0, y1, history, norm) -> Decision:
         del error, y0, y1, norm
-        return Decision(True, True, step_size, history)
+        always = tf.ones_like(step_size, tf.bool)
+        return Decision(always, always, step_size, history)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,21 +136,21 @@ class PIDController:
         return (tf.ones_like(like),) * depth
 
     def decide(self, step_size, error, y0, y1, history, norm) -> Decision:
-        largest = tf.nest.map_structure(lambda a, b: tf.maximum(tf.abs(a), tf.abs(b)), y0, y1)
-        scaled = tf.nest.map_structure(tf.divide, error, error_scale(largest, self.rtol, self.atol))
-        size = tf.stop_gradient(norm(trees.stop_gradient(scaled)))
+        largest = trees.each(lambda a, b: tf.maximum(tf.abs(a), tf.abs(b)), y0, y1)
+        size = tf.stop_gradient(norm(trees.each(tf.realdiv, error, error_scale(largest, self.rtol, self.atol))))
         # A non-finite error counts as a very large one: a smaller step may stay in the field's domain.
         finite = tf.math.is_finite(size)
-        accept = finite & (size <= 1)
+        accept = size <= 1
         size = tf.where(finite, tf.maximum(size, 1e-10), 1e10)
         p, i, d = (c / self.error_order for c in (self.pcoeff, self.icoeff, self.dcoeff))
         exponents = (-(p + i + d), p + 2 * d, -d)
-        factor = tf.cast(self.safety, size.dtype)
-        for past, exponent in zip((size, *history), exponents, strict=False):
+        factor, most = tf.multiply(tf.pow(size, exponents[0]), self.safety), self.max_factor
+        for past, exponent in zip(history, exponents[1:], strict=False):
             factor = factor * past**exponent
-        # After a rejection the step must shrink, whatever the history says.
-        most = tf.where(accept, tf.cast(self.max_factor, size.dtype), self.safety)
-        factor = tf.clip_by_value(factor, self.min_factor, most)
+        if history:
+            # After a rejection the step must shrink, whatever the history says.
+            most = tf.where(accept, tf.cast(most, size.dtype), self.safety)
+        factor = tf.maximum(tf.minimum(factor, most), self.min_factor)
         new_history = (size, *history)[: len(history)]
         history = tuple(tf.where(accept, new, old) for new, old in zip(new_history, history, strict=True))
-        return Decision(accept, finite, step_size * factor, history)
+        return Decision(accept, finite, tf.multiply(step_size, factor), history)

@@ -2,10 +2,13 @@
 
 A time-like value is a scalar, or has shape `(batch,)` where every sample has its own; `align` gives it
 the trailing axes that it needs to broadcast against a state of shape `(batch, ...)`.
+
+Eagerly, Python's part in an operation is most of its time, and here is most of a solver's arithmetic. Hence the
+`tf.raw_ops`, which come without the conversions of `tf.add` and the operators.
 """
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -20,38 +23,53 @@ def align(time: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
     return tf.reshape(time, [-1] + [1] * (like.shape.rank - 1))
 
 
+def each(function: Callable, *nests: Nest) -> Nest:
+    """`tf.nest.map_structure`, at a tenth of its time for a tensor and for tuples and lists of them."""
+    first = nests[0]
+    if isinstance(first, tf.Tensor):
+        return function(*nests)
+    if type(first) in (tuple, list):
+        return type(first)(each(function, *leaves) for leaves in zip(*nests, strict=True))
+    return tf.nest.map_structure(function, *nests)
+
+
 def where(condition: tf.Tensor, x: Nest, y: Nest) -> Nest:
     """Selects leaf by leaf; `condition` is a scalar or has shape `(batch,)`."""
-    return tf.nest.map_structure(lambda a, b: tf.where(align(condition, a), a, b), x, y)
+    known = tf.get_static_value(condition) if condition.shape.rank == 0 else None  # as it is eagerly
+    if known is not None:
+        return x if known else y
+    return each(lambda a, b: tf.where(align(condition, a), a, b), x, y)
 
 
 def scale(factor: tf.Tensor | float, x: Nest) -> Nest:
     """`factor * x`, the factor a number, a scalar or of shape `(batch,)`."""
-    factor = tf.convert_to_tensor(factor) if not isinstance(factor, numbers.Number) else factor
     if isinstance(factor, numbers.Number):
-        return tf.nest.map_structure(lambda a: factor * a, x)
-    return tf.nest.map_structure(lambda a: align(factor, a) * a, x)
+        return each(lambda a: tf.raw_ops.Mul(x=a, y=factor), x)
+    return each(lambda a: tf.raw_ops.Mul(x=align(factor, a), y=a), x)
 
 
 def add(x: Nest, y: Nest) -> Nest:
     """Sum, leaf by leaf."""
-    return tf.nest.map_structure(tf.add, x, y)
+    return each(lambda a, b: tf.raw_ops.AddV2(x=a, y=b), x, y)
 
 
 def weighted_sum(weights: Sequence[float | tf.Tensor], xs: Sequence[Nest]) -> Nest:
     """`sum_i weights[i] * xs[i]`; a weight that is the number zero costs nothing."""
     pairs = [(w, x) for w, x in zip(weights, xs, strict=True) if not _is_zero(w)]
     if not pairs:
-        return tf.nest.map_structure(tf.zeros_like, xs[0])
-    total = scale(*pairs[0])
-    for pair in pairs[1:]:
-        total = add(total, scale(*pair))
-    return total
+        return each(tf.zeros_like, xs[0])
+    weights, xs = zip(*pairs, strict=True)
+    return each(lambda *leaves: total([scale(w, leaf) for w, leaf in zip(weights, leaves, strict=True)]), *xs)
+
+
+def total(xs: Sequence[tf.Tensor]) -> tf.Tensor:
+    """The sum of tensors of one shape."""
+    return xs[0] if len(xs) == 1 else tf.raw_ops.AddN(inputs=xs)
 
 
 def stop_gradient(x: Nest) -> Nest:
     """Values that are constants of differentiation."""
-    return tf.nest.map_structure(tf.stop_gradient, x)
+    return each(tf.stop_gradient, x)
 
 
 def poison(failed: tf.Tensor, x: Nest) -> Nest:
@@ -62,7 +80,7 @@ def poison(failed: tf.Tensor, x: Nest) -> Nest:
         # One or NaN. A selection between the two would be a sum of products for a converter, and NaN for all.
         return align(usable / usable, a) * a
 
-    return tf.nest.map_structure(leaf, x)
+    return each(leaf, x)
 
 
 def _is_zero(weight) -> bool:

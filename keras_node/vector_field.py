@@ -73,7 +73,7 @@ class VectorField:
     def __call__(self, t: tf.Tensor, y: Nest, params: list[tf.Tensor]) -> Nest:
         """`f(t, y)` at the given parameters, in the structure, shapes and dtypes of `y`."""
         values, float_args = params[: len(self._values)], iter(params[len(self._values) :])
-        args = tf.nest.map_structure(lambda a: next(float_args) if _is_float(a) else a, self.args)
+        args = trees.each(lambda a: next(float_args) if _is_float(a) else a, self.args)
         variables = self._trainable + self._constant
         mapping = list(zip(variables, values + self._constant_values, strict=True))
         with keras.StatelessScope(mapping, collect_losses=True, initialize_variables=False) as scope:
@@ -232,10 +232,13 @@ def like_state(dy: Nest, y: Nest, function) -> Nest:
                 "A vector field must return the shape of the state, since it is its rate of change. "
                 f"Received: shape={tuple(d.shape)} for a state of shape {tuple(a.shape)}, from {function!r}"
             )
+        if symbolic:
+            return d
         # What a layer forgets of the static shape, the loop needs.
-        return d if symbolic else tf.ensure_shape(tf.cast(d, a.dtype), a.shape)
+        d = tf.cast(d, a.dtype)
+        return d if d.shape.is_fully_defined() else tf.ensure_shape(d, a.shape)
 
-    return tf.nest.map_structure(leaf, dy, y)
+    return trees.each(leaf, dy, y)
 
 
 def _shapes(nest) -> str:

@@ -145,7 +145,7 @@ class BacksolveAdjoint:
 
             def rates(t, state, rate):
                 dstate, dgradients = augmented(t, state[:2], rate)
-                return Rates((*dstate, trees.scale(rate, dgradients)))  # over time, not over the clock
+                return Rates((*dstate, dgradients))
 
             def full_jump(i, state):
                 return (*jump(i, state[:2]), state[2])
@@ -187,8 +187,8 @@ def _augmented(vector_field, params):
             tape.watch(tf.nest.flatten(y) + params)
             dy = vector_field(t, y, params)
         if rate.shape.rank == 0:
-            dadjoint, dgradients = vjp(tape, dy, (y, params), adjoint)
-            return Rates((dy, trees.scale(-1.0, dadjoint)), trees.scale(-rate, dgradients))
+            dadjoint, dgradients = vjp(tape, dy, (y, params), trees.scale(-1.0, adjoint))
+            return Rates((dy, dadjoint), dgradients)
         # The product sums over samples, each of which must count at its own rate. One at rest has no say, but for a
         # share below rounding: its adjoint has a rate, which a second derivative with respect to its times asks for.
         rate = rate + tf.where(rate == 0, tf.cast(1e-20, rate.dtype), 0)

@@ -99,12 +99,12 @@ class Replay:
     def step(self, n: tf.Tensor, y: Nest, params: list[tf.Tensor], clock: Clock) -> tuple[Step, Progress]:
         """The `n`-th accepted step, from `y`."""
         progress = tf.nest.map_structure(lambda x: tf.gather(x, n), self.record.steps)
-        segment = progress.segment if clock.num_segments != 1 else 0
+        segment = clock.segment(progress.segment)
         step = rk_step(
             self.tableau,
-            lambda t, y: Rates(self.problem.vector_field(clock.inside(segment, t), y, params)),
-            t=clock.time(segment, progress.start),
-            dt=clock.duration(segment, progress.length),
+            lambda t, y: Rates(self.problem.vector_field(segment.inside(t), y, params)),
+            t=segment.time(progress.start),
+            dt=segment.duration(progress.length),
             y0=y,
             last_rate=self.dense,
         )

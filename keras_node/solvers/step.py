@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from keras_node import trees
@@ -14,8 +15,8 @@ class Rates(NamedTuple):
     """What a vector field gives to the solver: `dy/dt`, and the integrands of the quadratures.
 
     A quadrature is a state that the right-hand side does not read. Its stage values are never formed and it does
-    not enter the error estimate; only its weighted sum over an accepted step is. It is shared by samples that may
-    run through time at different rates, so it is integrated over the clock.
+    not enter the error estimate; only its weighted sum over an accepted step is. It is integrated over time, or over
+    the clock where samples run through time at rates of their own: it is shared by them.
     """
 
     y: Nest
@@ -69,8 +70,11 @@ def rk_step(
 
     k = [vector_field(t, y0) if k1 is None else k1]
     stages = [(t, y0)]
-    for a, c in zip(tableau.a, tableau.c[1:], strict=True):
-        stages.append((t + c * dt, moved_by(a, k)))
+    # The times of all stages at once, since eagerly every operation counts.
+    c = np.reshape(tableau.c[1:], [-1] + [1] * t.shape.rank)
+    times = tf.unstack(tf.add(t, tf.multiply(tf.constant(c, t.dtype), dt)), len(c))
+    for a, time in zip(tableau.a, times, strict=True):
+        stages.append((time, moved_by(a, k)))
         if last_rate or not tableau.fsal or len(stages) < tableau.num_stages:
             k.append(vector_field(*stages[-1]))
     y1 = stages[-1][1] if tableau.fsal else moved_by(tableau.b, k)
