@@ -85,7 +85,7 @@ def make(case, arrays, method):
 
     def run():
         gradients, y1, evaluations = function(y0, weights)
-        return [g.numpy() for g in gradients], y1.numpy(), tf.reduce_mean(tf.cast(evaluations, tf.float32)).numpy()
+        return [g.numpy() for g in gradients], y1.numpy(), evaluations.numpy().mean()
 
     return run
 

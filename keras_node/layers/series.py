@@ -29,102 +29,19 @@ class SeriesRNN(keras.layers.RNN):
     """
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
-        cell = self.cell
         if tf.executing_eagerly() or self.unroll:
             return super().inner_loop(sequences, initial_state, mask, training)
-        x = self._steps(sequences)
-        valid = () if mask is None else self._steps(tf.cast(mask, tf.bool))
-        states = keras.tree.flatten(initial_state)
-        masks = _dropout_masks(cell, x[0], initial_state) if training else ()
-        reports = _Reports(cell.statistics)
-
-        def advance(x, states, masks, known):
-            """The output and the states of a step, the states behind its solves, and how these ended."""
-            moved, statuses = [], []
-
-            def move(y0, ts, **options):
-                gradient = cell.gradient.given(known[len(moved)]) if known else cell.gradient
-                solution = cell.solve(
-                    y0, ts, gradient=gradient, throw=False, jit_compile=False, statistics=reports, **options
-                )
-                moved.append(solution.ys[-1])
-                statuses.append(tf.reduce_max(solution.status))
-                return moved[-1]
-
-            states = keras.tree.pack_sequence_as(initial_state, states)
-            with _fixed(cell.dropout_cells, masks):
-                output, states = cell.advance(x, states, training, move)
-            return output, keras.tree.flatten(states), moved, tf.reduce_max(statuses)
-
-        pure = PureFunction(advance, x[0], states, masks, ())
-        output_spec, _, moved_specs, _ = pure.trace.structured_outputs
-        blank = [tf.zeros(_shape_like(spec, x[0]), spec.dtype) for spec in (output_spec, *moved_specs)]
-
-        def step(i, x, output, states, params, carried, known=()):
-            """A step, which changes nothing where it is masked."""
-            results, carried = pure(params, pure.constants, carried, x, states, masks, known)
-            new_output, new_states, moved, status = results
-            if mask is not None:
-                here = tf.gather(valid, i)
-                new_output = trees.where(here, new_output, blank[0] if self.zero_output_for_mask else output)
-                new_states = trees.where(here, new_states, states)
-            return new_output, new_states, moved, status, carried
-
-        def forward(x, states, params):
-            size = x.shape[0] or tf.shape(x)[0]
-            kept = [states, blank[1:], pure.carried, blank[:1] if self.return_sequences else []]
-            kept = tf.nest.map_structure(lambda like: new_buffer(size, like), kept)
-
-            def body(i, output, before, carried, worst, kept):
-                output, states, moved, status, after = step(i, tf.gather(x, i), output, before, params, carried)
-                values = [before, moved, carried, [output] if self.return_sequences else []]
-                kept = tf.nest.map_structure(lambda value, buffer: write(buffer, i, value), values, kept)
-                return i + 1, output, states, after, tf.maximum(worst, status), kept
-
-            _, output, states, carried, worst, kept = tf.while_loop(
-                lambda i, *_: i < size, body, (0, blank[0], states, pure.carried, 0, kept), maximum_iterations=size
-            )
-            before, moved, noise, outputs = tf.nest.map_structure(stack, kept)
-            return (output, states, outputs, before, moved), (carried, worst), noise
-
-        def backward(noise, x, states, params, ys, dys):
-            _, _, _, before, moved = ys
-            doutput, dstates, doutputs, dbefore, dmoved = dys
-            at = lambda i, nest: tf.nest.map_structure(lambda a: tf.gather(a, i), nest)  # noqa: E731
-
-            def body(i, doutput, dstates, dparams, dx, worst):
-                x_i, states_i, output_i = tf.gather(x, i), at(i, before), tf.zeros_like(doutput)
-                with tf.GradientTape(watch_accessed_variables=False) as tape:
-                    tape.watch([x_i, output_i, *states_i, *params])
-                    known = at(i, moved) if hasattr(cell.gradient, "given") else ()
-                    output, after, behind, _, _ = step(i, x_i, output_i, states_i, params, at(i, noise), known)
-                if doutputs:
-                    doutput += tf.gather(doutputs[0], i)
-                inputs, cotangents = (x_i, output_i, states_i, params), (doutput, dstates, at(i, dmoved))
-                reports.statuses.clear()  # a second derivative has left some of another graph
-                dx_i, doutput, dstates, dstep = vjp(tape, (output, after, behind), inputs, cotangents)
-                dstates, dparams = trees.add(dstates, at(i, dbefore)), trees.add(dparams, dstep)
-                return i - 1, doutput, dstates, dparams, write(dx, i, dx_i), tf.reduce_max([worst, *reports.statuses])
-
-            size = x.shape[0] or tf.shape(x)[0]
-            start = (size - 1, doutput, dstates, [tf.zeros_like(p) for p in params], new_buffer(size, x[0]), 0)
-            _, _, dstates, dparams, dx, worst = tf.while_loop(
-                lambda i, *_: i >= 0, body, start, maximum_iterations=size
-            )
-            return (stack(dx), dstates, dparams), worst
-
-        def conclude(gradients, worst, dys):
-            del dys
-            return check_status(worst, gradients, "The solve of the adjoint")
-
-        inputs = (x, states, pure.params)
+        cell, x = self.cell, self._steps(sequences)
+        valid = None if mask is None else self._steps(tf.cast(mask, tf.bool))
+        loop = _Loop(self, x, initial_state, valid, training)
+        inputs = (x, keras.tree.flatten(initial_state), loop.pure.params)
         if isinstance(cell.gradient, DirectGradient):
-            ys, (carried, worst), _ = forward(*inputs)
+            ys, (carried, worst), _ = loop.forward(*inputs)
         else:
-            jit_compile = compiles(cell.jit_compile, cell.gradient, training, lambda: pure.trace)
-            ys, (carried, worst) = with_gradient(forward, backward, conclude, inputs, jit_compile)
-            ys = refuse(pure.closed_over, cell, ys)
-        pure.assign(carried)
+            jit_compile = compiles(cell.jit_compile, cell.gradient, training, lambda: loop.pure.trace)
+            ys, (carried, worst) = with_gradient(loop.forward, loop.backward, _conclude, inputs, jit_compile)
+            ys = refuse(loop.pure.closed_over, cell, ys)
+        loop.pure.assign(carried)
         output, states, outputs, _, _ = check_status(worst, ys, "The solve")
         outputs = _swapped(outputs[0]) if self.return_sequences else output[:, None]
         return output, outputs, keras.tree.pack_sequence_as(initial_state, states)
@@ -132,6 +49,116 @@ class SeriesRNN(keras.layers.RNN):
     def _steps(self, x):
         """`(batch, T, ...)` as `(T, batch, ...)`, in the order of processing."""
         return tf.reverse(_swapped(x), [0]) if self.go_backwards else _swapped(x)
+
+
+class _Loop:
+    """The loop over the steps, and the one back.
+
+    Args:
+        rnn: a `SeriesRNN`.
+        x: the inputs, `(T, batch, ...)`.
+        initial_state: the states before the first step.
+        valid: which steps are not masked, `(T, batch)`, or `None`.
+        training: handed on to the cell.
+
+    Attributes:
+        pure: a step as a `PureFunction`.
+    """
+
+    def __init__(self, rnn, x, initial_state, valid, training):
+        self.rnn, self.cell = rnn, rnn.cell
+        self.initial_state, self.valid, self.training = initial_state, valid, training
+        self.size = x.shape[0] or tf.shape(x)[0]
+        self.masks = _dropout_masks(self.cell, x[0], initial_state) if training else ()
+        self.reports = _Reports(self.cell.statistics)
+        self.pure = PureFunction(self._advance, x[0], keras.tree.flatten(initial_state), self.masks, ())
+        output, _, moved, _ = self.pure.trace.structured_outputs
+        batch = x.shape[1] or tf.shape(x)[1]
+        self.no_output, *self.not_moved = [tf.zeros([batch, *a.shape[1:]], a.dtype) for a in (output, *moved)]
+
+    def forward(self, x, states, params):
+        """All outputs and states, how the solves ended, and what the step's noise came from."""
+        outputs = [self.no_output] if self.rnn.return_sequences else []
+        kept = tf.nest.map_structure(
+            lambda like: new_buffer(self.size, like), [states, self.not_moved, self.pure.carried, outputs]
+        )
+
+        def body(i, output, before, carried, worst, kept):
+            output, states, moved, status, after = self._step(i, tf.gather(x, i), output, before, params, carried)
+            values = [before, moved, carried, [output] if self.rnn.return_sequences else []]
+            kept = tf.nest.map_structure(lambda value, buffer: write(buffer, i, value), values, kept)
+            return i + 1, output, states, after, tf.maximum(worst, status), kept
+
+        start = (0, self.no_output, states, self.pure.carried, 0, kept)
+        _, output, states, carried, worst, kept = tf.while_loop(
+            lambda i, *_: i < self.size, body, start, maximum_iterations=self.size
+        )
+        before, moved, noise, outputs = tf.nest.map_structure(stack, kept)
+        return (output, states, outputs, before, moved), (carried, worst), noise
+
+    def backward(self, noise, x, states, params, ys, dys):
+        """The gradients of the inputs, the initial states and the parameters, and how the adjoint's solves ended."""
+        del states
+        _, _, _, before, moved = ys
+        doutput, dstates, doutputs, dbefore, dmoved = dys
+        knows = hasattr(self.cell.gradient, "given")
+
+        def at(i, nest):
+            return tf.nest.map_structure(lambda a: tf.gather(a, i), nest)
+
+        def body(i, doutput, dstates, dparams, dx, worst):
+            inputs = tf.gather(x, i), tf.zeros_like(doutput), at(i, before), params
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(tf.nest.flatten(inputs))
+                output, states, behind, _, _ = self._step(i, *inputs, at(i, noise), at(i, moved) if knows else ())
+            if doutputs:
+                doutput += tf.gather(doutputs[0], i)
+            self.reports.statuses.clear()  # a second derivative has left some of another graph
+            cotangents = (doutput, dstates, at(i, dmoved))
+            dx_i, doutput, dstates, dstep = vjp(tape, (output, states, behind), inputs, cotangents)
+            dstates, dparams = trees.add(dstates, at(i, dbefore)), trees.add(dparams, dstep)
+            worst = tf.reduce_max([worst, *self.reports.statuses])
+            return i - 1, doutput, dstates, dparams, write(dx, i, dx_i), worst
+
+        nothing = tf.nest.map_structure(tf.zeros_like, params)
+        start = (self.size - 1, doutput, dstates, nothing, new_buffer(self.size, x[0]), 0)
+        _, _, dstates, dparams, dx, worst = tf.while_loop(
+            lambda i, *_: i >= 0, body, start, maximum_iterations=self.size
+        )
+        return (stack(dx), dstates, dparams), worst
+
+    def _step(self, i, x, output, states, params, carried, known=()):
+        """The output, the states, those behind solves, how these ended, and `carried`; masked, it changes nothing."""
+        pure = self.pure
+        results, carried = pure(params, pure.constants, carried, x, states, self.masks, known)
+        new_output, new_states, moved, status = results
+        if self.valid is not None:
+            here = tf.gather(self.valid, i)
+            new_output = trees.where(here, new_output, self.no_output if self.rnn.zero_output_for_mask else output)
+            new_states = trees.where(here, new_states, states)
+        return new_output, new_states, moved, status, carried
+
+    def _advance(self, x, states, masks, known):
+        """A step of the cell; `known` is the state behind each of its solves where these need not be made."""
+        moved, statuses = [], []
+
+        def move(y0, ts, **options):
+            gradient = self.cell.gradient.given(known[len(moved)]) if known else self.cell.gradient
+            options.update(gradient=gradient, throw=False, jit_compile=False, statistics=self.reports)
+            solution = self.cell.solve(y0, ts, **options)
+            moved.append(solution.ys[-1])
+            statuses.append(tf.reduce_max(solution.status))
+            return moved[-1]
+
+        states = keras.tree.pack_sequence_as(self.initial_state, states)
+        with _fixed(self.cell.dropout_cells, masks):
+            output, states = self.cell.advance(x, states, self.training, move)
+        return output, keras.tree.flatten(states), moved, tf.reduce_max(statuses)
+
+
+def _conclude(gradients, worst, dys):
+    del dys
+    return check_status(worst, gradients, "The solve of the adjoint")
 
 
 class _Reports:
@@ -182,8 +209,3 @@ def _fixed(cells, masks):
 def _swapped(x):
     """A tensor with its first two axes exchanged."""
     return tf.transpose(x, [1, 0, *range(2, x.shape.rank)])
-
-
-def _shape_like(spec, x):
-    """The shape of a spec, with the batch of `x`."""
-    return [x.shape[0] or tf.shape(x)[0], *spec.shape[1:]]
