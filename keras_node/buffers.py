@@ -6,10 +6,14 @@ import tensorflow as tf
 
 Buffer = Any  # a `tf.TensorArray`, or a tensor with a new first axis
 
+# Every write copies a tensor as a whole in a graph without XLA, which costs little up to this number.
+_FEW = 128
+
 
 def new_buffer(size: int | tf.Tensor, like: tf.Tensor) -> Buffer:
     """Room for `size` tensors; it can be stacked whether or not all of them are written."""
-    if like.shape.is_fully_defined():
+    few = isinstance(size, int) and size <= _FEW
+    if like.shape.is_fully_defined() or not few:
         # With one of them written, stacking it is defined.
         array = tf.TensorArray(like.dtype, size, element_shape=like.shape, clear_after_read=False)
         return array.write(0, like)

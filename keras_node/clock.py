@@ -23,7 +23,8 @@ class Segment(NamedTuple):
         start, stop: the readings at its ends.
         first, last: the times there.
         rate: time by reading.
-        at_rest: the time between its ends if they have one reading, with a derivative and the value zero; or zero.
+        at_rest: the time between its ends if they have one reading, with a derivative and the value zero; else zero, or
+            `None` for the only segment of a clock.
         kinks: whether the field may jump at its ends.
     """
 

@@ -10,10 +10,10 @@ from keras_node.trees import Nest
 
 
 class RecordingScope(keras.StatelessScope):
-    """Notes every Keras variable that is read or updated; nothing is updated in earnest."""
+    """Notes every Keras variable that is read or updated, and every loss; nothing is updated in earnest."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(collect_losses=True)
         self.read = {}
         self._updated = {}
 
@@ -44,8 +44,8 @@ class PureFunction:
 
     Attributes:
         params: the values of the trainable variables that it reads.
-        constants: the values of the other ones, but for
-        carried: those that it updates: seeds, statistics.
+        constants: the values of other ones that it reads.
+        carried: the values of those that it updates, such as seeds and statistics.
         closed_over: float tensors that it reads beside these and its arguments.
         trace: the concrete function; `structured_outputs` has the shapes and dtypes of what is returned.
     """
@@ -59,6 +59,12 @@ class PureFunction:
                 return function(*arguments)
 
         trace = tf.function(traced, autograph=False).get_concrete_function()
+        if scope.losses:
+            raise ValueError(
+                "A step of a recurrent layer cannot add losses: activity regularizers and `add_loss` have no effect in "
+                "the loop over a series. Regularize the layer's output, or its weights. "
+                f"Received: {len(scope.losses)} loss(es) a step"
+            )
         self.trace = trace
         updated = [variable for variable, _ in scope.updates]
         read = [v for v in scope.read.values() if not any(v is u for u in updated)]

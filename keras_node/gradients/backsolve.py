@@ -1,5 +1,7 @@
 """The adjoint method: the gradient as a second ODE, solved backwards in time."""
 
+import copy
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -66,7 +68,7 @@ class BacksolveAdjoint:
         """The same gradient, of a solve between two times whose result `y1` is known and not solved for again."""
         if self.num_checkpoints is not None:
             return self  # it needs states in between
-        gradient = BacksolveAdjoint(self.solver, self.norm)
+        gradient = copy.copy(self)
         gradient._known = y1
         return gradient
 
@@ -141,7 +143,7 @@ class BacksolveAdjoint:
             )
             (_, adjoint), (gradients,) = integral.y1, integral.memories
             gradients = trees.poison(tf.reduce_any(integral.status != 0), gradients)
-        elif self.norm == "full":
+        elif self.norm == "full" and params:
 
             def rates(t, state, rate):
                 dstate, dgradients = augmented(t, state[:2], rate)

@@ -120,10 +120,12 @@ def recomputed(function: Callable, again: Callable, arguments: tuple) -> Any:
         structure.append(results)
 
         def gradient(*upstream, variables=None):
+            # In the gradient of a loop these are tensors of another graph, in whose stead a tape sees others.
+            here = [tf.identity(x) for x in flat]
             with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(flat)
-                outputs = tf.nest.flatten(again(*tf.nest.pack_sequence_as(arguments, flat)))
-            gradients = vjp(tape, outputs, list(flat), list(upstream))
+                tape.watch(here)
+                outputs = tf.nest.flatten(again(*tf.nest.pack_sequence_as(arguments, here)))
+            gradients = vjp(tape, outputs, here, list(upstream))
             return gradients if variables is None else (gradients, [None] * len(variables))
 
         return tf.nest.flatten(results), gradient
@@ -146,8 +148,9 @@ def refuse(tensors: list[tf.Tensor], function: Any, ys: Nest) -> Nest:
         def gradient(upstream):
             del upstream
             raise ValueError(
-                "A gradient is asked for a tensor or a TensorFlow variable that the vector field closes over. This "
-                "gradient method cannot see it there: pass it through `args` to a field `f(t, y, args)`, make it a "
+                "A gradient is asked for a tensor or a TensorFlow variable that the vector field, or a recurrent cell, "
+                "closes over. This gradient method cannot see it there: pass it through `args` to a field "
+                "`f(t, y, args)`, make it a "
                 'weight of a Keras layer, or use gradient="direct". '
                 f"Received: {function!r}"
             )

@@ -41,8 +41,8 @@ class NeuralCDE(keras.layers.Layer):
         gradient: `"backsolve"` (default), `"direct"`, or an object such as `keras_node.BacksolveAdjoint()`.
         return_sequences: whether to return the state at every step, or the last one. Defaults to `False`.
         jit_compile: whether the loop over the steps, its solves included, is an XLA program of its own where the model
-            as a whole is none, and its gradient another: `"auto"` (default) in training, and not with `"direct"`; or
-            `True` or `False`.
+            as a whole is none, and its gradient another: `"auto"` (default) in training, not with `"direct"` and not
+            with convolutions on a CPU; or `True` or `False`.
         track_stats: whether evaluations, steps, rejected steps and failures of the solves forwards are metrics of
             the model, in the logs of `fit` and `evaluate` (see `keras_node.SolverMonitor`). Defaults to `False`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
@@ -230,7 +230,7 @@ class _Controlled(keras.layers.Layer):
 class _Cell(keras.layers.Layer):
     """Moves the state along one piece of the path."""
 
-    dropout_cells = ()
+    is_nested, dropout_cells = False, ()
 
     def __init__(self, field, units, options, **kwargs):
         super().__init__(**kwargs)

@@ -46,8 +46,8 @@ class ODERNN(keras.layers.Layer):
         zero_output_for_mask: whether the output of a masked step is zero, or that of the step before. Defaults to
             `False`.
         jit_compile: whether the loop over the steps, its solves included, is an XLA program of its own where the model
-            as a whole is none, and its gradient another: `"auto"` (default) in training, and not with `"direct"`; or
-            `True` or `False`.
+            as a whole is none, and its gradient another: `"auto"` (default) in training, not with `"direct"` and not
+            with convolutions on a CPU; or `True` or `False`.
         track_stats: whether evaluations, steps, rejected steps and failures of the solves forwards are metrics of
             the model, in the logs of `fit` and `evaluate` (see `keras_node.SolverMonitor`). Defaults to `False`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name`. `dtype` defaults to the cell's.

@@ -43,7 +43,7 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
             concatenation. Defaults to `0`, the first: `h` of an `LSTMCell` moves and its memory `c` stays (ODE-LSTM).
             `(0, 1)` moves both. States of stacked cells are counted through.
         jit_compile: whether the solve is an XLA program of its own where the model as a whole is none: `"auto"`
-            (default) in training, and not with `"direct"`; or `True` or `False`.
+            (default) in training, not with `"direct"` and not with convolutions on a CPU; or `True` or `False`.
         track_stats: whether evaluations, steps, rejected steps and failures of the solves forwards are metrics of
             the model, in the logs of `fit` and `evaluate` (see `keras_node.SolverMonitor`). Defaults to `False`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name`. `dtype` defaults to the cell's.
@@ -181,6 +181,11 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
         return odeint(self.vector_field, y0, ts, **{**own, **options})
 
     @property
+    def is_nested(self):
+        """Whether a wrapped cell solves an ODE as well."""
+        return any(isinstance(cell, ODERNNCell) for cell in (self.cell, *getattr(self.cell, "cells", ())))
+
+    @property
     def dropout_cells(self):
         """The wrapped cells that draw dropout masks."""
         return _dropout_cells(self.cell)
@@ -242,6 +247,8 @@ def _indices(evolve, num_states):
 
 def _dropout_cells(cell):
     """The cells with dropout masks in a cell, which may be a stack."""
+    if isinstance(cell, ODERNNCell):
+        return cell.dropout_cells
     if hasattr(cell, "reset_dropout_mask"):
         return [cell]
     return [dropout_cell for part in getattr(cell, "cells", ()) for dropout_cell in _dropout_cells(part)]

@@ -20,16 +20,18 @@ class SeriesRNN(keras.layers.RNN):
 
     The loop keeps the states before every step and behind its solve. On the way back each step is differentiated from
     there: by the adjoint method without solving forwards again, and with no gradient of TensorFlow's through the loop,
-    which would keep all that a step computes. In training, the loop and its gradient are one XLA program each. With
-    `gradient="direct"` TensorFlow differentiates it all the same. Eagerly and unrolled the loop is Keras' own.
+    which would keep all that a step computes. In training, the loop and its gradient are one XLA program each, as
+    `jit_compile` says. With `gradient="direct"` TensorFlow differentiates the loop itself, and keeps it all. Eagerly,
+    unrolled and where wrapped cells solve as well, the loop is Keras' own.
 
-    A cell has `gradient`, `jit_compile`, `statistics`, `dropout_cells`; `solve(y0, ts, **options)`, which is `odeint`
-    with its field and options; and `advance(inputs, states, training, move)`, a step in which `move(y0, ts, **options)`
-    gives the state behind a solve.
+    A cell has `gradient`, `jit_compile`, `statistics`, `dropout_cells` and `is_nested`; `solve(y0, ts, **options)`,
+    which is `odeint` of its field; and `advance(inputs, states, training, move)`, a step in which
+    `move(y0, ts, **options)` gives the state behind a solve.
     """
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
-        if tf.executing_eagerly() or self.unroll:
+        # A solve within a wrapped cell could not raise from an XLA program, and would not be known on the way back.
+        if tf.executing_eagerly() or self.unroll or self.cell.is_nested:
             return super().inner_loop(sequences, initial_state, mask, training)
         cell, x = self.cell, self._steps(sequences)
         valid = None if mask is None else self._steps(tf.cast(mask, tf.bool))
@@ -77,7 +79,7 @@ class _Loop:
         self.no_output, *self.not_moved = [tf.zeros([batch, *a.shape[1:]], a.dtype) for a in (output, *moved)]
 
     def forward(self, x, states, params):
-        """All outputs and states, how the solves ended, and what the step's noise came from."""
+        """All outputs and states, how the solves ended, and what every step carried on from the one before."""
         outputs = [self.no_output] if self.rnn.return_sequences else []
         kept = tf.nest.map_structure(
             lambda like: new_buffer(self.size, like), [states, self.not_moved, self.pure.carried, outputs]
@@ -93,10 +95,10 @@ class _Loop:
         _, output, states, carried, worst, kept = tf.while_loop(
             lambda i, *_: i < self.size, body, start, maximum_iterations=self.size
         )
-        before, moved, noise, outputs = tf.nest.map_structure(stack, kept)
-        return (output, states, outputs, before, moved), (carried, worst), noise
+        before, moved, carries, outputs = tf.nest.map_structure(stack, kept)
+        return (output, states, outputs, before, moved), (carried, worst), carries
 
-    def backward(self, noise, x, states, params, ys, dys):
+    def backward(self, carries, x, states, params, ys, dys):
         """The gradients of the inputs, the initial states and the parameters, and how the adjoint's solves ended."""
         del states
         _, _, _, before, moved = ys
@@ -110,7 +112,7 @@ class _Loop:
             inputs = tf.gather(x, i), tf.zeros_like(doutput), at(i, before), params
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(tf.nest.flatten(inputs))
-                output, states, behind, _, _ = self._step(i, *inputs, at(i, noise), at(i, moved) if knows else ())
+                output, states, behind, _, _ = self._step(i, *inputs, at(i, carries), at(i, moved) if knows else ())
             if doutputs:
                 doutput += tf.gather(doutputs[0], i)
             self.reports.statuses.clear()  # a second derivative has left some of another graph
@@ -132,6 +134,7 @@ class _Loop:
         pure = self.pure
         results, carried = pure(params, pure.constants, carried, x, states, self.masks, known)
         new_output, new_states, moved, status = results
+        new_states = [tf.ensure_shape(new, old.shape) for new, old in zip(new_states, states, strict=True)]
         if self.valid is not None:
             here = tf.gather(self.valid, i)
             new_output = trees.where(here, new_output, self.no_output if self.rnn.zero_output_for_mask else output)
@@ -180,7 +183,7 @@ class _Reports:
 def _dropout_masks(cell, x, states):
     """The masks of a series, drawn by a step that solves nothing."""
     cells = cell.dropout_cells
-    if not any(c.dropout or c.recurrent_dropout for c in cells):
+    if not any(getattr(c, "dropout", 0) or getattr(c, "recurrent_dropout", 0) for c in cells):
         return ()
     scope = RecordingScope()
     with scope:
