@@ -7,7 +7,7 @@ import tensorflow as tf
 Buffer = Any  # a `tf.TensorArray`, or a tensor with a new first axis
 
 # Every write copies a tensor as a whole in a graph without XLA, which costs little up to this number.
-_FEW = 128
+_FEW = 256
 
 
 def new_buffer(size: int | tf.Tensor, like: tf.Tensor) -> Buffer:
