@@ -1,6 +1,6 @@
 """Error against time: training steps at four tolerances by every library, so that nobody wins by being less accurate.
 
-make bench BENCH=curves.py
+make bench-more   # runs this, among others
 """
 
 import pathlib

@@ -310,3 +310,13 @@ def test_a_failed_backward_solve_gives_nan_rather_than_a_number(mode):
 
     run = gradient if mode == "eager" else tf.function(gradient, jit_compile=mode == "xla")
     assert np.isnan(run(tf.ones((2,)))).all()
+
+
+def test_the_full_norm_needs_no_parameters():
+    y0 = tf.constant([1.0, 2.0], tf.float64)
+    with tf.GradientTape() as tape:
+        tape.watch(y0)
+        gradient = keras_node.BacksolveAdjoint(norm="full")
+        solver = keras_node.RungeKutta("tsit5", rtol=1e-8, atol=1e-10)
+        y1 = keras_node.odeint(lambda y: -y, y0, [0.0, 1.0], gradient=gradient, solver=solver).ys[-1]
+    np.testing.assert_allclose(tape.gradient(y1, y0), [np.exp(-1)] * 2, rtol=1e-6)
