@@ -15,6 +15,9 @@ regular times, the recurrent network is ahead here.
 """
 
 import argparse
+import concurrent.futures
+import itertools
+import multiprocessing
 import pathlib
 import time
 
@@ -89,6 +92,9 @@ class Forecaster(keras.Model):
         return keras.ops.stack(predictions, axis=1)
 
 
+NAMES = {latent_ode: "latent ODE", Forecaster: "recurrent network"}
+
+
 def train(model, series, epochs, jit_compile):
     """Fit by Adam, the learning rate going down to zero."""
     rate = keras.optimizers.schedules.CosineDecay(1e-2, epochs * len(series[0]) // BATCH)
@@ -100,6 +106,15 @@ def train(model, series, epochs, jit_compile):
 def extrapolate(model, series, times):
     """Positions at the times, in the units of the plane."""
     return tf.function(lambda *series: model.extrapolate(series, times), autograph=False)(*series).numpy() / SCALE
+
+
+def run(kind, series, test, epochs, seed):
+    """Train a model of one kind; its predictions, its number of weights and the seconds that it took."""
+    keras.utils.set_random_seed(seed)
+    start, model = time.perf_counter(), kind()
+    train(model, series, epochs, jit_compile=epochs > 2)  # to compile takes longer than two epochs
+    prediction = extrapolate(model, test, TIMES if kind is latent_ode else TIMES[MOMENTS:])
+    return prediction, model.count_params(), time.perf_counter() - start
 
 
 def rmse(prediction, target):
@@ -139,24 +154,24 @@ def main():
     paths, test_paths = spirals(count, MOMENTS, rng), spirals(200, 2 * MOMENTS, rng)
     future = test_paths[:, MOMENTS:]
     noisy = future + NOISE * rng.normal(size=future.shape)
+    series = {points: (observe(paths, points, rng), observe(test_paths, points, rng)) for points in numbers}
+    jobs = [(kind, *series[points], epochs, options.seed) for points in numbers for kind in NAMES]
+    predictions = {}
     print(f"{'points':8}{'':20}{'RMSE, true path':>16}{'noisy':>8}{'published':>11}{'weights':>9}{'seconds':>9}")
-    for points in numbers:
-        series, test = observe(paths, points, rng), observe(test_paths, points, rng)
-        predictions = []
-        for kind, published in zip((latent_ode, Forecaster), PUBLISHED[points], strict=True):
-            keras.utils.set_random_seed(options.seed)
-            start, model = time.perf_counter(), kind()
-            train(model, series, epochs, jit_compile=not options.quick)  # to compile takes longer than two epochs
-            times = TIMES if kind is latent_ode else TIMES[MOMENTS:]
-            predictions.append(extrapolate(model, test, times))
-            errors = [rmse(predictions[-1][:, -MOMENTS:], target) for target in (future, noisy)]
-            name = "latent ODE" if kind is latent_ode else "recurrent network"
+    # Networks as small as these keep one core busy: two of them are trained at a time, in processes of their own.
+    with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        results = (map if options.quick else pool.map)(run, *zip(*jobs, strict=True))
+        for (points, kind), (prediction, weights, seconds) in zip(
+            itertools.product(numbers, NAMES), results, strict=True
+        ):
+            predictions[kind] = prediction
+            errors = [rmse(prediction[:, -MOMENTS:], target) for target in (future, noisy)]
+            published = PUBLISHED[points][list(NAMES).index(kind)]
             print(
-                f"{points:<8}{name:20}{errors[0]:16.3f}{errors[1]:8.3f}{published:11.3f}{model.count_params():9,}"
-                f"{time.perf_counter() - start:9.0f}",
+                f"{points:<8}{NAMES[kind]:20}{errors[0]:16.3f}{errors[1]:8.3f}{published:11.3f}{weights:9,}{seconds:9.0f}",
                 flush=True,
             )
-    draw(options.out, test_paths, test, *predictions)
+    draw(options.out, test_paths, series[numbers[-1]][1], *predictions.values())
     print(f"picture: {options.out.resolve()}")
 
 

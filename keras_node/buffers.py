@@ -1,39 +1,83 @@
 """Room for a number of equal tensors, written one by one while a loop goes by."""
 
-from typing import Any
+import math
 
 import tensorflow as tf
 
-Buffer = Any  # a `tf.TensorArray`, or a tensor with a new first axis
+# A write copies a tensor as a whole in a graph without XLA, which up to this number costs less than to have blocks.
+_FEW = 64
 
-# Every write copies a tensor as a whole in a graph without XLA, which costs little up to this number.
-_FEW = 256
+
+class _Blocks(tf.experimental.ExtensionType):
+    """Tensors in blocks, one of which is at hand: a write copies that one alone, of about the root of their number."""
+
+    whole: tf.Tensor  # (blocks, rows, ...)
+    block: tf.Tensor  # (rows, ...), newer than in the whole
+    number: tf.Tensor  # which block that is
+
+    def write(self, index: tf.Tensor, value: tf.Tensor) -> "_Blocks":
+        rows = tf.shape(self.block)[0]
+        at_hand = self._with_block(index // rows)
+        return _Blocks(at_hand.whole, _with_row(at_hand.block, index % rows, value), at_hand.number)
+
+    def read(self, index: tf.Tensor) -> tf.Tensor:
+        rows = tf.shape(self.block)[0]
+        return tf.where(
+            index // rows == self.number,
+            tf.gather(self.block, index % rows),
+            tf.gather_nd(self.whole, [index // rows, index % rows]),
+        )
+
+    def stack(self) -> tf.Tensor:
+        whole = _with_row(self.whole, self.number, self.block)
+        return tf.reshape(whole, tf.concat([[-1], tf.shape(whole)[2:]], axis=0))
+
+    def _with_block(self, number):
+        """The same tensors with another block at hand, if it is another."""
+
+        def change(blocks):
+            whole = _with_row(blocks.whole, blocks.number, blocks.block)
+            return (_Blocks(whole, tf.ensure_shape(tf.gather(whole, number), self.block.shape), number),)
+
+        # Of a branch XLA copies the whole, in a loop it does not.
+        return tf.while_loop(lambda blocks: blocks.number != number, change, (self,), maximum_iterations=1)[0]
+
+
+Buffer = tf.TensorArray | tf.Tensor | _Blocks
 
 
 def new_buffer(size: int | tf.Tensor, like: tf.Tensor) -> Buffer:
-    """Room for `size` tensors; it can be stacked whether or not all of them are written."""
-    few = isinstance(size, int) and size <= _FEW
-    if like.shape.is_fully_defined() or not few:
+    """Room for `size` tensors; it can be stacked whether or not all of them are written, and may then have more."""
+    if like.shape.is_fully_defined():
         # With one of them written, stacking it is defined.
         array = tf.TensorArray(like.dtype, size, element_shape=like.shape, clear_after_read=False)
         return array.write(0, like)
+
+    def nothing(*sizes):
+        zeros = tf.zeros(tf.concat([sizes, tf.shape(like)], axis=0), like.dtype)
+        return tf.ensure_shape(zeros, [None for _ in sizes] + like.shape)
+
     # LiteRT has no list of tensors of an unknown size, such as that of a batch.
-    nothing = tf.zeros(tf.concat([[size], tf.shape(like)], axis=0), like.dtype)
-    return write(tf.ensure_shape(nothing, [None, *like.shape]), 0, like)
+    if isinstance(size, int) and size <= _FEW:
+        return write(nothing(size), 0, like)
+    rows = math.isqrt(size) + 1 if isinstance(size, int) else tf.cast(tf.sqrt(tf.cast(size, tf.float32)), tf.int32) + 1
+    return write(_Blocks(nothing(size // rows + 1, rows), nothing(rows), tf.constant(0)), 0, like)
 
 
 def write(buffer: Buffer, index: tf.Tensor, value: tf.Tensor) -> Buffer:
     """The buffer with `value` at `index`."""
-    if isinstance(buffer, tf.TensorArray):
-        return buffer.write(index, value)
-    return tf.ensure_shape(tf.tensor_scatter_nd_update(buffer, [[index]], value[None]), buffer.shape)
+    return _with_row(buffer, index, value) if isinstance(buffer, tf.Tensor) else buffer.write(index, value)
 
 
 def read(buffer: Buffer, index: tf.Tensor) -> tf.Tensor:
     """The tensor at `index`."""
-    return buffer.read(index) if isinstance(buffer, tf.TensorArray) else tf.gather(buffer, index)
+    return tf.gather(buffer, index) if isinstance(buffer, tf.Tensor) else buffer.read(index)
 
 
 def stack(buffer: Buffer) -> tf.Tensor:
     """All tensors along a new first axis."""
-    return buffer.stack() if isinstance(buffer, tf.TensorArray) else buffer
+    return buffer if isinstance(buffer, tf.Tensor) else buffer.stack()
+
+
+def _with_row(x, index, row):
+    return tf.ensure_shape(tf.tensor_scatter_nd_update(x, [[index]], row[None]), x.shape)

@@ -96,9 +96,8 @@ class DenseOutput:
         reading = pick(self.readings, tf.minimum(written, self.size - 1))
         theta = tf.math.divide_no_nan(reading - progress.start, progress.length)
         y = interpolate(self.tableau, step, tf.where(now, theta, 0))
-        # Behind the last row there is one for what is not due, which is thrown away.
-        row = tf.where(now, written, self.size)
-        buffers = tf.nest.map_structure(lambda buffer, leaf: self._write(buffer, row, leaf), buffers, y)
+        # What is not due goes where the next state will, at last behind those asked for.
+        buffers = tf.nest.map_structure(lambda buffer, leaf: self._write(buffer, written, leaf), buffers, y)
         return written + tf.cast(now, tf.int32), buffers
 
     def result(self, memory, y0: Nest) -> Nest:

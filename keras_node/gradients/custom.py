@@ -78,7 +78,7 @@ def with_gradient(forward: Callable, backward: Callable, conclude: Callable, inp
     def differentiable(*flat):
         # An eager tape would otherwise record every operation, in memory that grows with their number.
         constants = tf.nest.pack_sequence_as(inputs, [tf.stop_gradient(x) for x in flat])
-        ys, others, memory = (_compiled(forward) if compiles else forward)(*constants)
+        ys, others, memory = (compiled(forward) if compiles else forward)(*constants)
         structure.append((ys, others))
 
         def gradient(*upstream, variables=None):
@@ -97,7 +97,7 @@ def with_gradient(forward: Callable, backward: Callable, conclude: Callable, inp
 
             arguments = (*tf.nest.pack_sequence_as(inputs, flat), *solved, dys)
             # What a loop in an XLA program keeps for its own gradient cannot leave the program.
-            results = recomputed(_compiled(run_back), run_back, arguments) if compiles else run_back(*arguments)
+            results = recomputed(compiled(run_back), run_back, arguments) if compiles else run_back(*arguments)
             gradients = tf.nest.flatten(conclude(*results, dys))
             # A TensorFlow variable in a closure: `refuse` sees to it that nobody takes `None` for an answer.
             return gradients if variables is None else (gradients, [None] * len(variables))
@@ -125,7 +125,8 @@ def recomputed(function: Callable, again: Callable, arguments: tuple) -> Any:
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(here)
                 outputs = tf.nest.flatten(again(*tf.nest.pack_sequence_as(arguments, here)))
-            gradients = vjp(tape, outputs, here, list(upstream))
+            floats = [i for i, x in enumerate(outputs) if x.dtype.is_floating]
+            gradients = vjp(tape, [outputs[i] for i in floats], here, [upstream[i] for i in floats])
             return gradients if variables is None else (gradients, [None] * len(variables))
 
         return tf.nest.flatten(results), gradient
@@ -134,7 +135,8 @@ def recomputed(function: Callable, again: Callable, arguments: tuple) -> Any:
     return tf.nest.pack_sequence_as(structure[0], results)
 
 
-def _compiled(function: Callable) -> Callable:
+def compiled(function: Callable) -> Callable:
+    """The function as an XLA program of its own."""
     return tf.function(function, autograph=False, jit_compile=True)
 
 

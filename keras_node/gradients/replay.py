@@ -50,7 +50,6 @@ class Recorder:
         none = tf.zeros_like(nothing, dtype=tf.int32)
         step = Progress(none, nothing, nothing, nothing, tf.zeros_like(none, dtype=tf.bool))
         steps = tf.nest.map_structure(lambda x: new_buffer(self.max_steps, x), step)
-        # The last slot takes what is not to be kept.
         states = tf.nest.map_structure(lambda y: new_buffer(self.slots + 1, y), y0)
         return Record(tf.constant(0), tf.constant(1), steps, states)
 
@@ -69,7 +68,8 @@ class Recorder:
             (stride, states),
             maximum_iterations=1,
         )
-        slot = tf.where(count % stride == 0, count // stride, self.slots)
+        # A state that is not to be kept goes where the next one will.
+        slot = (count + stride - 1) // stride
         states = tf.nest.map_structure(lambda buffer, y: write(buffer, slot, y), states, step.y0)
         return Record(count + tf.cast(tf.reduce_any(progress.accepted), tf.int32), stride, steps, states)
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_node import trees
 from keras_node.buffers import new_buffer, stack, write
-from keras_node.gradients.custom import refuse, with_gradient
+from keras_node.gradients.custom import compiled, recomputed, refuse, with_gradient
 from keras_node.gradients.direct import DirectGradient
 from keras_node.gradients.vjp import vjp
 from keras_node.jit_compile import compiles
@@ -20,9 +20,10 @@ class SeriesRNN(keras.layers.RNN):
 
     The loop keeps the states before every step and behind its solve. On the way back each step is differentiated from
     there: by the adjoint method without solving forwards again, and with no gradient of TensorFlow's through the loop,
-    which would keep all that a step computes. In training, the loop and its gradient are one XLA program each, as
-    `jit_compile` says. With `gradient="direct"` TensorFlow differentiates the loop itself, and keeps it all. Eagerly,
-    unrolled and where wrapped cells solve as well, the loop is Keras' own.
+    which would keep all that a step computes. With `training=False` it keeps nothing, and runs once more if a gradient
+    is asked for. In training, the loop and its gradient are one XLA program each, as `jit_compile` says. With
+    `gradient="direct"` TensorFlow differentiates the loop itself, and keeps it all. Eagerly, unrolled and where
+    wrapped cells solve as well, the loop is Keras' own.
 
     A cell has `gradient`, `jit_compile`, `statistics`, `dropout_cells` and `is_nested`; `solve(y0, ts, **options)`,
     which is `odeint` of its field; and `advance(inputs, states, training, move)`, a step in which
@@ -40,13 +41,27 @@ class SeriesRNN(keras.layers.RNN):
         if isinstance(cell.gradient, DirectGradient):
             ys, (carried, worst), _ = loop.forward(*inputs)
         else:
-            jit_compile = compiles(cell.jit_compile, cell.gradient, training, lambda: loop.pure.trace)
-            ys, (carried, worst) = with_gradient(loop.forward, loop.backward, _conclude, inputs, jit_compile)
+            ys, (carried, worst) = self._with_gradient(loop, inputs, training)
             ys = refuse(loop.pure.closed_over, cell, ys)
         loop.pure.assign(carried)
-        output, states, outputs, _, _ = check_status(worst, ys, "The solve")
+        output, states, outputs = check_status(worst, ys, "The solve")
         outputs = _swapped(outputs[0]) if self.return_sequences else output[:, None]
         return output, outputs, keras.tree.pack_sequence_as(initial_state, states)
+
+    def _with_gradient(self, loop, inputs, training):
+        jit_compile = compiles(self.cell.jit_compile, self.cell.gradient, training, lambda: loop.pure.trace)
+
+        def in_training(*inputs):
+            (*ys, _, _), others = with_gradient(loop.keeping, loop.backward, _conclude, inputs, jit_compile)
+            return tuple(ys), others
+
+        def in_inference(*inputs):
+            return loop.forward(*inputs)[:2]
+
+        if training is not False:
+            return in_training(*inputs)
+        # Nothing is kept for a gradient that is not expected. Should one be asked for, the loop runs once more.
+        return recomputed(compiled(in_inference) if jit_compile else in_inference, in_training, inputs)
 
     def _steps(self, x):
         """`(batch, T, ...)` as `(T, batch, ...)`, in the order of processing."""
@@ -78,16 +93,22 @@ class _Loop:
         batch = x.shape[1] or tf.shape(x)[1]
         self.no_output, *self.not_moved = [tf.zeros([batch, *a.shape[1:]], a.dtype) for a in (output, *moved)]
 
-    def forward(self, x, states, params):
-        """All outputs and states, how the solves ended, and what every step carried on from the one before."""
-        outputs = [self.no_output] if self.rnn.return_sequences else []
-        kept = tf.nest.map_structure(
-            lambda like: new_buffer(self.size, like), [states, self.not_moved, self.pure.carried, outputs]
-        )
+    def forward(self, x, states, params, keeps=False):
+        """All outputs and states, what every step carried on from the one before, and how the solves ended.
+
+        It also returns what the loop kept for a gradient, if it does: of every step the states before it, those behind
+        its solves, and what was carried on to it.
+        """
+
+        def rows(output, *values):
+            return [[output] if self.rnn.return_sequences else [], values if keeps else ()]
+
+        kept = rows(self.no_output, states, self.not_moved, self.pure.carried)
+        kept = tf.nest.map_structure(lambda like: new_buffer(self.size, like), kept)
 
         def body(i, output, before, carried, worst, kept):
             output, states, moved, status, after = self._step(i, tf.gather(x, i), output, before, params, carried)
-            values = [before, moved, carried, [output] if self.rnn.return_sequences else []]
+            values = rows(output, before, moved, carried)
             kept = tf.nest.map_structure(lambda value, buffer: write(buffer, i, value), values, kept)
             return i + 1, output, states, after, tf.maximum(worst, status), kept
 
@@ -95,8 +116,13 @@ class _Loop:
         _, output, states, carried, worst, kept = tf.while_loop(
             lambda i, *_: i < self.size, body, start, maximum_iterations=self.size
         )
-        before, moved, carries, outputs = tf.nest.map_structure(stack, kept)
-        return (output, states, outputs, before, moved), (carried, worst), carries
+        outputs, kept = tf.nest.map_structure(lambda buffer: stack(buffer)[: self.size], kept)
+        return (output, states, outputs), (carried, worst), kept
+
+    def keeping(self, x, states, params):
+        """The same, for a gradient."""
+        ys, others, (before, moved, carries) = self.forward(x, states, params, keeps=True)
+        return (*ys, before, moved), others, carries
 
     def backward(self, carries, x, states, params, ys, dys):
         """The gradients of the inputs, the initial states and the parameters, and how the adjoint's solves ended."""
@@ -127,7 +153,7 @@ class _Loop:
         _, _, dstates, dparams, dx, worst = tf.while_loop(
             lambda i, *_: i >= 0, body, start, maximum_iterations=self.size
         )
-        return (stack(dx), dstates, dparams), worst
+        return (stack(dx)[: self.size], dstates, dparams), worst
 
     def _step(self, i, x, output, states, params, carried, known=()):
         """The output, the states, those behind solves, how these ended, and `carried`; masked, it changes nothing."""
