@@ -30,7 +30,8 @@ class _Blocks(tf.experimental.ExtensionType):
 
     def stack(self) -> tf.Tensor:
         whole = _with_row(self.whole, self.number, self.block)
-        return tf.reshape(whole, tf.concat([[-1], tf.shape(whole)[2:]], axis=0))
+        sizes = [size or tf.shape(whole)[axis] for axis, size in enumerate(whole.shape)]
+        return tf.reshape(whole, [-1, *sizes[2:]])
 
     def _with_block(self, number):
         """The same tensors with another block at hand, if it is another."""

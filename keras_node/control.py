@@ -56,8 +56,8 @@ class ControlPath(NamedTuple):
         # Counting serves any batch under XLA, where a search would compare with every knot as well.
         number = ops.sum(ops.cast(started(self.times[:, None], points), "int32"), axis=-1)
         index = ops.maximum(number - 1, 0)
-        start = ops.take_along_axis(self.times, index, axis=1)[..., None]
-        length = ops.take_along_axis(increments(self.times), index, axis=1)[..., None]
+        start = ops.expand_dims(ops.take_along_axis(self.times, index, axis=1), -1)
+        length = ops.expand_dims(ops.take_along_axis(increments(self.times), index, axis=1), -1)
         s = ops.maximum(ops.divide_no_nan(points - start, length), 0)
         return ops.take_along_axis(self.coefficients, index[..., None, None], axis=1), s, length
 
@@ -130,7 +130,7 @@ def pieces(times, values, mask, interpolation):
     _check_shapes(times, values, mask)
     observed = ~ops.isnan(values)
     if mask is not None:
-        observed &= mask[..., None] if len(mask.shape) == 2 else mask
+        observed &= ops.expand_dims(mask, -1) if len(mask.shape) == 2 else mask
     valid = ops.any(observed, axis=-1)
 
     # What is not there may hold anything, and the gradient of a masked NaN would still be NaN.
@@ -142,15 +142,15 @@ def pieces(times, values, mask, interpolation):
 
     if interpolation == "rectilinear":
         known = ops.cumsum(ops.cast(observed, "int32"), axis=1) > 0
-        values = last_valid(ops.where(known, last_valid(values, observed), 0), valid[..., None])
+        values = last_valid(ops.where(known, last_valid(values, observed), 0), ops.expand_dims(valid, -1))
         # Time passes first, and then the values change.
         times, values = ops.repeat(times, 2, axis=1)[:, 1:], ops.repeat(values, 2, axis=1)[:, :-1]
     else:
-        values = _fill_linearly(times[..., None], values, observed)
+        values = _fill_linearly(ops.expand_dims(times, -1), values, observed)
     change = increments(values)
     if interpolation != "hermite":
         return times, ops.stack([values, change], axis=2), ordered
-    length = increments(times)[..., None]
+    length = ops.expand_dims(increments(times), -1)
     # Of the last piece before in which time passed; the first one is straight.
     slope = last_valid(ops.divide_no_nan(change, length), length > 0)
     start = length * ops.concatenate([slope[:, :1], slope[:, :-1]], axis=1)

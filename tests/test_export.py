@@ -11,6 +11,7 @@ SOLVERS = {
     "adaptive": keras_node.RungeKutta("tsit5", rtol=1e-6, atol=1e-7),
     "fixed": keras_node.RungeKutta("rk4", num_steps=4),
 }
+BUILTINS = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}
 X = np.random.default_rng(0).normal(size=(3, 4)).astype("float32")
 TIMES = np.cumsum(np.random.default_rng(1).uniform(size=(3, 5)), axis=1).astype("float32")
 
@@ -58,14 +59,15 @@ def test_onnx(name, tmp_path):
 def test_onnx_of_a_recurrent_layer(tmp_path):
     pytest.importorskip("tf2onnx")
     keras.utils.set_random_seed(0)
-    x, times = keras.Input((5, 3)), keras.Input((5,))
-    h = keras_node.ODERNN(keras.layers.GRUCell(4), field(), solver=SOLVERS["adaptive"])(x, times)
-    model = keras.Model([x, times], h)
+    x, times, mask = keras.Input((None, 3)), keras.Input((None,)), keras.Input((None,), dtype="bool")
+    layer = keras_node.ODERNN(keras.layers.GRUCell(4), field(), solver=SOLVERS["adaptive"], return_sequences=True)
+    model = keras.Model([x, times, mask], layer(x, times, mask=mask))
     values = np.random.default_rng(2).normal(size=(3, 5, 3)).astype("float32")
-    expected = model.predict([values, TIMES], verbose=0)
+    inputs = [values, TIMES, np.random.default_rng(3).uniform(size=(3, 5)) < 0.7]
+    expected = model.predict(inputs, verbose=0)
     path = str(tmp_path / "model.onnx")
     model.export(path, format="onnx", verbose=False)
-    np.testing.assert_allclose(run_onnx(path, [values, TIMES]), expected, atol=1e-5)
+    np.testing.assert_allclose(run_onnx(path, inputs), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -87,18 +89,37 @@ def test_litert_of_a_recurrent_layer_with_builtin_operators_only(name, tmp_path)
     values = np.random.default_rng(2).normal(size=(3, 5, 3)).astype("float32")
     observed = np.random.default_rng(3).uniform(size=(3, 5, 1, 1)) < 0.7
     path = str(tmp_path / "model.tflite")
-    builtins = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}
-    model.export(path, format="litert", verbose=False, target_spec=builtins)
+    model.export(path, format="litert", verbose=False, target_spec=BUILTINS)
     inputs = [values, TIMES, observed]
     np.testing.assert_allclose(run_litert(path, inputs), model.predict(inputs, verbose=0), atol=1e-5)
 
 
+@pytest.mark.parametrize(("layer", "steps"), [("ODERNN", 300), ("NeuralCDE", None)])
 @pytest.mark.filterwarnings("ignore")
-def test_litert_of_several_times(tmp_path):
+def test_litert_of_a_long_series_and_of_any(layer, steps, tmp_path):
+    keras.utils.set_random_seed(0)
+    solver = keras_node.RungeKutta("euler", num_steps=1)
+    if layer == "ODERNN":
+        layer = keras_node.ODERNN(keras.layers.SimpleRNNCell(4), field(), solver=solver, return_sequences=True)
+    else:
+        layer = keras_node.NeuralCDE(4, solver=solver, return_sequences=True)
+    x, times = keras.Input((steps, 3)), keras.Input((steps,))
+    model = keras.Model([x, times], layer(x, times))
+    rng = np.random.default_rng(2)
+    inputs = [0.03 * rng.normal(size=(2, 300, 3)), np.cumsum(0.01 * rng.uniform(size=(2, 300)), axis=1)]
+    inputs = [x.astype("float32") for x in inputs]
+    path = str(tmp_path / "model.tflite")
+    model.export(path, format="litert", verbose=False, target_spec=BUILTINS)
+    np.testing.assert_allclose(run_litert(path, inputs), model.predict(inputs, verbose=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("times", [3, 300])
+@pytest.mark.filterwarnings("ignore")
+def test_litert_of_several_times(times, tmp_path):
     keras.utils.set_random_seed(0)
     x = keras.Input((4,))
-    model = keras.Model(x, keras_node.ODELayer(field(), solver=SOLVERS["adaptive"])(x, ts=[0.1, 0.5, 1.0]))
+    ts = np.linspace(0.1, 1.0, times)
+    model = keras.Model(x, keras_node.ODELayer(field(), solver=SOLVERS["adaptive"])(x, ts=ts))
     path = str(tmp_path / "model.tflite")
-    builtins = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}
-    model.export(path, format="litert", verbose=False, target_spec=builtins)
+    model.export(path, format="litert", verbose=False, target_spec=BUILTINS)
     np.testing.assert_allclose(run_litert(path, [X]), model.predict(X, verbose=0), atol=1e-5)

@@ -18,12 +18,17 @@ def elapsed_times(times, mask, start, backwards):
     start = ops.full_like(times[:, :1], float("nan")) if start is None else start[:, None]
     known = ops.concatenate([start, times], axis=1)
     if mask is not None:
-        known = last_valid(known, ops.pad(mask, [(0, 0), (1, 0)], constant_values=True))
+        known = last_valid(known, with_start(mask))
     previous = known[:, :-1]
     # A difference also where there is no previous time, so that a NaN among the times shows.
     elapsed = times - ops.where(ops.isnan(previous), times, previous)
     elapsed = elapsed if mask is None else ops.where(mask, elapsed, 0)
     return ops.flip(elapsed, axis=1) if backwards else elapsed, known[:, -1]
+
+
+def with_start(mask):
+    """The mask with a valid step before the first."""
+    return ops.concatenate([ops.ones_like(mask[:, :1]), mask], axis=1)  # ONNX cannot pad booleans
 
 
 def check_order(ordered, times, layer):

@@ -169,7 +169,7 @@ class NeuralCDE(keras.layers.Layer):
     def _rates(self, knots, coefficients):
         """The coefficients of `dX/ds` on the way to every knot, `(batch, T, degree, 1 + channels)`."""
         rates = differentiate(coefficients)
-        elapsed = increments(knots)[..., None, None]
+        elapsed = ops.expand_dims(ops.expand_dims(increments(knots), -1), -1)
         elapsed = ops.pad(elapsed, [(0, 0), (0, 0), (0, rates.shape[2] - 1), (0, 0)])
         rates = ops.concatenate([elapsed, rates], axis=-1)
         # The last piece is of no length: it leaves the state at the first knot as it is.

@@ -163,7 +163,7 @@ class ODERNN(keras.layers.Layer):
         if mask is not None:
             # Padding may hold anything, and the gradient of a masked NaN would still be NaN.
             mask = ops.cast(mask, "bool")
-            x = ops.where(mask[..., None], x, 0)
+            x = ops.where(ops.expand_dims(mask, -1), x, 0)
         goes_on = self.stateful and initial_state is None
         start = ops.cast(self.last_time, times.dtype) if goes_on else None
         elapsed, end = elapsed_times(times, mask, start, self.go_backwards)
@@ -171,7 +171,7 @@ class ODERNN(keras.layers.Layer):
         with tf.control_dependencies(check_order(ordered, times, self)):
             elapsed = ops.cast(ops.where(ordered[:, None], elapsed, 0), x.dtype)
 
-        inputs = ops.concatenate([x, elapsed[..., None]], axis=-1)
+        inputs = ops.concatenate([x, ops.expand_dims(elapsed, -1)], axis=-1)
         outputs = self.rnn(inputs, initial_state=initial_state, mask=mask, training=training)
         if self.stateful:
             # An infinite time spoils this sample's next batch as well.

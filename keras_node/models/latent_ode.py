@@ -5,7 +5,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_node.control import last_valid
-from keras_node.layers.irregular_times import check_order, elapsed_times
+from keras_node.layers.irregular_times import check_order, elapsed_times, with_start
 from keras_node.layers.ode_layer import ODELayer
 
 _SMALLEST_SCALE = 1e-5  # softplus underflows to zero, where the KL divergence is infinite
@@ -185,7 +185,7 @@ class LatentODE(keras.Model):
         # A step at `t0` without observations lets the encoder know how long before them it is.
         front = [(0, 0), (1, 0)]
         times = ops.pad(times, front, constant_values=self.dynamics.t0)
-        valid = ops.pad(ops.any(observed, axis=-1), front, constant_values=True)
+        valid = with_start(ops.any(observed, axis=-1))
         elapsed, _ = elapsed_times(times, valid, None, backwards=True)
         ordered = ops.all(ops.isfinite(elapsed) & (elapsed <= 0), axis=1, keepdims=True)
         with tf.control_dependencies(check_order(ordered[:, 0], times, self)):
@@ -354,7 +354,7 @@ class LatentODE(keras.Model):
         if len(times.shape) == 2:
             # A solve must not turn back for the time of a step without observations, which may be anything.
             front = [(0, 0), (1, 0)]
-            valid = ops.pad(ops.any(observed, axis=-1), front, constant_values=True)
+            valid = with_start(ops.any(observed, axis=-1))
             times = last_valid(ops.pad(times, front, constant_values=self.dynamics.t0), valid)[:, 1:]
         return times, values, observed
 
