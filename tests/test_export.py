@@ -8,7 +8,7 @@ import tensorflow as tf
 import keras_node
 
 SOLVERS = {
-    "adaptive": keras_node.RungeKutta("tsit5", rtol=1e-6, atol=1e-7),
+    "adaptive": keras_node.RungeKutta("bosh3", rtol=1e-6, atol=1e-7),
     "fixed": keras_node.RungeKutta("rk4", num_steps=4),
 }
 BUILTINS = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}
