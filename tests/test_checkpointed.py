@@ -30,7 +30,7 @@ def gradients_of(inputs, gradient, solver, field=field):
     return tf.nest.flatten(tape.gradient(value, inputs))
 
 
-@pytest.mark.parametrize("num_checkpoints", [None, 1, 2, 3, 8])
+@pytest.mark.parametrize("num_checkpoints", [None, 1, 3, 8])
 @pytest.mark.parametrize(
     ("ts", "options"),
     [
@@ -48,8 +48,8 @@ def test_it_is_the_gradient_of_the_discrete_solution(ts, options, num_checkpoint
     stats = keras_node.odeint(field, Y0, ts, args=MATRIX, solver=solver).stats
     assert np.max(stats.num_rejected) > 0 and np.max(stats.num_steps) > 16  # several times more than checkpoints
     gradient = keras_node.CheckpointedAdjoint(num_checkpoints)
-    compute = tf.function(gradients_of)
-    for a, b in zip(compute(inputs, gradient, solver), compute(inputs, "direct", solver), strict=True):
+    compute = tf.function(gradients_of) if num_checkpoints == 3 else gradients_of  # to trace takes many times longer
+    for a, b in zip(compute(inputs, gradient, solver), gradients_of(inputs, "direct", solver), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
@@ -57,9 +57,8 @@ def test_it_is_the_gradient_of_the_discrete_solution(ts, options, num_checkpoint
 def test_constant_steps(options):
     solver = keras_node.RungeKutta("rk38", **options)
     inputs = [Y0, MATRIX, tf.constant([0.0, 0.4, 1.0], tf.float64)]
-    compute = tf.function(gradients_of)
-    checkpointed = compute(inputs, keras_node.CheckpointedAdjoint(num_checkpoints=3), solver)
-    for a, b in zip(checkpointed, compute(inputs, "direct", solver), strict=True):
+    checkpointed = gradients_of(inputs, keras_node.CheckpointedAdjoint(num_checkpoints=3), solver)
+    for a, b in zip(checkpointed, gradients_of(inputs, "direct", solver), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
 
 
@@ -68,12 +67,11 @@ def test_xla_and_an_unknown_number_of_times(num_checkpoints):
     solver = keras_node.RungeKutta("bosh3", rtol=1e-4, max_steps=64)
     gradient = keras_node.CheckpointedAdjoint(num_checkpoints)
     inputs = [Y0, MATRIX, tf.constant([0.0, 0.4, 1.0], tf.float64)]
-    expected = gradients_of(inputs, "direct", solver)
     specs = tf.nest.map_structure(lambda x: tf.TensorSpec([None] * x.shape.rank, x.dtype), inputs)
-    for options in ({"jit_compile": True}, {"input_signature": [specs]}):
-        compute = tf.function(lambda inputs: gradients_of(inputs, gradient, solver), **options)
-        for a, b in zip(compute(inputs), expected, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+    options = {"jit_compile": True} if num_checkpoints else {"input_signature": [specs]}
+    compute = tf.function(lambda inputs: gradients_of(inputs, gradient, solver), **options)
+    for a, b in zip(compute(inputs), gradients_of(inputs, "direct", solver), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
 def test_rejected_steps_cost_nothing_backwards():

@@ -41,7 +41,7 @@ def hessian_products(inputs, vectors, gradient, solver):
         (SHARED[[0, 2]], False, "eager"),
         (SHARED, False, "xla"),
         (SHARED[::-1], True, "graph"),
-        (OWN, False, "graph"),
+        (OWN, False, "eager"),
     ],
     ids=["eager", "xla", "reversed-per_sample", "own"],
 )
@@ -50,7 +50,7 @@ def test_hessian_vector_products_equal_finite_differences(gradient, ts, per_samp
     if gradient == "direct" and mode == "xla":
         ts = ts[[0, 2]]  # XLA does not differentiate a loop in a loop twice
     # Those of the discrete solution are compared on few steps; the adjoint's, on next to the exact solution.
-    solver = keras_node.RungeKutta("heun", num_steps=3, per_sample=per_sample)
+    solver = keras_node.RungeKutta("heun", num_steps=2, per_sample=per_sample)
     reference = "direct"
     if gradient == "backsolve":
         solver = keras_node.RungeKutta("bosh3", per_sample=per_sample, **TIGHT)
@@ -58,7 +58,7 @@ def test_hessian_vector_products_equal_finite_differences(gradient, ts, per_samp
     inputs = [Y0, MATRIX, tf.constant(ts)]
     rng = np.random.default_rng(0)
     vectors = [tf.constant(rng.normal(size=x.shape)) for x in inputs]
-    first = tf.function(lambda *inputs: gradients_of(list(inputs), reference, solver))
+    first = lambda *inputs: gradients_of(list(inputs), reference, solver)  # noqa: E731
     ends = [first(*(x + sign * 1e-5 * v for x, v in zip(inputs, vectors, strict=True))) for sign in (1, -1)]
     function = hessian_products if mode == "eager" else tf.function(hessian_products, jit_compile=mode == "xla")
     tolerance = 1e-4 if gradient == "backsolve" else 1e-7
@@ -72,12 +72,12 @@ def test_samples_at_rest_between_two_times_and_between_all():
     inputs = [Y0, MATRIX, ts]
     vectors = [tf.ones_like(Y0), tf.ones_like(MATRIX), tf.zeros_like(ts)]
     solver = keras_node.RungeKutta("bosh3", **TIGHT)
-    products = {g: tf.function(hessian_products)(inputs, vectors, g, solver) for g in ("backsolve", "checkpointed")}
+    products = {g: hessian_products(inputs, vectors, g, solver) for g in ("backsolve", "checkpointed")}
     for a, b in zip(products["backsolve"], products["checkpointed"], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     inputs[2] = tf.constant([0.5, 0.5], tf.float64)
     vectors[2] = tf.zeros_like(inputs[2])
-    assert np.isnan(tf.function(hessian_products)(inputs, vectors, "backsolve", solver)[2]).all()
+    assert np.isnan(hessian_products(inputs, vectors, "backsolve", solver)[2]).all()
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)

@@ -11,7 +11,7 @@ import tensorflow as tf
 import keras_node
 from keras_node.gradients import GRADIENTS
 
-TIGHT = keras_node.RungeKutta("tsit5", rtol=1e-6, atol=1e-8)
+TIGHT = keras_node.RungeKutta("bosh3", rtol=1e-5, atol=1e-7)
 
 
 def mlp(units, hidden=16, **kwargs):
@@ -20,9 +20,8 @@ def mlp(units, hidden=16, **kwargs):
 
 def classifier(**kwargs):
     keras.utils.set_random_seed(1)
-    return keras.Sequential(
-        [keras.Input((4,)), keras.layers.Dense(6), keras_node.ODELayer(mlp(6), **kwargs), keras.layers.Dense(2)]
-    )
+    ode = keras_node.ODELayer(mlp(6), **{"solver": "bosh3", **kwargs})
+    return keras.Sequential([keras.Input((4,)), keras.layers.Dense(6), ode, keras.layers.Dense(2)])
 
 
 @keras.saving.register_keras_serializable(package="keras_node_tests")
@@ -273,7 +272,7 @@ def test_other_precisions_train(data, policy):
     field = keras.Sequential(
         [keras.layers.Dense(8, activation="tanh", dtype=policy), keras.layers.Dense(4, dtype=policy)]
     )
-    layer = keras_node.ODELayer(field, dtype=policy)
+    layer = keras_node.ODELayer(field, solver="bosh3", dtype=policy)
     assert layer(data[0]).dtype == layer.compute_dtype
     model = keras.Sequential([layer, keras.layers.Dense(2, dtype="float32")])
     model.compile(keras.optimizers.Adam(0.02), keras.losses.SparseCategoricalCrossentropy(from_logits=True))

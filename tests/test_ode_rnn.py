@@ -10,7 +10,7 @@ import keras_node
 from keras_node import ODERNN, ODERNNCell, RungeKutta
 
 UNITS, FEATURES, BATCH, STEPS = 4, 3, 2, 5
-COARSE = RungeKutta("rk4", num_steps=2)
+COARSE = RungeKutta("heun", num_steps=2)
 PRECISE = RungeKutta("tsit5", rtol=1e-10, atol=1e-12)
 
 
@@ -80,9 +80,7 @@ def test_it_is_a_solve_to_every_observation_and_a_call_of_the_cell(backwards, fl
         return outputs, tape.gradient(loss, [x, times, h0, *variables])
 
     outputs, gradients = in_graph(lambda: outputs_and_gradients(lambda: layer(x, times, valid, [h0])))()
-    expected_outputs, expected = in_graph(
-        lambda: outputs_and_gradients(lambda: reference(layer, x, times, h0, valid, backwards))
-    )()
+    expected_outputs, expected = outputs_and_gradients(lambda: reference(layer, x, times, h0, valid, backwards))
     np.testing.assert_allclose(outputs, expected_outputs, atol=1e-8)
     for gradient, expected_gradient in zip(gradients, expected, strict=True):
         np.testing.assert_allclose(gradient, expected_gradient, atol=1e-7)
