@@ -22,7 +22,7 @@ def solution(t, up=3.0, down=-5.0):
 
 
 def solver_at(step_at=(1.0,), **options):
-    return keras_node.RungeKutta("tsit5", rtol=1e-6, atol=1e-6, step_at=step_at, **options)
+    return keras_node.RungeKutta("bosh3", rtol=1e-6, atol=1e-6, step_at=step_at, **options)
 
 
 @pytest.mark.parametrize("mode", ["eager", "xla"])
