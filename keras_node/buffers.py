@@ -48,7 +48,13 @@ Buffer = tf.TensorArray | tf.Tensor | _Blocks
 
 
 def new_buffer(size: int | tf.Tensor, like: tf.Tensor) -> Buffer:
-    """Room for `size` tensors; it can be stacked whether or not all of them are written, and may then have more."""
+    """Room for `size` tensors, which need not all be written.
+
+    It may have some more in the end. Eagerly it has those up to the last one written.
+    """
+    if tf.executing_eagerly():
+        array = tf.TensorArray(like.dtype, 0, dynamic_size=True, element_shape=like.shape, clear_after_read=False)
+        return array.write(0, like)
     if like.shape.is_fully_defined():
         # With one of them written, stacking it is defined.
         array = tf.TensorArray(like.dtype, size, element_shape=like.shape, clear_after_read=False)

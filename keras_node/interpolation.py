@@ -118,7 +118,8 @@ class DenseOutput:
 
     def _new_buffer(self, leaf):
         if self.shared:
-            return new_buffer(self.size + 1, leaf)
+            # With the last one written it has them all, also where a solve fails before.
+            return write(new_buffer(self.size + 1, leaf), self.size, leaf)
         return tf.zeros(tf.concat([[self.size + 1], tf.shape(leaf)], 0), leaf.dtype)
 
     def _write(self, buffer, row, value):

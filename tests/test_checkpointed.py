@@ -91,6 +91,14 @@ def test_rejected_steps_cost_nothing_backwards():
     assert len(calls) == 3 * int(solution.stats.num_steps)
 
 
+def test_eagerly_steps_take_room_as_they_are_taken():
+    """A list of a billion entries would not be there in time."""
+    solver = keras_node.RungeKutta("bosh3", rtol=1e-4, max_steps=10**9)
+    inputs = [Y0, MATRIX, tf.constant([0.0, 1.2], tf.float64)]
+    for a, b in zip(gradients_of(inputs, "checkpointed", solver), gradients_of(inputs, "direct", solver), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_a_failed_solve_has_a_gradient_of_nan():
     solver = keras_node.RungeKutta("bosh3", rtol=1e-6, max_steps=8)
     with tf.GradientTape() as tape:
