@@ -86,10 +86,10 @@ def test_the_log_determinant_is_that_of_the_map():
 
 
 def test_density_integrates_to_one():
-    model = moved(flow(solver=RungeKutta(rtol=1e-4, atol=1e-4)))
+    model = moved(flow(solver=RungeKutta("bosh3", rtol=1e-4, atol=1e-4)))
     side = np.linspace(-8, 8, 121)
     grid = np.stack(np.meshgrid(side, side), -1).astype("float32")
-    density = np.exp(tf.function(model.log_prob)(grid))
+    density = np.exp(model.log_prob(grid))
     assert density.shape == (121, 121)
     assert np.std(np.log(density[40:80, 40:80])) > 0.3
     np.testing.assert_allclose(np.sum(density) * (side[1] - side[0]) ** 2, 1, atol=1e-2)
@@ -123,8 +123,10 @@ def test_the_mean_of_hutchinsons_estimates_is_the_exact_value():
     assert np.std(estimates, axis=0)[:, 0].max() > 0.1
 
 
-@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
-@pytest.mark.parametrize("dim", [1, 4, 5, 9])
+@pytest.mark.parametrize(
+    ("dim", "mode"),
+    [(1, "eager"), (4, "eager"), (5, "eager"), (9, "eager"), (1, "graph"), (4, "graph"), (9, "graph"), (9, "xla")],
+)
 def test_exact_rates_are_those_of_the_jacobian_in_any_dimension(dim, mode):
     """For `f = tanh(x W)` trace, Frobenius norm and the gradient of the trace have closed forms."""
     rng = np.random.default_rng(dim)
@@ -254,8 +256,7 @@ def test_eager_graph_and_xla_agree(trace, monkeypatch):
 def test_energies_are_the_integrals_along_the_paths():
     x, condition = points(), points()[:, :1]
     ts = np.linspace(1, 0, 201)
-    solve = tf.function(lambda: keras_node.odeint(turning, x, ts, args=condition, solver=TIGHT).ys)
-    path = solve().numpy()
+    path = keras_node.odeint(turning, x, ts, args=condition, solver=RungeKutta("rk4", num_steps=1)).ys.numpy()
     first, second = path[..., 0], path[..., 1]
     t, c = ts[:, None], condition[:, 0]
     kinetic = (np.sin(second + t) - first * c) ** 2 + np.tanh(first * second) ** 2
