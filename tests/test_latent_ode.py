@@ -223,7 +223,7 @@ def fixed_draw_loss(model, x):
 def test_the_weight_of_the_divergence_rises_in_training_only(float64):
     model, x = latent_ode(kl_annealing_steps=4), series("float64")
     assert float(model.kl_weight) == 1  # not compiled
-    model.compile(keras.optimizers.SGD(0.0), run_eagerly=True)
+    model.compile(keras.optimizers.SGD(0.0))
     weights = []
 
     def note(batch, logs):
@@ -233,7 +233,7 @@ def test_the_weight_of_the_divergence_rises_in_training_only(float64):
         x, epochs=6, batch_size=BATCH, verbose=0, callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=note)]
     )
     np.testing.assert_allclose(weights, [0, 0.25, 0.5, 0.75, 1, 1], atol=1e-5)
-    model.compile(keras.optimizers.SGD(0.0), run_eagerly=True)
+    model.compile(keras.optimizers.SGD(0.0))
     assert float(model.kl_weight) == 0
     logs = model.evaluate(x, verbose=0, return_dict=True)
     np.testing.assert_allclose(logs["loss"], logs["nll"] + logs["kl"], rtol=1e-6)
