@@ -128,7 +128,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("event_xor.png"))
     options = parser.parse_args()
-    jit_compile = False if options.quick else "auto"  # to compile takes longer than a quick run
+    jit_compile = not options.quick  # to compile takes longer than a quick run
     epochs, count = (1, 2560) if options.quick else (options.epochs, STREAMS)
 
     test = event_streams(np.random.default_rng(10_000), 1_000 if options.quick else 10_000, LONGEST, LONGEST)
