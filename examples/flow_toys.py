@@ -30,6 +30,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 BATCH, EDGE = 256, 4.5
+SOLVER = keras_node.RungeKutta("tsit5", rtol=1e-4, atol=1e-4)
+QUICK = keras_node.RungeKutta("midpoint", num_steps=4)
 ANGLES = np.arange(8) * np.pi / 4
 MEANS, DEVIATION = 4 / np.sqrt(2) * np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1), 0.5 / np.sqrt(2)
 
@@ -75,12 +77,11 @@ TOYS = {
 }
 
 
-def train(sample, rng, stages, seed):
+def train(sample, rng, stages, seed, solver, jit_compile):
     """Train a flow on new samples in every step; return it, and its density and samples after every stage."""
-    solver = keras_node.RungeKutta("tsit5", rtol=1e-4, atol=1e-4)
-    flow = keras_node.ContinuousFlow(2, solver=solver, seed=seed)
+    flow = keras_node.ContinuousFlow(2, solver=solver, jit_compile=jit_compile, seed=seed)
     rate = keras.optimizers.schedules.CosineDecay(5e-3, sum(stages))
-    flow.compile(keras.optimizers.Adam(rate))
+    flow.compile(keras.optimizers.Adam(rate), jit_compile=jit_compile)
     pictures = []
     for steps in stages:
         flow.fit(sample(rng, steps * BATCH).astype("float32"), batch_size=BATCH, verbose=0)
@@ -125,7 +126,8 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("flow_toys.png"))
     options = parser.parse_args()
     keras.utils.set_random_seed(options.seed)
-    steps = 60 if options.quick else options.steps
+    steps, solver = (30, QUICK) if options.quick else (options.steps, SOLVER)
+    jit_compile = False if options.quick else "auto"  # to compile takes longer than a quick run
     stages = [steps // 30, steps // 10, steps // 4]
     stages.append(steps - sum(stages))
 
@@ -135,7 +137,7 @@ def main():
         sample, log_density = TOYS[name]
         rng = np.random.default_rng(options.seed)
         start = time.perf_counter()
-        flow, pictures = train(sample, rng, stages, options.seed)
+        flow, pictures = train(sample, rng, stages, options.seed, solver, jit_compile)
         seconds = time.perf_counter() - start
         test = sample(rng, 2000 if options.quick else 20000)
         nll = -np.mean(flow.predict(test.astype("float32"), batch_size=4800, verbose=0))

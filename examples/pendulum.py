@@ -60,16 +60,16 @@ def network(outputs):
     )
 
 
-def train(field, samples, epochs):
+def train(field, samples, epochs, jit_compile):
     """Train a field so that a solve from one noisy sample passes by the next ones."""
     windows = np.lib.stride_tricks.sliding_window_view(samples, WINDOW, axis=1)  # (trajectories, starts, 2, WINDOW)
     windows = windows.reshape(-1, 2, WINDOW).swapaxes(1, 2).astype("float32")
     start = keras.Input((2,))
     solver = keras_node.RungeKutta("rk4", num_steps=1)
-    states = keras_node.ODELayer(field, solver=solver)(start, ts=TIMES[:WINDOW])
+    states = keras_node.ODELayer(field, solver=solver, jit_compile=jit_compile and "auto")(start, ts=TIMES[:WINDOW])
     model = keras.Model(start, states)
     rate = keras.optimizers.schedules.CosineDecay(1e-2, epochs * len(windows) // BATCH)
-    model.compile(keras.optimizers.Adam(rate), "mse", jit_compile=True)
+    model.compile(keras.optimizers.Adam(rate), "mse", jit_compile=jit_compile)
     model.fit(windows[:, 0], windows, BATCH, epochs, verbose=0)
 
 
@@ -106,7 +106,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("pendulum.png"))
     options = parser.parse_args()
-    epochs = 10 if options.quick else options.epochs
+    jit_compile = not options.quick  # to compile takes longer than a quick run
+    epochs = 3 if options.quick else options.epochs
 
     rng = np.random.default_rng(options.seed)
     truth = keras_node.HamiltonianField(energy, dtype="float64")
@@ -119,7 +120,7 @@ def main():
     paths = {"true": true[TRAJECTORIES:]}
     began = time.perf_counter()
     for name, field in fields.items():
-        train(field, samples, epochs)
+        train(field, samples, epochs, jit_compile)
         paths[name] = trajectories(field, paths["true"][:, 0].astype("float32"), LONG.astype("float32")).numpy()
     print(f"{'field':12}{'error, t < 4':>14}{'drift, t < 10':>15}{'drift, t < 100':>16}{'energy MSE':>12}  elsewhere")
     for name, y in paths.items():

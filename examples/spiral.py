@@ -25,6 +25,9 @@ A = np.array([[-0.1, 2.0], [-2.0, -0.1]])
 START = np.array([[2.0, 0.0]])  # a batch of one
 WINDOW = slice(0, 50, 5)  # one piece of the trajectory: 10 samples, spread over 1.1 units of time
 BATCH = 128
+# An error of the solver ends up in the field that is learnt with it: be stricter than the default.
+TRAINING = keras_node.RungeKutta("tsit5", rtol=1e-4, atol=1e-6)
+QUICK = keras_node.RungeKutta("midpoint", num_steps=1)
 ACCURATE = keras_node.RungeKutta("dopri5", rtol=1e-6, atol=1e-7)
 
 
@@ -51,18 +54,18 @@ def network():
     )
 
 
-def train(field, times, samples, epochs):
+def train(field, times, samples, epochs, solver, jit_compile):
     """Train the field in a model from the first state of a window to all states of it."""
     windows = np.lib.stride_tricks.sliding_window_view(samples, WINDOW.stop, axis=0)
     windows = windows.swapaxes(1, 2)[:, WINDOW].astype("float32")  # (windows, times, 2)
-    # An error of the solver ends up in the field that is learnt with it: be stricter than the default.
-    solver = keras_node.RungeKutta("tsit5", rtol=1e-4, atol=1e-6)
     start = keras.Input((2,))
-    states = keras_node.ODELayer(field, solver=solver)(start, ts=times[WINDOW].astype("float32"))
+    states = keras_node.ODELayer(field, solver=solver, jit_compile=jit_compile)(
+        start, ts=times[WINDOW].astype("float32")
+    )
     model = keras.Model(start, states)
 
     rate = keras.optimizers.schedules.CosineDecay(3e-2, epochs * len(windows) // BATCH)
-    model.compile(keras.optimizers.Adam(rate), "mse")
+    model.compile(keras.optimizers.Adam(rate), "mse", jit_compile=jit_compile)
     report = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: epoch % 20 or print(f"epoch {epoch:3}: loss {logs['loss']:.6f}", flush=True)
     )
@@ -104,7 +107,9 @@ def main():
     true = trajectory(true_field, START, times).numpy()
 
     field = network()
-    train(field, times, true, epochs=5 if options.quick else options.epochs)
+    jit_compile = False if options.quick else "auto"  # to compile takes longer than a quick run
+    epochs, solver = (5, QUICK) if options.quick else (options.epochs, TRAINING)
+    train(field, times, true, epochs, solver, jit_compile)
 
     learnt = trajectory(field, START.astype("float32"), times.astype("float32")).numpy()
     distance = np.linalg.norm(learnt - true, axis=-1)

@@ -2,9 +2,10 @@
 
 import importlib.util
 import pathlib
-import subprocess
+import runpy
 import sys
 
+import keras
 import pytest
 
 EXAMPLES = sorted((pathlib.Path(__file__).parent.parent / "examples").glob("*.py"))
@@ -21,12 +22,30 @@ def parameters():
         yield pytest.param(example, id=example.stem, marks=mark)
 
 
-@pytest.mark.parametrize("example", parameters())
-def test_an_example_prints_its_numbers_and_draws_its_picture(example, tmp_path):
+@pytest.fixture(autouse=True)
+def as_before():
+    """Leaves no figure open and Keras as it was: an example may set the dtype policy and names many layers."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    policy, backend = keras.config.dtype_policy(), plt.get_backend()
+    yield
+    plt.close("all")
+    plt.switch_backend(backend)
+    keras.config.set_dtype_policy(policy)
+    keras.utils.clear_session()
+
+
+# A script of its own may warn; what pytest makes of warnings is about the package.
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("example", list(parameters()))
+def test_an_example_prints_its_numbers_and_draws_its_picture(example, tmp_path, monkeypatch, capsys):
     picture = tmp_path / "picture.png"
-    command = [sys.executable, str(example), "--quick", "--out", str(picture)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert any(character.isdigit() for character in result.stdout)
-    assert str(picture) in result.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    # As with `python example.py`, the directory of the script is where its imports are looked for first.
+    monkeypatch.syspath_prepend(str(example.parent))
+    monkeypatch.setattr(sys, "argv", [str(example), "--quick", "--out", str(picture)])
+    runpy.run_path(str(example), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert any(character.isdigit() for character in printed)
+    assert str(picture) in printed
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
