@@ -44,13 +44,13 @@ def residual_network():
     return keras.Model(inputs, keras.layers.Dense(10)(y))
 
 
-def continuous_network(jit_compile):
+def continuous_network():
     """Stem, one ODE in place of the blocks, head."""
     return keras.Sequential(
         [
             keras.Input((64,)),
             keras.layers.Dense(WIDTH),
-            keras_node.ODELayer(two_layer_mlp(), t0=0.0, t1=1.0, track_stats=True, jit_compile=jit_compile, name="ode"),
+            keras_node.ODELayer(two_layer_mlp(), t0=0.0, t1=1.0, track_stats=True, name="ode"),
             keras.layers.Dense(10),
         ]
     )
@@ -69,14 +69,13 @@ class EpochTimer(keras.callbacks.Callback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def train(model, data, epochs, jit_compile):
+def train(model, data, epochs):
     """Fit; return the test accuracy, the median seconds of an epoch and the history."""
     x_train, x_test, labels_train, labels_test = data
     model.compile(
         keras.optimizers.Adam(2e-3),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
-        jit_compile=jit_compile,
     )
     timer = EpochTimer()
     history = model.fit(x_train, labels_train, 64, epochs, verbose=0, callbacks=[timer])
@@ -121,7 +120,6 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("digits.png"))
     options = parser.parse_args()
     epochs = 2 if options.quick else options.epochs
-    jit_compile = False if options.quick else "auto"  # to compile takes longer than a quick run
 
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype("float32")
@@ -130,10 +128,10 @@ def main():
 
     keras.utils.set_random_seed(options.seed)
     keras.config.set_dtype_policy(options.policy)
-    residual, continuous = residual_network(), continuous_network(jit_compile)
+    residual, continuous = residual_network(), continuous_network()
     stem, ode, head = continuous.layers
-    rows = [("residual", residual, *train(residual, data, epochs, jit_compile))]
-    rows += [("continuous", continuous, *train(continuous, data, epochs, jit_compile))]
+    rows = [("residual", residual, *train(residual, data, epochs))]
+    rows += [("continuous", continuous, *train(continuous, data, epochs))]
 
     y0 = stem(x_test)
     solution = keras_node.odeint(ode.vector_field, y0, [0.0, 1.0])

@@ -83,7 +83,7 @@ def classifier(kind, solver, jit_compile):
     elif kind == "ODE-RNN":
         field = keras.Sequential([keras.layers.Dense(UNITS, activation="tanh"), keras.layers.Dense(UNITS)])
         cell = keras.layers.GRUCell(UNITS)
-        h = keras_node.ODERNN(cell, field, solver=solver, jit_compile=jit_compile and "auto")(y, times, mask=mask)
+        h = keras_node.ODERNN(cell, field, solver=solver, jit_compile=jit_compile)(y, times, mask=mask)
     else:
         elapsed = keras.ops.diff(keras.ops.pad(times, [(0, 0), (1, 0)]), axis=1)[..., None]
         h = keras.layers.GRU(UNITS)(keras.ops.concatenate([y, elapsed], axis=-1), mask=mask)

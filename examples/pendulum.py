@@ -66,7 +66,7 @@ def train(field, samples, epochs, jit_compile):
     windows = windows.reshape(-1, 2, WINDOW).swapaxes(1, 2).astype("float32")
     start = keras.Input((2,))
     solver = keras_node.RungeKutta("rk4", num_steps=1)
-    states = keras_node.ODELayer(field, solver=solver, jit_compile=jit_compile and "auto")(start, ts=TIMES[:WINDOW])
+    states = keras_node.ODELayer(field, solver=solver, jit_compile=jit_compile)(start, ts=TIMES[:WINDOW])
     model = keras.Model(start, states)
     rate = keras.optimizers.schedules.CosineDecay(1e-2, epochs * len(windows) // BATCH)
     model.compile(keras.optimizers.Adam(rate), "mse", jit_compile=jit_compile)

@@ -69,8 +69,7 @@ class ContinuousFlow(keras.Model):
     chosen for a batch as a whole, a density depends on its batch by an error below the tolerances.
 
     Example:
-    >>> solver = keras_node.RungeKutta("midpoint", num_steps=4)
-    >>> flow = keras_node.ContinuousFlow(2, solver=solver, seed=0)
+    >>> flow = keras_node.ContinuousFlow(2, solver="bosh3", seed=0)
     >>> flow.compile("adam")
     >>> history = flow.fit(keras.random.normal((64, 2)), verbose=0)
     >>> flow.sample(5).shape

@@ -75,8 +75,7 @@ class LatentODE(keras.Model):
     >>> times = keras.ops.sort(keras.random.uniform((8, 5)), axis=1)
     >>> values = keras.ops.sin(6 * times)[..., None]
     >>> mask = keras.random.uniform((8, 5, 1)) < 0.8
-    >>> solver = keras_node.RungeKutta("midpoint", num_steps=1)
-    >>> model = keras_node.LatentODE(4, solver=solver, gradient="direct", kl_annealing_steps=100)
+    >>> model = keras_node.LatentODE(4, solver="bosh3", kl_annealing_steps=100)
     >>> model.compile("adam")
     >>> history = model.fit((times, values, mask), epochs=2, verbose=0)
     >>> sorted(history.history)
