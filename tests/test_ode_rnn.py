@@ -272,7 +272,7 @@ def test_it_trains_alike_with_and_without_xla_and_is_saved_and_exported(tmp_path
     x, times = series()
     mask = np.array([[True] * STEPS, [True] * 3 + [False] * 2])
     inputs = [keras.Input((None, FEATURES)), keras.Input((None,)), keras.Input((None,), dtype="bool")]
-    h = ODERNN(layers.LSTMCell(UNITS), mlp(), solver="bosh3")(inputs[0], inputs[1], mask=inputs[2])
+    h = ODERNN(layers.LSTMCell(UNITS), mlp(), solver=COARSE)(inputs[0], inputs[1], mask=inputs[2])
     model = keras.Model(inputs, layers.Dense(1)(h))
     start, losses = model.get_weights(), []
     for jit_compile in (False, True):

@@ -34,7 +34,7 @@ for name in json.loads(sys.argv[1]):
 """
 
 
-SOLVER = keras_node.RungeKutta("tsit5", rtol=1e-6, atol=1e-7)
+SOLVER = keras_node.RungeKutta("bosh3", rtol=1e-5, atol=1e-6)
 
 
 def field():
