@@ -64,8 +64,16 @@ def test_the_loop_is_keras_own(gradient, options):
     solver = RungeKutta("bosh3", rtol=1e-4) if isinstance(gradient, keras_node.BacksolveAdjoint) else COARSE
     layer = ODERNN(layers.LSTMCell(UNITS), mlp(), solver=solver, gradient=gradient, **options)
     expected = results_and_gradients(layer, **inputs)
-    for training in (False, None)[: 1 + (solver is COARSE)]:  # a gradient that is not expected, and one that is
+    for training in (False, None):  # a gradient that is not expected, and one that is
         assert_all_close(tf.function(results_and_gradients)(layer, training, **inputs), expected)
+
+
+def test_inference_keeps_nothing_for_a_gradient():
+    layer = ODERNN(layers.GRUCell(UNITS), mlp(), solver=COARSE, jit_compile=False)
+    for training, keeps in ((False, False), (None, True)):
+        function = tf.function(lambda *inputs, training=training: layer(*inputs, training=training))
+        graph = function.get_concrete_function(*series()).graph
+        assert any(op.type == "TensorListReserve" for op in graph.get_operations()) == keeps
 
 
 def test_in_training_the_loop_and_its_gradient_are_a_program_each():
@@ -200,7 +208,9 @@ KEEP = Keep()
 
 @pytest.mark.parametrize("gradient", ["backsolve", "checkpointed"])
 def test_second_derivatives(gradient):
-    solver = COARSE if gradient == "checkpointed" else RungeKutta("bosh3", num_steps=4)
+    # One gradient is that of the steps, the other that of the exact solution.
+    exact = gradient == "checkpointed"
+    solver, tolerance = (COARSE, 1e-4) if exact else (RungeKutta("bosh3", num_steps=4), 1e-3)
     layer = ODERNN(layers.SimpleRNNCell(UNITS), layers.Dense(UNITS, "tanh"), solver=solver, gradient=gradient)
     direct = ODERNN(layer.cell.cell, layer.cell.vector_field, solver=solver, gradient="direct")
     x, times = series()
@@ -214,7 +224,7 @@ def test_second_derivatives(gradient):
             gradient = inner.gradient(value, x)
         return outer.gradient(gradient, x, tf.ones_like(gradient))
 
-    np.testing.assert_allclose(tf.function(product)(layer), product(direct), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(tf.function(product)(layer), product(direct), rtol=tolerance, atol=tolerance / 100)
 
 
 def test_a_cell_that_adds_losses_is_refused():
