@@ -73,6 +73,7 @@ def integrate(
     observers: Sequence[Observer] = (),
     jump: Callable[[tf.Tensor, Nest], Nest] | None = None,
     norm: Norm | None = None,
+    first_step: tf.Tensor | None = None,
 ) -> Integral:
     """Integrates `dy/dt = f(t, y)` from the clock's first stop to its last.
 
@@ -86,6 +87,8 @@ def integrate(
         jump: `jump(i, y)`, the state behind the `i`-th stop from the state before it, for the stops between
             the first and the last. The field is evaluated afresh there.
         norm: of the error; by default its root mean square, over the whole state or that of each sample.
+        first_step: what an adaptive solve attempts first, in units of the clock, where more is known of it than the
+            solver says; one value, or with per-sample steps one for each sample.
     """
     tableau, controller, per_sample = solver.tableau, solver.controller, solver.per_sample
     norm = norm or functools.partial(rms_norm, per_sample=per_sample)
@@ -181,7 +184,9 @@ def integrate(
             restarts = restarts + tf.cast(arrived, tf.int32)
         return y, k1, restarts
 
-    k1, step_size, evaluations = _first_evaluations(vector_field, y0, first_segment, clock, solver, control, norm)
+    k1, step_size, evaluations = _first_evaluations(
+        vector_field, y0, first_segment, clock, solver, control, norm, first_step
+    )
     zeros = tf.zeros(control, tf.int32)
     finite = _is_finite(k1.y, per_sample) if k1 != () else tf.fill(control, True)
     reading = tf.zeros(control, clock.stops.dtype)
@@ -220,13 +225,15 @@ def integrate(
     )
 
 
-def _first_evaluations(vector_field, y0, segment, clock, solver, control, norm):
+def _first_evaluations(vector_field, y0, segment, clock, solver, control, norm, first_step):
     """The rates at the start where they serve, the first step size, and how many evaluations these took."""
-    adaptive_start = solver.adaptive and solver.first_step is None
+    adaptive_start = solver.adaptive and solver.first_step is None and first_step is None
     rate = segment.rate
     k1, evaluations = (), 0
     if solver.tableau.fsal or adaptive_start:
         k1, evaluations = vector_field(segment.inside(segment.first), y0, rate), 1
+    if first_step is not None:
+        return k1, first_step, evaluations
     if not adaptive_start:
         given = solver.first_step if solver.adaptive else solver.step_size or 0.0
         return k1, tf.fill(control, tf.cast(given, clock.stops.dtype)), evaluations

@@ -157,6 +157,30 @@ def test_gradients_are_the_same_eagerly_in_a_graph_and_under_xla(gradient, mode)
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("per_sample", [False, True], ids=["joint", "per_sample"])
+def test_the_backward_solve_goes_on_with_the_step_of_the_forward_one(per_sample):
+    solver, calls = keras_node.RungeKutta("tsit5", rtol=1e-5, atol=1e-5, per_sample=per_sample), []
+
+    def counted(t, y):
+        calls.append(t)
+        return field(t, y, MATRIX)
+
+    def evaluations(gradient):
+        with tf.GradientTape() as tape:
+            tape.watch(Y0)
+            ys = keras_node.odeint(counted, Y0, [0.0, 3.0], gradient=gradient, solver=solver).ys
+            y1 = ys[-1]
+        calls.clear()
+        return tape.gradient(y1, Y0), len(calls)
+
+    computed, from_there = evaluations("backsolve")
+    # One with a solver of its own knows nothing of the steps forwards.
+    expected, anew = evaluations(keras_node.BacksolveAdjoint(solver))
+    # The trial of a first step, and the short step that it gives.
+    assert anew - from_there >= solver.tableau.num_stages
+    np.testing.assert_allclose(computed, expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("ts", [SHARED, OWN], ids=["shared", "own"])
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_xla_compiles_once_for_all_values(gradient, ts):

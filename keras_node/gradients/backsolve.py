@@ -35,7 +35,8 @@ class BacksolveAdjoint:
     give `num_checkpoints`, or use another gradient. Second derivatives go through the steps of the backward solve.
 
     Args:
-        solver: the solver of the backward solve; `None` is the one of the forward solve.
+        solver: the solver of the backward solve; `None` is the one of the forward solve, which then goes on with the
+            length of step that it has come to.
         norm: `"state"` controls the error of `(y, a)` only, `"full"` that of the parameters' gradient as well, at
             the cost of more steps. Per-sample steps need `"state"`.
         num_checkpoints: number of states of the forward solution, evenly spaced in time, from which `y` starts again
@@ -84,7 +85,7 @@ class BacksolveAdjoint:
         if self._known is not None:
             return solve_with_gradient(problem, self._recall, self._backward)
         if self.num_checkpoints is None:
-            return solve_with_gradient(problem, solve, self._backward)
+            return solve_with_gradient(problem, self._forward, self._backward)
         if problem.solver.num_steps is not None:
             raise ValueError(
                 "`num_checkpoints` needs adaptive steps or a `step_size`: with `num_steps`, steps are counted between "
@@ -95,9 +96,19 @@ class BacksolveAdjoint:
         parts = np.arange(1, self.num_checkpoints + 1) / (self.num_checkpoints + 1)
         first, last = tf.stop_gradient(problem.ts[0]), tf.stop_gradient(problem.ts[-1])
         ts, index = merge(problem.ts, tf.stack([first + part * (last - first) for part in parts]))
-        trajectory = solve_with_gradient(problem._replace(ts=ts), solve, self._backward)
+        trajectory = solve_with_gradient(problem._replace(ts=ts), self._forward, self._backward)
         wanted = tf.argsort(tf.where(index < 0, tf.size(index), index), axis=0, stable=True)[: tf.shape(problem.ts)[0]]
         return trajectory._replace(ys=tf.nest.map_structure(lambda y: take(y, wanted), trajectory.ys))
+
+    def _forward(self, problem: Problem) -> tuple[Trajectory, tuple]:
+        """Solves, and keeps the length of step with which the way back can begin."""
+        solver = problem.solver
+        if self.solver is not None or not solver.adaptive or solver.first_step is not None:
+            return solve(problem)
+        ts = per_sample_times(problem.ts, solver, problem.y0)
+        trajectory, ((last, before),) = solve(problem, [LastSteps(ts[0] if solver.per_sample else tf.zeros((), ts.dtype))])
+        # The last step is cut short at the end.
+        return trajectory, (tf.maximum(last, before),)
 
     def _recall(self, problem: Problem) -> tuple[Trajectory, tuple]:
         """The known result, as if solved for."""
@@ -107,7 +118,7 @@ class BacksolveAdjoint:
 
     def _backward(self, problem: Problem, memory: tuple, ys: Nest, dys: Nest) -> tuple[tuple, Stats, tf.Tensor]:
         """The gradients of `y0`, `ts` and `params`, from those of the states at `ts`, and how their solve went."""
-        del memory
+        first_step = memory[0] if memory else None
         vector_field, y0, ts, params, forward_solver = problem[:5]
         solver = self.solver or forward_solver
         times, stops_at = per_sample_times(ts, solver, y0)[::-1], None
@@ -140,6 +151,7 @@ class BacksolveAdjoint:
                 solver,
                 observers=[observer],
                 jump=jump,
+                first_step=first_step,
             )
             (_, adjoint), (gradients,) = integral.y1, integral.memories
             gradients = trees.poison(tf.reduce_any(integral.status != 0), gradients)
@@ -156,10 +168,14 @@ class BacksolveAdjoint:
                 # Not one mean over both: where weights are many, it would allow the state any error.
                 return tf.maximum(rms_norm(error[:2], False), rms_norm(error[2], False))
 
-            integral = integrate(rates, (*state, gradients), clock, solver, jump=full_jump, norm=norm)
+            integral = integrate(
+                rates, (*state, gradients), clock, solver, jump=full_jump, norm=norm, first_step=first_step
+            )
             _, adjoint, gradients = integral.y1
         else:
-            integral = integrate(augmented, state, clock, solver, quadrature=gradients, jump=jump)
+            integral = integrate(
+                augmented, state, clock, solver, quadrature=gradients, jump=jump, first_step=first_step
+            )
             (_, adjoint), gradients = integral.y1, integral.quadrature
 
         dts = tf.zeros_like(ts)
@@ -213,6 +229,25 @@ def _unknown_derivative(ts, at_rest, like):
         return tf.where(unknown, tf.constant(float("nan"), ts.dtype), tf.zeros_like(ts)), None, tf.zeros_like(like)
 
     return tf.zeros_like(like), gradient
+
+
+class LastSteps:
+    """The lengths of the last accepted step and of the one before, an observer.
+
+    Args:
+        like: a time, or with per-sample steps one of each sample; the lengths are zero before there is a step.
+    """
+
+    def __init__(self, like):
+        self.like = like
+
+    def start(self, y0):
+        del y0
+        return (tf.zeros_like(self.like),) * 2
+
+    def update(self, lengths, step, progress):
+        del step
+        return trees.where(progress.accepted, (progress.length, lengths[0]), lengths)
 
 
 class ParameterGradient:
