@@ -106,7 +106,8 @@ class BacksolveAdjoint:
         if self.solver is not None or not solver.adaptive or solver.first_step is not None:
             return solve(problem)
         ts = per_sample_times(problem.ts, solver, problem.y0)
-        trajectory, ((last, before),) = solve(problem, [LastSteps(ts[0] if solver.per_sample else tf.zeros((), ts.dtype))])
+        observer = LastSteps(ts[0] if solver.per_sample else tf.zeros((), ts.dtype))
+        trajectory, ((last, before),) = solve(problem, [observer])
         # The last step is cut short at the end.
         return trajectory, (tf.maximum(last, before),)
 
@@ -127,9 +128,11 @@ class BacksolveAdjoint:
             times, stops_at = merge(times, tf.constant(kinks, times.dtype))
         clock = make_clock(times, solver.per_sample, kinks=bool(kinks))
 
+        last = (ts.shape[0] or tf.shape(ts)[0]) - 1
+
         def at(i, states):
             """The states at `ts[-1 - i]`; `i` is one index, or one for each sample."""
-            return tf.nest.map_structure(lambda x: pick(x[::-1], i), states)
+            return tf.nest.map_structure(lambda x: pick(x, last - i), states)
 
         def jump(i, state):
             i = i if stops_at is None else pick(stops_at, i)
