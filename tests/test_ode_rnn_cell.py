@@ -304,3 +304,26 @@ def test_what_it_cannot_use_is_refused():
         ODERNNCell(gru, mlp()).build((2, 1))
     with pytest.raises(ValueError, match="shape of the state"):
         ODERNNCell(gru, mlp(UNITS + 1)).build((2, FEATURES + 1))
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_an_interval_that_is_too_long_for_one_step_is_solved_as_well(jit_compile):
+    """`h' = 30 (cos t - h)`, for which a step over the whole interval is a hundred times too long."""
+    solver = RungeKutta(rtol=1e-5, atol=1e-6)
+    cell = ODERNNCell(layers.GRUCell(1), lambda t, h: 30 * (tf.cos(t) - h), solver=solver, gradient="checkpointed")
+
+    @tf.function(jit_compile=jit_compile)
+    def value_and_gradient(h0, times):
+        with tf.GradientTape() as tape:
+            tape.watch(times)
+            h = cell.solve(h0, times).ys[-1]
+        return h, tape.gradient(h, times)
+
+    times = np.array([[0.0, 0.0], [40.0, 1.0]], "float32")
+    h, gradient = value_and_gradient(tf.constant([[2.0], [3.0]]), times)
+
+    def exact(t):
+        return (900 * np.cos(t) + 30 * np.sin(t)) / 901
+
+    np.testing.assert_allclose(h[:, 0], exact(times[1]), atol=1e-4)
+    np.testing.assert_allclose(gradient[1], 30 * (np.cos(times[1]) - exact(times[1])), atol=3e-3)

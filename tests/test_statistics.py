@@ -55,6 +55,23 @@ def test_a_recurrent_layer_counts_its_solves(jit_compile):
     np.testing.assert_allclose(logs[name], [(3 * 7 + 1) / 4], rtol=1e-6)
 
 
+@pytest.mark.parametrize("gradient", ["backsolve", "checkpointed", "direct"])
+@pytest.mark.parametrize("layer", ["ODERNN", "NeuralCDE"])
+def test_the_solves_of_a_recurrent_layer_attempt_the_whole_interval_first(layer, gradient):
+    if layer == "ODERNN":
+        rnn = keras_node.ODERNN(keras.layers.GRUCell(3), keras.layers.Dense(3), gradient=gradient, track_stats=True)
+        expected = (3 * 7 + 1) / 4  # a step to each observation, and none to the first
+    else:
+        rnn = keras_node.NeuralCDE(3, keras.layers.Dense(3 * 4), gradient=gradient, track_stats=True)
+        expected = 7
+    tf.function(rnn)(np.full((8, 4, 3), 0.1, "float32"), 1e-2 * TIMES, training=True)
+    evaluations = next(float(m.result()) for m in rnn.metrics if m.name.endswith("evaluations"))
+    if gradient == "direct":  # tries a first step
+        assert evaluations >= expected + 1
+    else:
+        assert evaluations == expected
+
+
 def test_off_it_leaves_no_trace():
     layer = keras_node.ODELayer(keras.layers.Dense(3))
     layer(X)

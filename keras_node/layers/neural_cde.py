@@ -8,7 +8,7 @@ from keras_node import gradients, solvers
 from keras_node.control import INTERPOLATIONS, differentiate, increments, pieces, polynomial
 from keras_node.jit_compile import check_jit_compile
 from keras_node.layers.irregular_times import check_order
-from keras_node.layers.series import SeriesRNN
+from keras_node.layers.series import SeriesRNN, for_short_intervals
 from keras_node.odeint import odeint
 from keras_node.statistics import SolverStatistics
 from keras_node.vector_field import build, call_arguments
@@ -37,7 +37,7 @@ class NeuralCDE(keras.layers.Layer):
             `"rectilinear"`, at twice the number of solves, no state depends on later observations, even where values
             are missing: the state moves with time while `x` stays, and then with `x` while time stays.
         solver: a `keras_node.RungeKutta`, or the name of a method. Its unit of time is the interval between two
-            observations. Defaults to `"tsit5"`.
+            observations. Defaults to `"tsit5"`. An adaptive one starts as that of `keras_node.ODERNNCell` does.
         gradient: `"backsolve"` (default), `"direct"`, or an object such as `keras_node.BacksolveAdjoint()`.
         return_sequences: whether to return the state at every step, or the last one. Defaults to `False`.
         jit_compile: whether the loop over the steps, its solves included, is an XLA program of its own where the model
@@ -140,7 +140,7 @@ class NeuralCDE(keras.layers.Layer):
         shapes = (None, 1) if self.solver.per_sample else (), (None, self.units), (None, degree, channels)
         build(controlled, *(keras.KerasTensor(shape, dtype=self.variable_dtype) for shape in shapes))
         options = {
-            "solver": self.solver,
+            "solver": for_short_intervals(self.solver, self.gradient),
             "gradient": self.gradient,
             "jit_compile": self.jit_compile,
             "statistics": self.statistics,

@@ -29,7 +29,8 @@ class ODERNN(keras.layers.Layer):
             a list of them to be stacked.
         vector_field: what moves the state: a Keras layer or model, or a registered callable, `(h)` or `(t, h)`. `t` is
             the time since the last observation.
-        solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`.
+        solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`. An adaptive one attempts the
+            whole way to an observation first, unless it has a `first_step` or the gradient is `"direct"`.
         gradient: `"backsolve"` (default), `"direct"`, or an object such as `keras_node.BacksolveAdjoint()`.
         evolve: which of the cell's states move, an index or several (see `keras_node.ODERNNCell`). Defaults to the
             first: `h` of an `LSTMCell` moves and its memory `c` stays (ODE-LSTM).

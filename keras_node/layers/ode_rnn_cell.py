@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_node import gradients, solvers
 from keras_node.jit_compile import check_jit_compile
+from keras_node.layers.series import for_short_intervals
 from keras_node.odeint import odeint
 from keras_node.statistics import SolverStatistics
 from keras_node.vector_field import build, call_arguments
@@ -37,7 +38,8 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
             observation; the cell does not see that channel. An interval of zero leaves the state exactly as it was,
             a negative one moves it backwards. Defaults to `True`.
         interval: without `time_feature`, the interval before every observation. Defaults to `1.0`.
-        solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`.
+        solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`. An adaptive one attempts the
+            whole interval first, unless it has a `first_step` or the gradient is `"direct"`.
         gradient: `"backsolve"` (default), `"direct"`, or an object such as `keras_node.BacksolveAdjoint()`.
         evolve: which of the cell's states move, an index or several; of several, the field sees and moves the
             concatenation. Defaults to `0`, the first: `h` of an `LSTMCell` moves and its memory `c` stays (ODE-LSTM).
@@ -173,7 +175,7 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
     def solve(self, y0, ts, **options):
         """`keras_node.odeint` with the field and the options of this cell."""
         own = {
-            "solver": self.solver,
+            "solver": for_short_intervals(self.solver, self.gradient),
             "gradient": self.gradient,
             "jit_compile": self.jit_compile,
             "statistics": self.statistics,

@@ -13,6 +13,9 @@ from keras_node.gradients.vjp import vjp
 from keras_node.jit_compile import compiles
 from keras_node.pure_function import PureFunction, RecordingScope
 from keras_node.solution import check_status
+from keras_node.solvers.runge_kutta import RungeKutta
+
+_LONGER_THAN_ALL = 1e30  # infinity times zero, as a converter may write a selection, would be no number
 
 
 class SeriesRNN(keras.layers.RNN):
@@ -183,6 +186,18 @@ class _Loop:
         with _fixed(self.cell.dropout_cells, masks):
             output, states = self.cell.advance(x, states, self.training, move)
         return output, keras.tree.flatten(states), moved, tf.reduce_max(statuses)
+
+
+def for_short_intervals(solver, gradient):
+    """The solver of a cell: adaptive, and not told how to start, it attempts the whole interval first.
+
+    Observations are mostly so near that one step does, where the trial of a first step and a short one to begin with
+    would double the work. A step that is too long is rejected and tells how long one may be.
+    """
+    # TensorFlow's own gradient goes through rejected steps too, and is NaN where one has left the field's domain.
+    if not solver.adaptive or solver.first_step is not None or isinstance(gradient, DirectGradient):
+        return solver
+    return RungeKutta(**{**solver.get_config(), "first_step": _LONGER_THAN_ALL})
 
 
 def _conclude(gradients, worst, dys):
