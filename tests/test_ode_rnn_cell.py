@@ -327,3 +327,23 @@ def test_an_interval_that_is_too_long_for_one_step_is_solved_as_well(jit_compile
 
     np.testing.assert_allclose(h[:, 0], exact(times[1]), atol=1e-4)
     np.testing.assert_allclose(gradient[1], 30 * (np.cos(times[1]) - exact(times[1])), atol=3e-3)
+
+
+@pytest.mark.parametrize("gradient", ["direct", "checkpointed", "backsolve"])
+def test_a_field_that_is_defined_for_some_states_only_has_its_gradient(gradient):
+    """`h' = sqrt(h) - 4 h`, of which a step over the whole interval would ask for the root of a negative number."""
+    solver = RungeKutta(rtol=1e-6, atol=1e-6, max_steps=64)
+    cell = ODERNNCell(layers.GRUCell(1), lambda h: tf.sqrt(h) - 4 * h, solver=solver, gradient=gradient)
+
+    @tf.function(jit_compile=True)
+    def value_and_gradient(h0):
+        with tf.GradientTape() as tape:
+            tape.watch(h0)
+            h = cell.solve(h0, [0.0, 0.6]).ys[-1]
+        return h, tape.gradient(h, h0)
+
+    h, gradient = value_and_gradient(tf.constant([[1.0]]))
+    # With u = sqrt(h), u' = 1/2 - 2 u.
+    u = 0.25 + 0.75 * np.exp(-1.2)
+    np.testing.assert_allclose(h, [[u**2]], rtol=1e-4)
+    np.testing.assert_allclose(gradient, [[u * np.exp(-1.2)]], rtol=1e-3)

@@ -194,7 +194,7 @@ def for_short_intervals(solver, gradient):
     Observations are mostly so near that one step does, where the trial of a first step and a short one to begin with
     would double the work. A step that is too long is rejected and tells how long one may be.
     """
-    # TensorFlow's own gradient goes through rejected steps too, and is NaN where one has left the field's domain.
+    # TensorFlow's own gradient goes through rejected steps too: under XLA it is NaN if one has left the field's domain.
     if not solver.adaptive or solver.first_step is not None or isinstance(gradient, DirectGradient):
         return solver
     return RungeKutta(**{**solver.get_config(), "first_step": _LONGER_THAN_ALL})
