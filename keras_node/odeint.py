@@ -80,7 +80,7 @@ def odeint(
     _check_batch(y0, ts, solver)
 
     field = VectorField(vector_field, ts[0], y0, args, training)
-    jit_compile = compiles(jit_compile, gradient, training, lambda: field.trace(ts[0], y0)[1])
+    jit_compile = compiles(jit_compile, gradient, training, lambda: field.pure.trace)
     on_backward = None if statistics is None else functools.partial(statistics.backward, training=training)
     problem = Problem(field, y0, ts, field.params, solver, throw, times_vary, jit_compile, on_backward)
     ys, stats, status = gradient(problem)

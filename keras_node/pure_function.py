@@ -1,28 +1,81 @@
-"""From a function that reads and updates Keras variables to one of tensors alone."""
+"""From a function that reads and updates Keras variables to one of tensors alone.
 
-from collections.abc import Callable
+A solve evaluates its field many times, and its gradient evaluates it again when the call of the layer has ended. All of
+these evaluations must be of one function: with the same weights, the same noise and the same call context. And a
+gradient must know every tensor that the function depends on:
+
+- Keras variables. They are replaced by tensors (`params`) that the solve passes on. A `keras.StatelessScope` does so,
+  in which updates of state, such as seeds and moving averages, have no effect either.
+- Tensors of a graph that the function closes over (`captured`), which tracing it finds. Nothing can be put in their
+  place, but a tape that watches them sees how the function depends on them.
+- Variables that the function reads by itself: TensorFlow's own, those in a `tf.function`, which reads them once and for
+  all, and those in `tf.recompute_grad`, which differentiates by variables only. `tf.custom_gradient` finds them and
+  asks for their gradients; a tape can watch them (`also_reading`).
+- Eager tensors that the function closes over. Nothing can find them; `hidden` are values that depend on them.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from keras_node.call_context import CallContext
 from keras_node.trees import Nest
 
 
 class RecordingScope(keras.StatelessScope):
-    """Notes every Keras variable that is read or updated, and every loss; nothing is updated in earnest."""
+    """Notes every Keras variable that is read or updated, and every loss; no variable is changed.
+
+    Attributes:
+        read: the variables that were read, by their `id`.
+        unrecorded: those among them that were read while no tape recorded, as `tf.recompute_grad` reads them and with
+            it layers made in a `keras.RematScope`.
+    """
 
     def __init__(self):
         super().__init__(collect_losses=True)
         self.read = {}
         self._updated = {}
+        self._graph = _graph()
+        self._is_reading = False
+        self._tape = tf.GradientTape(persistent=True)
+        self._mark = tf.constant(0.0)
+        self._marks = {}
+        self.unrecorded = []
+
+    def __enter__(self):
+        self._tape.__enter__()
+        self._tape.watch(self._mark)
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        self._tape.__exit__(*exception)
+        # Here, since the marks may be tensors of a graph that nobody else can use.
+        self.unrecorded = [
+            self.read[i] for i, mark in self._marks.items() if self._tape.gradient(mark, self._mark) is None
+        ]
 
     def get_current_value(self, variable):
+        if self._is_reading:
+            return None
         self.read[id(variable)] = variable
         value = super().get_current_value(variable)
         # A scope around this one may have given the variable another value.
         if value is None and self.original_scope is not None:
             value = self.original_scope.get_current_value(variable)
+        # A `tf.function` must read the variable itself: what it reads as it is traced, it keeps.
+        if value is None and _graph() is self._graph:
+            self._marks[id(variable)] = tf.identity(self._mark)
+            if self._graph is None:
+                # Eagerly, what a tape sees in the result shall be what the function closes over, and nothing else.
+                self._is_reading = True
+                with self._tape.stop_recording():
+                    value = tf.stop_gradient(variable.value)
+                self._is_reading = False
         return value
 
     def add_update(self, update):
@@ -34,68 +87,85 @@ class RecordingScope(keras.StatelessScope):
     def updates(self) -> list[tuple[keras.Variable, tf.Tensor]]:
         return [(v, self.state_mapping[i]) for i, v in self._updated.items()]
 
+    @property
+    def reads_others(self) -> bool:
+        """Whether the function itself reads trainable variables, of TensorFlow or in a `tf.function`."""
+        return bool(self._tape.watched_variables())
+
 
 class PureFunction:
-    """A function in a graph whose variables are arguments, and whose updates of them are results.
+    """A function whose variables are arguments, and whose updates of them are results.
+
+    It is evaluated once, here, to see what it reads beside its arguments.
 
     Args:
-        function: a function of tensors.
-        *arguments: nests of tensors of the graph, for which it is traced once to see what else it reads.
+        function: a function of nests of tensors.
+        *arguments: what to evaluate it with.
+        variables: Keras variables that it may read on other occasions.
 
     Attributes:
-        params: the values of the trainable variables that it reads.
-        constants: the values of other ones that it reads.
-        carried: the values of those that it updates, such as seeds and statistics.
-        closed_over: float tensors that it reads beside these and its arguments.
-        trace: the concrete function; `structured_outputs` has the shapes and dtypes of what is returned.
+        params: float tensors that it depends on and a gradient may be asked for: the values of the trainable variables
+            that it reads, and `captured`.
+        captured: tensors of the graph that it closes over; eagerly there are none.
+        hidden: float tensors that depend on whatever else it closes over, whose gradient is not known.
+        carried: the values of the variables that it updates, such as seeds and statistics.
+        updates: these variables, and their values after the evaluation.
+        losses: the losses that it adds.
+        trace: in a graph, the concrete function of the evaluation, which returns the function's results first.
+        context: the call context of Keras that it is evaluated in.
     """
 
-    def __init__(self, function: Callable, *arguments: Nest):
+    def __init__(self, function: Callable, *arguments: Nest, variables: Sequence[keras.Variable] = ()):
         self.function = function
-        scope = RecordingScope()
-
-        def traced():
-            with scope:
-                return function(*arguments)
-
-        trace = tf.function(traced, autograph=False).get_concrete_function()
-        if scope.losses:
-            raise ValueError(
-                "A step of a recurrent layer cannot add losses: activity regularizers and `add_loss` have no effect in "
-                "the loop over a series. Regularize the layer's output, or its weights. "
-                f"Received: {len(scope.losses)} loss(es) a step"
-            )
-        self.trace = trace
+        self.trace, scope, results, values = _evaluate_once(function, arguments)
+        self.losses = scope.losses
         updated = [variable for variable, _ in scope.updates]
-        read = [v for v in scope.read.values() if not any(v is u for u in updated)]
-        self._trainable = [v for v in read if v.trainable]
-        self._constant = [v for v in read if not v.trainable]
-        self._updated = updated
-        self.params = [full_precision(v.value) for v in self._trainable]
-        # A tape watches a frozen weight all the same, and would take it for a tensor that the function closes over.
-        self.constants = [tf.stop_gradient(full_precision(v.value)) for v in self._constant]
-        self.carried = [tf.stop_gradient(tf.convert_to_tensor(v.value)) for v in updated]
-        known = {id(x) for x in tf.nest.flatten((arguments, self._values(scope)))}
-        captured = [x for x in trace.captured_inputs if x.dtype.is_floating and id(x) not in known]
-        variables = [v for v in trace.trainable_variables if id(v.handle) not in known]
-        self.closed_over = captured + [tf.convert_to_tensor(v) for v in variables]
+        self.updates = list(zip(updated, values, strict=True))
 
-    def __call__(
-        self, params: list[tf.Tensor], constants: list[tf.Tensor], carried: list[tf.Tensor], *arguments: Nest
-    ) -> tuple[Any, list[tf.Tensor]]:
+        read = list({id(v): v for v in (*variables, *scope.read.values())}.values())
+        by_itself = [id(v) for v in scope.unrecorded if v.trainable]
+        read = [v for v in read if id(v) not in by_itself]
+        self._updated = updated
+        self._trainable = [v for v in read if v.trainable]
+        self._constant = [v for v in read if not v.trainable and not any(v is u for u in updated)]
+        weights = [full_precision(v.value) for v in self._trainable]
+        # A tape watches a frozen weight all the same, and would take it for a tensor that the function closes over.
+        self._constants = [tf.stop_gradient(full_precision(v.value)) for v in self._constant]
+        self.carried = [tf.stop_gradient(tf.convert_to_tensor(v.value)) for v in updated]
+
+        if self.trace is None:
+            # With variables that it reads by itself, the value depends on these too, and their gradient is known.
+            self.captured = []
+            self.hidden = [x for x in tf.nest.flatten(results) if _is_float(x) and not scope.reads_others]
+        else:
+            known = {id(x) for x in tf.nest.flatten((arguments, [v.value for v in scope.read.values()]))}
+            closed_over = [x for x in self.trace.captured_inputs if _is_float(x) and id(x) not in known]
+            # An eager tensor is nearly always a constant, a table perhaps, whose gradient would only be a cost.
+            self.captured = [x for x in closed_over if tf.is_symbolic_tensor(x)]
+            self.hidden = [x for x in closed_over if not tf.is_symbolic_tensor(x)]
+        self.params = [*weights, *map(tf.identity, self.captured)]
+        self._read_by_itself = self.captured
+        self.context = dataclasses.replace(CallContext.current(), autocast=_autocast(read))
+
+    def __call__(self, params: list, carried: list[tf.Tensor], *arguments: Nest) -> tuple[Any, list[tf.Tensor]]:
         """What the function returns, and the values of `carried` after it."""
         variables = self._trainable + self._constant + self._updated
-        mapping = list(zip(variables, [*params, *constants, *carried], strict=True))
+        weights = params[: len(self._trainable)]
+        mapping = list(zip(variables, [*weights, *self._constants, *carried], strict=True))
         with keras.StatelessScope(mapping, initialize_variables=False) as scope:
             results = self.function(*arguments)
         return results, [tf.convert_to_tensor(scope.get_current_value(v)) for v in self._updated]
 
-    @staticmethod
-    def _values(scope):
-        """What stands for the variables in a trace: tensors that a scope gave them, or handles, one on each device."""
-        values = [v.value for v in scope.read.values()]
-        copies = [c for v in values for c in tf.distribute.get_strategy().experimental_local_results(v)]
-        return [c.handle if isinstance(c, tf.Variable) else c for c in copies]
+    def sources(self, params: list) -> list:
+        """What a tape must watch, and be asked for, to differentiate with respect to `params`."""
+        return [*params[: len(params) - len(self._read_by_itself)], *self._read_by_itself]
+
+    def also_reading(self, variables: Sequence[tf.Variable]) -> "PureFunction":
+        """The same function where the values of `variables`, which it reads by itself, are the last of `params`."""
+        other = copy.copy(self)
+        other._read_by_itself = [*self._read_by_itself, *variables]
+        other.params = [*self.params, *map(tf.convert_to_tensor, variables)]
+        return other
 
     def assign(self, carried: list[tf.Tensor]) -> None:
         """Updates the variables."""
@@ -103,7 +173,50 @@ class PureFunction:
             variable.assign(value)
 
 
+def _evaluate_once(function, arguments):
+    """The trace in a graph, the scope of the evaluation, and what it gave: results and values of updated variables."""
+    scopes = []
+
+    def evaluate():
+        scopes.append(RecordingScope())
+        with scopes[0]:
+            results = function(*arguments)
+        return results, [value for _, value in scopes[0].updates]
+
+    if tf.executing_eagerly():
+        results, values = evaluate()
+        return None, scopes[0], results, values
+    trace = tf.function(evaluate, autograph=False).get_concrete_function()
+    (scope,) = scopes
+    # Only what is updated is needed here; the rest of the call is removed again.
+    results, values = trace() if scope.updates else trace.structured_outputs
+    return trace, scope, results, values
+
+
 def full_precision(value) -> tf.Tensor:
     """A variable's value; under a mixed policy it comes in half precision, in which a gradient is not summed up."""
     value = tf.convert_to_tensor(value)
     return tf.cast(value, tf.float32) if value.dtype in (tf.float16, tf.bfloat16) else value
+
+
+def is_seed(variable: keras.Variable) -> bool:
+    """Whether a variable is the state of a random generator: an integer, which says nothing of the data."""
+    return not tf.as_dtype(variable.dtype).is_floating
+
+
+def _autocast(variables):
+    """The precision in which float variables are read here, if it is not their own."""
+    for variable in variables:
+        read, own = tf.as_dtype(variable.value.dtype), tf.as_dtype(variable.dtype)
+        if own.is_floating and read != own:
+            return read.name
+    return None
+
+
+def _graph():
+    """The graph that is being built, or `None` in eager mode."""
+    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def _is_float(x) -> bool:
+    return tf.is_tensor(x) and x.dtype.is_floating

@@ -1,37 +1,38 @@
 """From a Keras layer or a callable to a pure function `f(t, y, params)`.
 
-Inside a solve the field reads its variables through a `keras.StatelessScope`, so the solve sees every tensor
-that it must differentiate, updates of state (seeds, moving averages) have no effect while it runs, and noise is
-the same at every evaluation: a solve integrates one field.
+A solve integrates one field: `PureFunction` sees to it that every evaluation, of the solve and of its gradient, is with
+the same weights and the same noise, and that the solve knows every tensor it must differentiate.
 """
 
+import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_node import trees
-from keras_node.pure_function import RecordingScope, full_precision
+from keras_node.pure_function import PureFunction, is_seed
 from keras_node.trees import Nest
 
 _KEYWORDS = ("training", "mask")
 
 
 class VectorField:
-    """A vector field for one solve, with its parameters explicit.
+    """A vector field for one solve, with everything that it depends on made explicit.
 
     Args:
         function: a Keras layer, or a callable, `f(y)`, `f(t, y)` or `f(t, y, args)`.
-        t0: the first time, where a callable is evaluated once to see what it reads.
+        t0: the first time, at which it is evaluated once to see what it reads.
         y0: the initial state.
         args: nest of tensors handed to the field, or `None`.
         training: passed on where the field takes it.
 
     Attributes:
-        params: the tensors that the field reads and a gradient may be asked for: the values of its trainable
-            variables, then the float leaves of `args`.
+        pure: the field as a `PureFunction`.
+        params: the tensors that the field reads and a gradient may be asked for: the float leaves of `args`, then the
+            `params` of `pure`.
         computes_in_float16: whether its rates, when last evaluated, came in a precision that overflows early.
     """
 
@@ -53,59 +54,36 @@ class VectorField:
         self.keywords = {"training": training} if takes_training and training is not None else {}
         self.args = tf.nest.map_structure(lambda a: _to_tensor(a, tf.nest.flatten(y0)[0].dtype), args)
         self._float_args = [a for a in tf.nest.flatten(self.args) if _is_float(a)]
-
-        self._traced = None
-        self._trainable, self._constant = [], []
+        variables = []
         if isinstance(function, keras.Layer):
             if not function.built:
                 build(function, trees.align(t0, tf.nest.flatten(y0)[0]), y0, self.args)
-            self._trainable = list(function.trainable_variables)
-            self._constant = list(function.non_trainable_variables)
-        if self._constant or not isinstance(function, keras.Layer):
-            self._advance_state(t0, y0)
-        else:
-            self._read_variables()
-
-    @property
-    def params(self) -> list[tf.Tensor]:
-        return self._values + self._float_args
+            # All of them, since a field may read others later than at the start.
+            variables = [*function.trainable_variables, *function.non_trainable_variables]
+        constants = trees.each(lambda a: tf.stop_gradient(a) if _is_float(a) else a, self.args)
+        self.pure = PureFunction(self._evaluate, *trees.stop_gradient((t0, y0)), constants, variables=variables)
+        self.params = self._float_args + self.pure.params
+        self._check_losses()
+        self._advance_seeds()
 
     def __call__(self, t: tf.Tensor, y: Nest, params: list[tf.Tensor]) -> Nest:
         """`f(t, y)` at the given parameters, in the structure, shapes and dtypes of `y`."""
-        values, float_args = params[: len(self._values)], iter(params[len(self._values) :])
+        float_args = iter(params)
         args = trees.each(lambda a: next(float_args) if _is_float(a) else a, self.args)
-        variables = self._trainable + self._constant
-        mapping = list(zip(variables, values + self._constant_values, strict=True))
-        with keras.StatelessScope(mapping, collect_losses=True, initialize_variables=False) as scope:
-            dy = self._evaluate(t, y, args)
-        if scope.losses:
-            raise ValueError(
-                "A vector field is evaluated at a solver's stages, where a loss has no meaning; activity regularizers "
-                "and `add_loss` cannot be used inside it. Regularize weights, or integrate the loss as a part of the "
-                f"state. Received: {self.function!r}, which adds {len(scope.losses)} loss(es) per evaluation"
-            )
+        dy, _ = self.pure(list(float_args), self.pure.carried, t, y, args)
         return dy
 
-    def closed_over(self, t: tf.Tensor, y: Nest) -> list[tf.Tensor]:
-        """Float tensors that carry what the field reads beside its arguments and `params`.
+    def sources(self, params: list) -> list:
+        """What a tape must watch, and be asked for, to differentiate with respect to `params`."""
+        number = len(self._float_args)
+        return [*params[:number], *self.pure.sources(params[number:])]
 
-        In a graph they are such tensors themselves. Eagerly nothing tells of them but the field's value, which is
-        watched by a tape if one of them is.
-        """
-        if tf.executing_eagerly():
-            return tf.nest.flatten(self(*trees.stop_gradient((t, y, self.params))))
-        arguments, trace = self.trace(t, y)
-        known = {id(x) for x in tf.nest.flatten((arguments, self.args, self._constant_values))}
-        captured = [x for x in trace.captured_inputs if x.dtype.is_floating and id(x) not in known]
-        return captured + [tf.convert_to_tensor(v) for v in trace.trainable_variables]
-
-    def trace(self, t: tf.Tensor, y: Nest) -> tuple[tuple, Any]:
-        """An evaluation as a graph of its own, and what it was made of; the first is kept for all who ask."""
-        if self._traced is None:
-            arguments = trees.stop_gradient((t, y, self.params))
-            function = tf.function(lambda: self(*arguments), autograph=False)
-            self._traced = arguments, function.get_concrete_function()
-        return self._traced
+    def also_reading(self, variables: Sequence[tf.Variable]) -> "VectorField":
+        """The same field where the values of `variables`, which it reads by itself, are the last of `params`."""
+        other = copy.copy(self)
+        other.pure = self.pure.also_reading(variables)
+        other.params = self._float_args + other.pure.params
+        return other
 
     def _evaluate(self, t, y, args):
         with tf.name_scope("vector_field"):  # a layer's name may begin with "_", a scope's at the root may not
@@ -113,32 +91,24 @@ class VectorField:
         self.computes_in_float16 = any(getattr(d, "dtype", None) == tf.float16 for d in tf.nest.flatten(dy))
         return like_state(dy, y, self.function)
 
-    def _read_variables(self):
-        self._values = [full_precision(v.value) for v in self._trainable]
-        # A tape watches a frozen weight all the same, and would take it for a tensor that the field closes over.
-        self._constant_values = [tf.stop_gradient(full_precision(v.value)) for v in self._constant]
+    def _check_losses(self):
+        if self.pure.losses:
+            raise ValueError(
+                "A vector field is evaluated at a solver's stages, where a loss has no meaning; activity regularizers "
+                "and `add_loss` cannot be used inside it. Regularize weights, or integrate the loss as a part of the "
+                f"state. Received: {self.function!r}, which adds {len(self.pure.losses)} loss(es) per evaluation"
+            )
 
-    def _advance_state(self, t0, y0):
-        """Evaluates the field once to learn which variables it reads and updates.
-
-        A seed moves on by one solve. An update of anything else depends on the state, and has no meaning at
-        the stages of a solver.
-        """
-        known = {id(v) for v in self._trainable + self._constant}
-        scope = RecordingScope()
-        with scope:
-            self._evaluate(t0, trees.stop_gradient(y0), self.args)
-        for variable in scope.read.values():
-            if id(variable) not in known:
-                (self._trainable if variable.trainable else self._constant).append(variable)
-        self._read_variables()
-        for variable, value in scope.updates:
-            if not _is_seed(variable):
+    def _advance_seeds(self):
+        """Moves seeds on by one solve. Any other update depends on the state, and has no meaning at a stage."""
+        for variable, value in self.pure.updates:
+            if not is_seed(variable):
                 raise ValueError(
                     f"A vector field cannot update state while it is integrated, and {variable.path!r} is "
                     "updated on every evaluation. For BatchNormalization, use LayerNormalization or "
                     "GroupNormalization inside the field, put the BatchNormalization before or after the ODE "
-                    f"layer, or call the field with `training=False`. Received: {self.function!r}"
+                    "layer, or call the field with `training=False`. Update a metric outside the field, and set "
+                    f"`track_stats` on the outermost layer only. Received: {self.function!r}"
                 )
             variable.assign(value)
 
@@ -191,10 +161,10 @@ def _to_symbolic(x):
 
 
 def _to_tensor(x, dtype):
+    if isinstance(x, keras.Variable | tf.Variable):  # which `tf.is_tensor` may take for a tensor
+        return tf.convert_to_tensor(x)
     if x is None or tf.is_tensor(x):
         return x
-    if isinstance(x, keras.Variable | tf.Variable):
-        return tf.convert_to_tensor(x)
     x = tf.convert_to_tensor(x)
     # A number or an array takes the state's precision; NumPy's default would not mix with float32.
     return tf.cast(x, dtype) if x.dtype.is_floating else x
@@ -202,10 +172,6 @@ def _to_tensor(x, dtype):
 
 def _is_float(x) -> bool:
     return tf.is_tensor(x) and x.dtype.is_floating
-
-
-def _is_seed(variable) -> bool:
-    return not tf.as_dtype(variable.dtype).is_floating
 
 
 def like_state(dy: Nest, y: Nest, function) -> Nest:

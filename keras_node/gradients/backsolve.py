@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_node import solvers, trees
 from keras_node.clock import make_clock, merge, pick, take
-from keras_node.gradients.custom import solve_with_gradient
+from keras_node.gradients.custom_vjp import solve_with_gradient
 from keras_node.gradients.vjp import vjp
 from keras_node.integrate import integrate
 from keras_node.solution import Stats
@@ -143,7 +143,7 @@ class BacksolveAdjoint:
             return behind if stops_at is None else trees.where(i >= 0, behind, state)
 
         state = (at(0, ys), at(0, dys))
-        gradients = tf.nest.map_structure(tf.zeros_like, params)
+        gradients = _in_precision_of(y0, tf.nest.map_structure(tf.zeros_like, params))
         augmented = _augmented(vector_field, params)
         if solver.per_sample:
             observer = ParameterGradient(vector_field, params, clock, solver.tableau)
@@ -188,6 +188,7 @@ class BacksolveAdjoint:
                 at_rest = clock.end == 0
                 adjoint = tf.nest.map_structure(lambda a: a + _unknown_derivative(ts, at_rest, a), adjoint)
         adjoint = trees.add(adjoint, tf.nest.map_structure(lambda d: d[0], dys))
+        gradients = [tf.cast(g, p.dtype) for g, p in zip(gradients, params, strict=True)]
         return (adjoint, dts, gradients), integral.stats, integral.status
 
     def get_config(self) -> dict:
@@ -201,20 +202,21 @@ class BacksolveAdjoint:
 
 def _augmented(vector_field, params):
     """The rates of `(y, adjoint)` and, as a quadrature, of the parameters' gradient."""
+    sources = vector_field.sources(params)
 
     def augmented(t, state, rate):
         y, adjoint = state
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(tf.nest.flatten(y) + params)
+            tape.watch(tf.nest.flatten(y) + sources)
             dy = vector_field(t, y, params)
         if rate.shape.rank == 0:
-            dadjoint, dgradients = vjp(tape, dy, (y, params), trees.scale(-1.0, adjoint))
-            return Rates((dy, dadjoint), dgradients)
+            dadjoint, dgradients = vjp(tape, dy, (y, sources), trees.scale(-1.0, adjoint))
+            return Rates((dy, dadjoint), _in_precision_of(adjoint, dgradients))
         # The product sums over samples, each of which must count at its own rate. One at rest has no say, but for a
         # share below rounding: its adjoint has a rate, which a second derivative with respect to its times asks for.
         rate = rate + tf.where(rate == 0, tf.cast(1e-20, rate.dtype), 0)
-        dadjoint, dgradients = vjp(tape, dy, (y, params), trees.scale(-rate, adjoint))
-        return Rates((dy, trees.scale(1 / rate, dadjoint)), dgradients)
+        dadjoint, dgradients = vjp(tape, dy, (y, sources), trees.scale(-rate, adjoint))
+        return Rates((dy, trees.scale(1 / rate, dadjoint)), _in_precision_of(adjoint, dgradients))
 
     return augmented
 
@@ -232,6 +234,12 @@ def _unknown_derivative(ts, at_rest, like):
         return tf.where(unknown, tf.constant(float("nan"), ts.dtype), tf.zeros_like(ts)), None, tf.zeros_like(like)
 
     return tf.zeros_like(like), gradient
+
+
+def _in_precision_of(state, gradients):
+    """Gradients of parameters in the precision of the state, in which they are summed up."""
+    dtype = tf.nest.flatten(state)[0].dtype
+    return trees.each(lambda g: g if g.dtype == dtype else tf.cast(g, dtype), gradients)
 
 
 class LastSteps:
@@ -267,13 +275,13 @@ class ParameterGradient:
         self.tableau = tableau
 
     def start(self, state):
-        del state
-        return tf.nest.map_structure(tf.zeros_like, self.params)
+        return _in_precision_of(state, tf.nest.map_structure(tf.zeros_like, self.params))
 
     def update(self, gradients, step, progress):
         # A rejected step may have left the field's domain: its stages are replaced before they are evaluated.
+        sources = self.vector_field.sources(self.params)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(self.params)
+            tape.watch(sources)
             rates, weights = [], []
             for weight, (t, state) in zip(self.tableau.b, step.stages, strict=True):
                 if weight != 0:
@@ -281,7 +289,7 @@ class ParameterGradient:
                     rates.append(self.vector_field(self.clock.inside(progress.segment, t), y, self.params))
                     dt = tf.where(progress.accepted, step.dt, 0)
                     weights.append(trees.scale(-weight * dt, adjoint))
-        return trees.add(gradients, vjp(tape, rates, self.params, weights))
+        return trees.add(gradients, _in_precision_of(step.y0, vjp(tape, rates, sources, weights)))
 
 
 def _time_gradient(vector_field, params, ts, ys, dys, adjoint):

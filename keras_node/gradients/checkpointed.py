@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 
 from keras_node import trees
-from keras_node.gradients.custom import recomputed, solve_with_gradient
+from keras_node.gradients.custom_vjp import differentiated_as, solve_with_gradient
 from keras_node.gradients.replay import Record, Recorder, Replay
 from keras_node.gradients.vjp import vjp
 from keras_node.integrate import step_limit
@@ -93,13 +93,16 @@ def _backward(problem: Problem, record: Record, status: tf.Tensor, capacity, dys
 
     def at_once(*arguments):
         *solved, dys = arguments
+        sources = (*solved[:2], problem.vector_field.sources(solved[2]))
         with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(tf.nest.flatten(solved))
+            tape.watch(tf.nest.flatten(sources))
             ys = replay(*solved).states(*solved)
-        return vjp(tape, ys, tuple(solved), dys)
+        return vjp(tape, ys, sources, dys)
 
     arguments = (problem.y0, problem.ts, problem.params, dys)
-    adjoint, dts, dparams = recomputed(step_by_step, at_once, arguments)
+    adjoint, dts, dparams = differentiated_as(
+        step_by_step, at_once, arguments, problem.vector_field.pure, jit_compile=False
+    )
     failed = status != int(Status.SUCCESS)
     any_failed = tf.reduce_any(failed)
     gradients = trees.poison(failed, adjoint), trees.poison(any_failed, dts), trees.poison(any_failed, dparams)

@@ -142,11 +142,12 @@ class Replay:
             clock_tape.watch(ts)
             clock, readings = solve_clock(ts, solver, y0)
         timing = (clock.times, clock.rate, readings) if times_vary else ()
+        sources = self.problem.vector_field.sources(params)
 
         def through_step(n, y, total):
             adjoint, dparams, dtiming, written = total
             with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(tf.nest.flatten((y, params, timing[:2])))
+                tape.watch(tf.nest.flatten((y, sources, timing[:2])))
                 step, progress = self.step(n, y, params, clock)
             parts = (step.y1, [rates.y for rates in step.k], step.dt) if self.dense else step.y1
             cotangent, direct = adjoint, tf.nest.map_structure(tf.zeros_like, y)
@@ -156,7 +157,7 @@ class Replay:
                 cotangent, direct, dreadings, written = self._through_outputs(
                     step, progress, readings, dys, (adjoint, *nothing[1:]), direct, dreadings, written
                 )
-            dy, dstep, dclock = vjp(tape, parts, (y, params, timing[:2]), cotangent)
+            dy, dstep, dclock = vjp(tape, parts, (y, sources, timing[:2]), cotangent)
             dtiming = (*trees.add(dtiming[:2], dclock), *dreadings)
             return trees.add(dy, direct), trees.add(dparams, dstep), dtiming, written
 

@@ -15,4 +15,4 @@ def vjp(tape: tf.GradientTape, outputs: Nest, inputs: Nest, cotangent: Nest) -> 
         unconnected_gradients=tf.UnconnectedGradients.ZERO,
     )
     # The gradient of a lookup comes as IndexedSlices, which a loop cannot carry.
-    return tf.nest.pack_sequence_as(inputs, [g if tf.is_tensor(g) else tf.convert_to_tensor(g) for g in gradients])
+    return tf.nest.pack_sequence_as(inputs, [tf.convert_to_tensor(g) for g in gradients])

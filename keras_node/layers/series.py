@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_node import trees
 from keras_node.buffers import new_buffer, stack, write
-from keras_node.gradients.custom import compiled, recomputed, refuse, with_gradient
+from keras_node.gradients.custom_vjp import custom_vjp, differentiated_as
 from keras_node.gradients.direct import DirectGradient
 from keras_node.gradients.vjp import vjp
 from keras_node.jit_compile import compiles
@@ -45,7 +45,6 @@ class SeriesRNN(keras.layers.RNN):
             ys, (carried, worst), _ = loop.forward(*inputs)
         else:
             ys, (carried, worst) = self._with_gradient(loop, inputs, training)
-            ys = refuse(loop.pure.closed_over, cell, ys)
         loop.pure.assign(carried)
         output, states, outputs = check_status(worst, ys, "The solve")
         outputs = _swapped(outputs[0]) if self.return_sequences else output[:, None]
@@ -55,7 +54,7 @@ class SeriesRNN(keras.layers.RNN):
         jit_compile = compiles(self.cell.jit_compile, self.cell.gradient, training, lambda: loop.pure.trace)
 
         def in_training(*inputs):
-            (*ys, _, _), others = with_gradient(loop.keeping, loop.backward, _conclude, inputs, jit_compile)
+            (*ys, _, _), others = custom_vjp(loop.keeping, loop.backward, _conclude, inputs, loop.pure, jit_compile)
             return tuple(ys), others
 
         def in_inference(*inputs):
@@ -64,7 +63,7 @@ class SeriesRNN(keras.layers.RNN):
         if training is not False:
             return in_training(*inputs)
         # Nothing is kept for a gradient that is not expected. Should one be asked for, the loop runs once more.
-        return recomputed(compiled(in_inference) if jit_compile else in_inference, in_training, inputs)
+        return differentiated_as(in_inference, in_training, inputs, loop.pure, jit_compile)
 
     def _steps(self, x):
         """`(batch, T, ...)` as `(T, batch, ...)`, in the order of processing."""
@@ -92,7 +91,13 @@ class _Loop:
         self.masks = _dropout_masks(self.cell, x[0], initial_state) if training else ()
         self.reports = _Reports(self.cell.statistics)
         self.pure = PureFunction(self._advance, x[0], keras.tree.flatten(initial_state), self.masks, ())
-        output, _, moved, _ = self.pure.trace.structured_outputs
+        if self.pure.losses:
+            raise ValueError(
+                "A step of a recurrent layer cannot add losses: activity regularizers and `add_loss` have no effect in "
+                "the loop over a series. Regularize the layer's output, or its weights. "
+                f"Received: {len(self.pure.losses)} loss(es) a step"
+            )
+        (output, _, moved, _), _ = self.pure.trace.structured_outputs
         batch = x.shape[1] or tf.shape(x)[1]
         self.no_output, *self.not_moved = [tf.zeros([batch, *a.shape[1:]], a.dtype) for a in (output, *moved)]
 
@@ -110,7 +115,9 @@ class _Loop:
         kept = tf.nest.map_structure(lambda like: new_buffer(self.size, like), kept)
 
         def body(i, output, before, carried, worst, kept):
-            output, states, moved, status, after = self._step(i, tf.gather(x, i), output, before, params, carried)
+            output, states, moved, status, after = self._step(
+                self.pure, i, tf.gather(x, i), output, before, params, carried
+            )
             values = rows(output, before, moved, carried)
             kept = tf.nest.map_structure(lambda value, buffer: write(buffer, i, value), values, kept)
             return i + 1, output, states, after, tf.maximum(worst, status), kept
@@ -127,9 +134,15 @@ class _Loop:
         ys, others, (before, moved, carries) = self.forward(x, states, params, keeps=True)
         return (*ys, before, moved), others, carries
 
-    def backward(self, carries, x, states, params, ys, dys):
-        """The gradients of the inputs, the initial states and the parameters, and how the adjoint's solves ended."""
+    def backward(self, carries, variables, x, states, params, ys, dys):
+        """The gradients of the inputs, the initial states and the parameters, and how the adjoint's solves ended.
+
+        Between the two, the gradients of TensorFlow variables that a step reads by itself.
+        """
         del states
+        count, pure = len(params), self.pure.also_reading(variables)
+        params = [*params, *pure.params[count:]]
+        sources = pure.sources(params)
         _, _, _, before, moved = ys
         doutput, dstates, doutputs, dbefore, dmoved = dys
         knows = hasattr(self.cell.gradient, "given")
@@ -139,14 +152,16 @@ class _Loop:
 
         def body(i, doutput, dstates, dparams, dx, worst):
             inputs = tf.gather(x, i), tf.zeros_like(doutput), at(i, before), params
+            watched = (*inputs[:-1], sources)
             with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(tf.nest.flatten(inputs))
-                output, states, behind, _, _ = self._step(i, *inputs, at(i, carries), at(i, moved) if knows else ())
+                tape.watch(tf.nest.flatten(watched))
+                known = at(i, moved) if knows else ()
+                output, states, behind, _, _ = self._step(pure, i, *inputs, at(i, carries), known)
             if doutputs:
                 doutput += tf.gather(doutputs[0], i)
             self.reports.statuses.clear()  # a second derivative has left some of another graph
             cotangents = (doutput, dstates, at(i, dmoved))
-            dx_i, doutput, dstates, dstep = vjp(tape, (output, states, behind), inputs, cotangents)
+            dx_i, doutput, dstates, dstep = vjp(tape, (output, states, behind), watched, cotangents)
             dstates, dparams = trees.add(dstates, at(i, dbefore)), trees.add(dparams, dstep)
             worst = tf.reduce_max([worst, *self.reports.statuses])
             return i - 1, doutput, dstates, dparams, write(dx, i, dx_i), worst
@@ -156,12 +171,11 @@ class _Loop:
         _, _, dstates, dparams, dx, worst = tf.while_loop(
             lambda i, *_: i >= 0, body, start, maximum_iterations=self.size
         )
-        return (stack(dx)[: self.size], dstates, dparams), worst
+        return (stack(dx)[: self.size], dstates, dparams[:count]), dparams[count:], worst
 
-    def _step(self, i, x, output, states, params, carried, known=()):
+    def _step(self, pure, i, x, output, states, params, carried, known=()):
         """The output, the states, those behind solves, how these ended, and `carried`; masked, it changes nothing."""
-        pure = self.pure
-        results, carried = pure(params, pure.constants, carried, x, states, self.masks, known)
+        results, carried = pure(params, carried, x, states, self.masks, known)
         new_output, new_states, moved, status = results
         new_states = [tf.ensure_shape(new, old.shape) for new, old in zip(new_states, states, strict=True)]
         if self.valid is not None:
