@@ -1,11 +1,11 @@
 """Whether a solve is an XLA program of its own, in a graph that as a whole is none."""
 
-from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from keras_node.gradients.direct import DirectGradient
+from keras_node.pure_function import PureFunction
 
 # Beginnings of the names of operations: gradients, transposed and depthwise convolutions included.
 _CONVOLUTIONS = ("Conv2D", "Conv3D", "DepthwiseConv2d")
@@ -23,11 +23,14 @@ def check_jit_compile(jit_compile: bool | str, gradient: Any) -> None:
         )
 
 
-def compiles(jit_compile: bool | str, gradient: Any, training: bool | None, trace: Callable) -> bool:
-    """What a choice comes to; `trace()` is a concrete function of the operations in question."""
+def compiles(jit_compile: bool | str, gradient: Any, training: bool | None, pure: PureFunction) -> bool:
+    """What a choice comes to; `pure` is the function that the program evaluates."""
     if tf.executing_eagerly() or jit_compile != "auto":
         return jit_compile is True
-    return bool(training) and not isinstance(gradient, DirectGradient) and (_accelerated() or not _convolves(trace()))
+    if not training or isinstance(gradient, DirectGradient):
+        return False
+    # From one seed TensorFlow draws other numbers in an XLA program than outside.
+    return not pure.draws_noise and (_accelerated() or not _convolves(pure.trace))
 
 
 def _accelerated() -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_node import gradients, solvers
+from keras_node.call_context import CallContext
 from keras_node.jit_compile import check_jit_compile, compiles
 from keras_node.solution import Solution, Status, check_status
 from keras_node.solve import Problem
@@ -48,13 +49,15 @@ def odeint(
         solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`. A method without an
             error estimate, by name, takes 10 steps between two times.
         gradient: `"backsolve"` (default), `"direct"`, or an object such as `keras_node.BacksolveAdjoint()`.
-        training: passed to a field that takes it.
+        training: whether the field, and every layer in it, is in training mode. By default what Keras' call context
+            says: that of the layer or model from whose `call` this function is called, else `False`.
         throw: whether a failed solve raises `tf.errors.InvalidArgumentError`. Under XLA nothing raises. Whatever
             the mode, the states that a failed solve did not reach are NaN, and its `status` tells why.
         jit_compile: whether the solve and its gradient are XLA programs of their own, as parts of a graph (in a
             `tf.function`, in `fit`) that as a whole is none; eagerly nothing is compiled. `"auto"` (default) compiles
             where `training` is true, so that models are exported without; not with `"direct"`, which cannot; and not a
-            field with convolutions where there is no device but a CPU.
+            field with convolutions where there is no device but a CPU, nor one that draws noise, which would be other
+            noise in an XLA program than outside of it.
         statistics: what a layer that tracks its solves hands in to be told how they went, there and back.
 
     Returns:
@@ -74,13 +77,22 @@ def odeint(
     """
     solver, gradient = solvers.get(solver), gradients.get(gradient)
     check_jit_compile(jit_compile, gradient)
+    here = CallContext.current()
+    training = here.training if training is None else training
+    return CallContext(training).run(
+        lambda: _odeint(vector_field, y0, ts, args, solver, gradient, training, throw, jit_compile, statistics)
+    )
+
+
+def _odeint(vector_field, y0, ts, args, solver, gradient, training, throw, jit_compile, statistics):
+    """`odeint` in a call context that says whether it is `training`."""
     original, y0 = y0, _to_state(y0)
     times_vary = any(tf.is_tensor(t) or isinstance(t, tf.Variable | keras.Variable) for t in tf.nest.flatten(ts))
     ts, valid = _to_times(ts, tf.nest.flatten(y0)[0])
     _check_batch(y0, ts, solver)
 
     field = VectorField(vector_field, ts[0], y0, args, training)
-    jit_compile = compiles(jit_compile, gradient, training, lambda: field.pure.trace)
+    jit_compile = compiles(jit_compile, gradient, training, field.pure)
     on_backward = None if statistics is None else functools.partial(statistics.backward, training=training)
     problem = Problem(field, y0, ts, field.params, solver, throw, times_vary, jit_compile, on_backward)
     ys, stats, status = gradient(problem)

@@ -6,12 +6,12 @@ gradient must know every tensor that the function depends on:
 
 - Keras variables. They are replaced by tensors (`params`) that the solve passes on. A `keras.StatelessScope` does so,
   in which updates of state, such as seeds and moving averages, have no effect either.
-- Tensors of a graph that the function closes over (`captured`), which tracing it finds. Nothing can be put in their
+- Tensors that the function closes over (`captured`), which tracing it in a graph finds. Nothing can be put in their
   place, but a tape that watches them sees how the function depends on them.
 - Variables that the function reads by itself: TensorFlow's own, those in a `tf.function`, which reads them once and for
   all, and those in `tf.recompute_grad`, which differentiates by variables only. `tf.custom_gradient` finds them and
   asks for their gradients; a tape can watch them (`also_reading`).
-- Eager tensors that the function closes over. Nothing can find them; `hidden` are values that depend on them.
+- Tensors that it closes over in eager mode. Nothing can find them; `hidden` are values that depend on them.
 """
 
 import copy
@@ -88,9 +88,9 @@ class RecordingScope(keras.StatelessScope):
         return [(v, self.state_mapping[i]) for i, v in self._updated.items()]
 
     @property
-    def reads_others(self) -> bool:
-        """Whether the function itself reads trainable variables, of TensorFlow or in a `tf.function`."""
-        return bool(self._tape.watched_variables())
+    def watched(self) -> tuple[tf.Variable, ...]:
+        """Trainable variables of TensorFlow that were read; eagerly, not those that were read for a Keras variable."""
+        return self._tape.watched_variables()
 
 
 class PureFunction:
@@ -106,8 +106,8 @@ class PureFunction:
     Attributes:
         params: float tensors that it depends on and a gradient may be asked for: the values of the trainable variables
             that it reads, and `captured`.
-        captured: tensors of the graph that it closes over; eagerly there are none.
-        hidden: float tensors that depend on whatever else it closes over, whose gradient is not known.
+        captured: float tensors that it closes over, in a graph; eagerly none are found.
+        hidden: eagerly, float tensors that depend on whatever it closes over; in a graph there are none.
         carried: the values of the variables that it updates, such as seeds and statistics.
         updates: these variables, and their values after the evaluation.
         losses: the losses that it adds.
@@ -119,6 +119,7 @@ class PureFunction:
         self.function = function
         self.trace, scope, results, values = _evaluate_once(function, arguments)
         self.losses = scope.losses
+        self._evaluated = {*scope.read, *map(id, scope.watched)}
         updated = [variable for variable, _ in scope.updates]
         self.updates = list(zip(updated, values, strict=True))
 
@@ -136,13 +137,11 @@ class PureFunction:
         if self.trace is None:
             # With variables that it reads by itself, the value depends on these too, and their gradient is known.
             self.captured = []
-            self.hidden = [x for x in tf.nest.flatten(results) if _is_float(x) and not scope.reads_others]
+            self.hidden = [x for x in tf.nest.flatten(results) if _is_float(x) and not scope.watched]
         else:
             known = {id(x) for x in tf.nest.flatten((arguments, [v.value for v in scope.read.values()]))}
-            closed_over = [x for x in self.trace.captured_inputs if _is_float(x) and id(x) not in known]
-            # An eager tensor is nearly always a constant, a table perhaps, whose gradient would only be a cost.
-            self.captured = [x for x in closed_over if tf.is_symbolic_tensor(x)]
-            self.hidden = [x for x in closed_over if not tf.is_symbolic_tensor(x)]
+            self.captured = [x for x in self.trace.captured_inputs if _is_float(x) and id(x) not in known]
+            self.hidden = []
         self.params = [*weights, *map(tf.identity, self.captured)]
         self._read_by_itself = self.captured
         self.context = dataclasses.replace(CallContext.current(), autocast=_autocast(read))
@@ -160,12 +159,23 @@ class PureFunction:
         """What a tape must watch, and be asked for, to differentiate with respect to `params`."""
         return [*params[: len(params) - len(self._read_by_itself)], *self._read_by_itself]
 
+    def reads_none_of(self, variables: Sequence[keras.Variable]) -> bool:
+        """Whether the function was evaluated without one of these trainable variables, of which there are some."""
+        return bool(variables) and not any(
+            id(v) in self._evaluated or id(v.value) in self._evaluated for v in variables
+        )
+
     def also_reading(self, variables: Sequence[tf.Variable]) -> "PureFunction":
         """The same function where the values of `variables`, which it reads by itself, are the last of `params`."""
         other = copy.copy(self)
         other._read_by_itself = [*self._read_by_itself, *variables]
         other.params = [*self.params, *map(tf.convert_to_tensor, variables)]
         return other
+
+    @property
+    def draws_noise(self) -> bool:
+        """Whether an evaluation moves a seed on."""
+        return any(is_seed(variable) for variable, _ in self.updates)
 
     def assign(self, carried: list[tf.Tensor]) -> None:
         """Updates the variables."""

@@ -27,7 +27,7 @@ class VectorField:
         t0: the first time, at which it is evaluated once to see what it reads.
         y0: the initial state.
         args: nest of tensors handed to the field, or `None`.
-        training: passed on where the field takes it.
+        training: handed to a callable that takes it; layers take it from the call context.
 
     Attributes:
         pure: the field as a `PureFunction`.
@@ -51,11 +51,12 @@ class VectorField:
                 "`args` needs a vector field `f(t, y, args)`. "
                 f"Received: args={args!r} for {function!r}, which takes {self.num_arguments} argument(s)"
             )
-        self.keywords = {"training": training} if takes_training and training is not None else {}
+        is_layer = isinstance(function, keras.Layer)
+        self.keywords = {"training": training} if takes_training and not is_layer and training is not None else {}
         self.args = tf.nest.map_structure(lambda a: _to_tensor(a, tf.nest.flatten(y0)[0].dtype), args)
         self._float_args = [a for a in tf.nest.flatten(self.args) if _is_float(a)]
         variables = []
-        if isinstance(function, keras.Layer):
+        if is_layer:
             if not function.built:
                 build(function, trees.align(t0, tf.nest.flatten(y0)[0]), y0, self.args)
             # All of them, since a field may read others later than at the start.
@@ -64,6 +65,7 @@ class VectorField:
         self.pure = PureFunction(self._evaluate, *trees.stop_gradient((t0, y0)), constants, variables=variables)
         self.params = self._float_args + self.pure.params
         self._check_losses()
+        self._check_weights()
         self._advance_seeds()
 
     def __call__(self, t: tf.Tensor, y: Nest, params: list[tf.Tensor]) -> Nest:
@@ -97,6 +99,17 @@ class VectorField:
                 "A vector field is evaluated at a solver's stages, where a loss has no meaning; activity regularizers "
                 "and `add_loss` cannot be used inside it. Regularize weights, or integrate the loss as a part of the "
                 f"state. Received: {self.function!r}, which adds {len(self.pure.losses)} loss(es) per evaluation"
+            )
+
+    def _check_weights(self):
+        call = getattr(self.function, "call", None)
+        if not isinstance(call, tf.types.experimental.GenericFunction):
+            return
+        if self.pure.reads_none_of(self.function.trainable_variables):
+            raise ValueError(
+                "The `call` of this layer is a `tf.function`. It was traced before the layer's weights had values, and "
+                "will never read them. Remove the decorator; a solve is part of a graph wherever the model is. "
+                f"Received: {self.function!r}"
             )
 
     def _advance_seeds(self):

@@ -158,15 +158,20 @@ def differentiated_as(function: Callable, again: Callable, arguments: tuple, pur
             return pure.context.run(lambda: differentiate(upstream, variables))
 
         def differentiate(upstream, variables):
+            def derivative(here, upstream):
+                sources = [*here, *pure.captured, *(variables or [])]
+                with tf.GradientTape(watch_accessed_variables=False) as tape:
+                    tape.watch(sources)
+                    outputs = tf.nest.flatten(again(*tf.nest.pack_sequence_as(arguments, here)))
+                floats = [i for i, x in enumerate(outputs) if x.dtype.is_floating]
+                return vjp(tape, [outputs[i] for i in floats], sources, [upstream[i] for i in floats])
+
+            # From one seed XLA draws other noise than TensorFlow: it must be XLA once more, at the price of memory for
+            # as many steps as there may be.
             # In the gradient of a `while_loop` the inputs belong to the forward graph and are replaced by captures.
             # Copy them first, so that the tape watches the tensors that are used.
             here = [tf.identity(x) for x in flat[:count]]
-            sources = [*here, *pure.captured, *(variables or [])]
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(sources)
-                outputs = tf.nest.flatten(again(*tf.nest.pack_sequence_as(arguments, here)))
-            floats = [i for i, x in enumerate(outputs) if x.dtype.is_floating]
-            gradients = vjp(tape, [outputs[i] for i in floats], sources, [upstream[i] for i in floats])
+            gradients = (compiled(derivative) if compiles and pure.draws_noise else derivative)(here, upstream)
             return gradients if variables is None else (gradients[: len(flat)], gradients[len(flat) :])
 
         return tf.nest.flatten(results), gradient

@@ -1,17 +1,15 @@
-"""The loop of a recurrent layer over the steps of a series, with a gradient that goes back step by step."""
+"""The recurrent layer of cells that solve an ODE at every step."""
 
 import contextlib
 
 import keras
 import tensorflow as tf
 
-from keras_node import trees
-from keras_node.buffers import new_buffer, stack, write
 from keras_node.gradients.custom_vjp import custom_vjp, differentiated_as
 from keras_node.gradients.direct import DirectGradient
-from keras_node.gradients.vjp import vjp
+from keras_node.gradients.scan import Scan
 from keras_node.jit_compile import compiles
-from keras_node.pure_function import PureFunction, RecordingScope
+from keras_node.pure_function import PureFunction, RecordingScope, is_seed
 from keras_node.solution import check_status
 from keras_node.solvers.runge_kutta import RungeKutta
 
@@ -19,187 +17,95 @@ _LONGER_THAN_ALL = 1e30  # infinity times zero, as a converter may write a selec
 
 
 class SeriesRNN(keras.layers.RNN):
-    """`keras.layers.RNN` for cells that solve an ODE at every step, in a graph a program of its own.
+    """`keras.layers.RNN` for cells that solve an ODE at every step; in a graph its loop is a `Scan`.
 
-    The loop keeps the states before every step and behind its solve. On the way back each step is differentiated from
-    there: by the adjoint method without solving forwards again, and with no gradient of TensorFlow's through the loop,
-    which would keep all that a step computes. With `training=False` it keeps nothing, and runs once more if a gradient
-    is asked for. In training, the loop and its gradient are one XLA program each, as `jit_compile` says. With
-    `gradient="direct"` TensorFlow differentiates the loop itself, and keeps it all. Eagerly, unrolled and where
-    wrapped cells solve as well, the loop is Keras' own.
+    With `training=False` the loop keeps nothing for a gradient, and runs once more if one is asked for. In training,
+    the loop and its gradient are one XLA program each, as `jit_compile` says. With `gradient="direct"` TensorFlow
+    differentiates the loop itself, and keeps all that a step computes. Eagerly, unrolled and where wrapped cells solve
+    as well, the loop is Keras' own.
 
     A cell has `gradient`, `jit_compile`, `statistics`, `dropout_cells` and `is_nested`; `solve(y0, ts, **options)`,
     which is `odeint` of its field; and `advance(inputs, states, training, move)`, a step in which
-    `move(y0, ts, **options)` gives the state behind a solve.
+    `move(y0, ts, **options)` gives the state after a solve.
     """
 
     def inner_loop(self, sequences, initial_state, mask, training=False):
-        # A solve within a wrapped cell could not raise from an XLA program, and would not be known on the way back.
+        # A solve within a wrapped cell could not raise from an XLA program, and its gradient could not be told of it.
         if tf.executing_eagerly() or self.unroll or self.cell.is_nested:
             return super().inner_loop(sequences, initial_state, mask, training)
         cell, x = self.cell, self._steps(sequences)
-        valid = None if mask is None else self._steps(tf.cast(mask, tf.bool))
-        loop = _Loop(self, x, initial_state, valid, training)
-        inputs = (x, keras.tree.flatten(initial_state), loop.pure.params)
+        states = keras.tree.flatten(initial_state)
+        # Dropout has one mask for the whole series.
+        masks = _dropout_masks(cell, x[0], initial_state) if training else ()
+        reports = _Reports(cell.statistics)
+        scan = Scan(
+            self._step(x[0], initial_state, masks, training, reports),
+            x,
+            masks,
+            None if mask is None else self._steps(tf.cast(mask, tf.bool)),
+            keeps_outputs=self.return_sequences,
+            zero_output=self.zero_output_for_mask,
+            knows_solutions=hasattr(cell.gradient, "given"),
+            backward_statuses=reports.statuses,
+        )
+        inputs = (x, states, scan.step.params)
         if isinstance(cell.gradient, DirectGradient):
-            ys, (carried, worst), _ = loop.forward(*inputs)
+            ys, (carried, worst), _ = scan.forward(*inputs)
         else:
-            ys, (carried, worst) = self._with_gradient(loop, inputs, training)
-        loop.pure.assign(carried)
+            ys, (carried, worst) = self._with_gradient(scan, inputs, training)
+        scan.step.assign(carried)
         output, states, outputs = check_status(worst, ys, "The solve")
         outputs = _swapped(outputs[0]) if self.return_sequences else output[:, None]
         return output, outputs, keras.tree.pack_sequence_as(initial_state, states)
 
-    def _with_gradient(self, loop, inputs, training):
-        jit_compile = compiles(self.cell.jit_compile, self.cell.gradient, training, lambda: loop.pure.trace)
+    def _with_gradient(self, scan, inputs, training):
+        step = scan.step
+        jit_compile = compiles(self.cell.jit_compile, self.cell.gradient, training, step)
 
         def in_training(*inputs):
-            (*ys, _, _), others = custom_vjp(loop.keeping, loop.backward, _conclude, inputs, loop.pure, jit_compile)
+            (*ys, _, _), others = custom_vjp(scan.keeping, scan.backward, _conclude, inputs, step, jit_compile)
             return tuple(ys), others
 
         def in_inference(*inputs):
-            return loop.forward(*inputs)[:2]
+            return scan.forward(*inputs)[:2]
 
         if training is not False:
             return in_training(*inputs)
         # Nothing is kept for a gradient that is not expected. Should one be asked for, the loop runs once more.
-        return differentiated_as(in_inference, in_training, inputs, loop.pure, jit_compile)
+        return differentiated_as(in_inference, in_training, inputs, step, jit_compile)
+
+    def _step(self, x, initial_state, masks, training, reports):
+        """A step of the cell as a `PureFunction`, for a `Scan`."""
+        cell = self.cell
+
+        def step(x, states, solved, masks):
+            moved, statuses = [], []
+
+            def move(y0, ts, **options):
+                gradient = cell.gradient.given(solved[len(moved)]) if solved else cell.gradient
+                options.update(gradient=gradient, throw=False, jit_compile=False, statistics=reports)
+                solution = cell.solve(y0, ts, **options)
+                moved.append(solution.ys[-1])
+                statuses.append(tf.reduce_max(solution.status))
+                return moved[-1]
+
+            states = keras.tree.pack_sequence_as(initial_state, states)
+            with _fixed(cell.dropout_cells, masks):
+                output, states = cell.advance(x, states, training, move)
+            return output, keras.tree.flatten(states), moved, tf.reduce_max(statuses)
+
+        pure = PureFunction(step, x, keras.tree.flatten(initial_state), (), masks)
+        if pure.losses:
+            raise ValueError(
+                "A step of a recurrent layer cannot add losses: activity regularizers and `add_loss` have no effect in "
+                "the loop over a series. Regularize the layer's output, or its weights. "
+                f"Received: {len(pure.losses)} loss(es) a step"
+            )
+        return pure
 
     def _steps(self, x):
         """`(batch, T, ...)` as `(T, batch, ...)`, in the order of processing."""
         return tf.reverse(_swapped(x), [0]) if self.go_backwards else _swapped(x)
-
-
-class _Loop:
-    """The loop over the steps, and the one back.
-
-    Args:
-        rnn: a `SeriesRNN`.
-        x: the inputs, `(T, batch, ...)`.
-        initial_state: the states before the first step.
-        valid: which steps are not masked, `(T, batch)`, or `None`.
-        training: handed on to the cell.
-
-    Attributes:
-        pure: a step as a `PureFunction`.
-    """
-
-    def __init__(self, rnn, x, initial_state, valid, training):
-        self.rnn, self.cell = rnn, rnn.cell
-        self.initial_state, self.valid, self.training = initial_state, valid, training
-        self.size = x.shape[0] or tf.shape(x)[0]
-        self.masks = _dropout_masks(self.cell, x[0], initial_state) if training else ()
-        self.reports = _Reports(self.cell.statistics)
-        self.pure = PureFunction(self._advance, x[0], keras.tree.flatten(initial_state), self.masks, ())
-        if self.pure.losses:
-            raise ValueError(
-                "A step of a recurrent layer cannot add losses: activity regularizers and `add_loss` have no effect in "
-                "the loop over a series. Regularize the layer's output, or its weights. "
-                f"Received: {len(self.pure.losses)} loss(es) a step"
-            )
-        (output, _, moved, _), _ = self.pure.trace.structured_outputs
-        batch = x.shape[1] or tf.shape(x)[1]
-        self.no_output, *self.not_moved = [tf.zeros([batch, *a.shape[1:]], a.dtype) for a in (output, *moved)]
-
-    def forward(self, x, states, params, keeps=False):
-        """All outputs and states, what every step carried on from the one before, and how the solves ended.
-
-        It also returns what the loop kept for a gradient, if it does: of every step the states before it, those behind
-        its solves, and what was carried on to it.
-        """
-
-        def rows(output, *values):
-            return [[output] if self.rnn.return_sequences else [], values if keeps else ()]
-
-        kept = rows(self.no_output, states, self.not_moved, self.pure.carried)
-        kept = tf.nest.map_structure(lambda like: new_buffer(self.size, like), kept)
-
-        def body(i, output, before, carried, worst, kept):
-            output, states, moved, status, after = self._step(
-                self.pure, i, tf.gather(x, i), output, before, params, carried
-            )
-            values = rows(output, before, moved, carried)
-            kept = tf.nest.map_structure(lambda value, buffer: write(buffer, i, value), values, kept)
-            return i + 1, output, states, after, tf.maximum(worst, status), kept
-
-        start = (0, self.no_output, states, self.pure.carried, 0, kept)
-        _, output, states, carried, worst, kept = tf.while_loop(
-            lambda i, *_: i < self.size, body, start, maximum_iterations=self.size
-        )
-        outputs, kept = tf.nest.map_structure(lambda buffer: stack(buffer)[: self.size], kept)
-        return (output, states, outputs), (carried, worst), kept
-
-    def keeping(self, x, states, params):
-        """The same, for a gradient."""
-        ys, others, (before, moved, carries) = self.forward(x, states, params, keeps=True)
-        return (*ys, before, moved), others, carries
-
-    def backward(self, carries, variables, x, states, params, ys, dys):
-        """The gradients of the inputs, the initial states and the parameters, and how the adjoint's solves ended.
-
-        Between the two, the gradients of TensorFlow variables that a step reads by itself.
-        """
-        del states
-        count, pure = len(params), self.pure.also_reading(variables)
-        params = [*params, *pure.params[count:]]
-        sources = pure.sources(params)
-        _, _, _, before, moved = ys
-        doutput, dstates, doutputs, dbefore, dmoved = dys
-        knows = hasattr(self.cell.gradient, "given")
-
-        def at(i, nest):
-            return tf.nest.map_structure(lambda a: tf.gather(a, i), nest)
-
-        def body(i, doutput, dstates, dparams, dx, worst):
-            inputs = tf.gather(x, i), tf.zeros_like(doutput), at(i, before), params
-            watched = (*inputs[:-1], sources)
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(tf.nest.flatten(watched))
-                known = at(i, moved) if knows else ()
-                output, states, behind, _, _ = self._step(pure, i, *inputs, at(i, carries), known)
-            if doutputs:
-                doutput += tf.gather(doutputs[0], i)
-            self.reports.statuses.clear()  # a second derivative has left some of another graph
-            cotangents = (doutput, dstates, at(i, dmoved))
-            dx_i, doutput, dstates, dstep = vjp(tape, (output, states, behind), watched, cotangents)
-            dstates, dparams = trees.add(dstates, at(i, dbefore)), trees.add(dparams, dstep)
-            worst = tf.reduce_max([worst, *self.reports.statuses])
-            return i - 1, doutput, dstates, dparams, write(dx, i, dx_i), worst
-
-        nothing = tf.nest.map_structure(tf.zeros_like, params)
-        start = (self.size - 1, doutput, dstates, nothing, new_buffer(self.size, x[0]), 0)
-        _, _, dstates, dparams, dx, worst = tf.while_loop(
-            lambda i, *_: i >= 0, body, start, maximum_iterations=self.size
-        )
-        return (stack(dx)[: self.size], dstates, dparams[:count]), dparams[count:], worst
-
-    def _step(self, pure, i, x, output, states, params, carried, known=()):
-        """The output, the states, those behind solves, how these ended, and `carried`; masked, it changes nothing."""
-        results, carried = pure(params, carried, x, states, self.masks, known)
-        new_output, new_states, moved, status = results
-        new_states = [tf.ensure_shape(new, old.shape) for new, old in zip(new_states, states, strict=True)]
-        if self.valid is not None:
-            here = tf.gather(self.valid, i)
-            new_output = trees.where(here, new_output, self.no_output if self.rnn.zero_output_for_mask else output)
-            new_states = trees.where(here, new_states, states)
-        return new_output, new_states, moved, status, carried
-
-    def _advance(self, x, states, masks, known):
-        """A step of the cell; `known` is the state behind each of its solves where these need not be made."""
-        moved, statuses = [], []
-
-        def move(y0, ts, **options):
-            gradient = self.cell.gradient.given(known[len(moved)]) if known else self.cell.gradient
-            options.update(gradient=gradient, throw=False, jit_compile=False, statistics=self.reports)
-            solution = self.cell.solve(y0, ts, **options)
-            moved.append(solution.ys[-1])
-            statuses.append(tf.reduce_max(solution.status))
-            return moved[-1]
-
-        states = keras.tree.pack_sequence_as(self.initial_state, states)
-        with _fixed(self.cell.dropout_cells, masks):
-            output, states = self.cell.advance(x, states, self.training, move)
-        return output, keras.tree.flatten(states), moved, tf.reduce_max(statuses)
 
 
 def for_short_intervals(solver, gradient):
@@ -220,7 +126,11 @@ def _conclude(gradients, worst, dys):
 
 
 class _Reports:
-    """Passes what solves report on to the statistics of a layer, and keeps how the adjoint's ended."""
+    """Passes what solves report on to the statistics of a layer, and keeps how the adjoint's ended.
+
+    A gradient returns nothing but gradients. So the status of an adjoint's solve comes by way of a list, which is read
+    in the same graph right after that solve.
+    """
 
     def __init__(self, statistics):
         self.statistics = statistics
@@ -244,7 +154,7 @@ def _dropout_masks(cell, x, states):
     with scope:
         cell.advance(x, states, True, lambda y0, ts, **options: y0)
     for variable, value in scope.updates:
-        if tf.as_dtype(variable.dtype).is_integer:
+        if is_seed(variable):
             variable.assign(value)
     masks = [(c.get_dropout_mask(None), c.get_recurrent_dropout_mask(None)) for c in cells]
     return [tuple(() if mask is None else mask for mask in pair) for pair in masks]
@@ -252,7 +162,7 @@ def _dropout_masks(cell, x, states):
 
 @contextlib.contextmanager
 def _fixed(cells, masks):
-    """Gives cells their dropout masks, if any: on the way back a layer has forgotten those that it drew."""
+    """Gives cells their dropout masks, if any: when a gradient is computed, a layer has forgotten what it drew."""
     for cell, pair in zip(cells, masks, strict=False):
         mask, recurrent_mask = (None if isinstance(m, tuple) else m for m in pair)
         cell.get_dropout_mask = lambda _, mask=mask: mask

@@ -1,0 +1,207 @@
+"""Fields that do what TensorFlow and Keras allow: lookups, cached graphs, recomputation, metrics, mapped solves."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import keras_node
+from keras_node.gradients import GRADIENTS
+
+SOLVER = keras_node.RungeKutta("rk4", num_steps=4)
+modes = pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+gradients = pytest.mark.parametrize("gradient", GRADIENTS)
+
+
+def in_mode(mode, function, *arguments):
+    return (function if mode == "eager" else tf.function(function, jit_compile=mode == "xla"))(*arguments)
+
+
+@modes
+@gradients
+def test_a_lookup_among_the_arguments(gradient, mode):
+    def slope(rates):
+        with tf.GradientTape() as tape:
+            tape.watch(rates)
+            solution = keras_node.odeint(
+                lambda t, y, rates: -tf.gather(rates, 1) * y, tf.ones(1), [0.0, 1.0], args=rates, gradient=gradient
+            )
+        return tf.convert_to_tensor(tape.gradient(solution.ys[-1], rates))
+
+    np.testing.assert_allclose(in_mode(mode, slope, tf.constant([0.5, 1.0])), [0, -np.exp(-1)], rtol=1e-3)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_an_embedding_in_a_field_is_trained(jit_compile):
+    """One step of gradient descent for the rates of four categories, `loss = mean(exp(rate[category]))`."""
+
+    class Field(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.rates = keras.layers.Embedding(4, 1, embeddings_initializer="zeros")
+
+        def call(self, t, y, args):
+            return self.rates(args) * y
+
+    layer = keras_node.ODELayer(Field(), solver=SOLVER)
+    y0, category = keras.Input((1,)), keras.Input((), dtype="int32")
+    model = keras.Model([y0, category], layer(y0, args=category))
+    model.compile(keras.optimizers.SGD(1.0), lambda y, p: p, jit_compile=jit_compile)
+    model.fit([np.ones((4, 1)), np.array([0, 1, 1, 3])], np.zeros((4, 1)), batch_size=4, verbose=0)
+    np.testing.assert_allclose(layer.get_weights()[0][:, 0], [-0.25, -0.5, 0, -0.25], rtol=1e-3)
+
+
+class Traced(keras.layers.Layer):
+    """A layer whose `call` is traced once and for all."""
+
+    def build(self, shape):
+        self.w = self.add_weight(shape=(), initializer="ones")
+
+    @tf.function
+    def call(self, y):
+        return -self.w * y
+
+
+@gradients
+@pytest.mark.parametrize("kind", ["layer", "callable"])
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_a_tf_function_reads_the_weights_of_today(mode, kind, gradient):
+    if kind == "layer":
+        field = Traced()
+        field.build((1,))
+        w = field.w
+    else:
+        w = keras.Variable(1.0)
+        field = tf.function(lambda t, y: -w * y)
+
+    def run():
+        with tf.GradientTape() as tape:
+            y = keras_node.odeint(field, tf.ones((1,)), [0.0, 1.0], gradient=gradient, solver=SOLVER).ys[-1]
+        return y, tape.gradient(y, w.value)
+
+    run = run if mode == "eager" else tf.function(run)
+    for value in (1.0, 2.0):
+        w.assign(value)
+        y, slope = run()
+        np.testing.assert_allclose([y[0], slope], [np.exp(-value), -np.exp(-value)], rtol=1e-2)
+
+
+def test_a_tf_function_that_was_traced_without_weights_is_refused():
+    """Plain Keras says "No gradients provided for any variable"."""
+    x = keras.Input((1,))
+    model = keras.Model(x, keras_node.ODELayer(Traced(), solver=SOLVER)(x))
+    model.compile("sgd", "mse", jit_compile=False)
+    with pytest.raises(ValueError, match="traced before the layer's weights had values"):
+        model.fit(np.ones((4, 1)), np.zeros((4, 1)), verbose=0)
+
+
+@gradients
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+@pytest.mark.parametrize("by", ["scope", "recompute_grad"])
+def test_a_field_that_is_computed_again_for_its_gradient(by, mode, gradient):
+    y0 = tf.constant([[1.0, 2.0], [0.5, -1.0]])
+
+    def slopes(again):
+        keras.utils.set_random_seed(0)
+        if again and by == "scope":
+            with keras.RematScope(mode="full"):
+                dense = keras.layers.Dense(2, "tanh")
+        else:
+            dense = keras.layers.Dense(2, "tanh")
+        dense.build((None, 2))
+        field = tf.recompute_grad(lambda y: dense(y)) if again and by == "recompute_grad" else dense
+
+        def run():
+            with tf.GradientTape() as tape:
+                ys = keras_node.odeint(lambda y: field(y), y0, [0.0, 1.0], gradient=gradient, solver=SOLVER).ys
+                value = tf.reduce_sum(ys[-1] ** 2)
+            return tape.gradient(value, [w.value for w in dense.trainable_variables])
+
+        return run() if mode == "eager" else tf.function(run)()
+
+    for one, other in zip(slopes(False), slopes(True), strict=True):
+        assert np.max(np.abs(one)) > 0.1
+        np.testing.assert_allclose(one, other, rtol=1e-4)
+
+
+@gradients
+def test_a_mapped_solve_has_its_gradient(gradient):
+    y0, rate = tf.ones((3, 1)), tf.constant(1.0)
+
+    def solve(y, **options):
+        field = lambda t, y, rate: -rate * y  # noqa: E731
+        return keras_node.odeint(field, y, [0.0, 1.0], args=rate, gradient=gradient, solver=SOLVER, **options).ys[-1]
+
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch([y0, rate])
+        ys = tf.vectorized_map(solve, y0)
+    dy0, drate = tape.gradient(ys, [y0, rate])
+    np.testing.assert_allclose(dy0, np.full((3, 1), np.exp(-1)), rtol=1e-3)
+    np.testing.assert_allclose(drate, -3 * np.exp(-1), rtol=1e-3)
+    if gradient != "direct":
+        with tf.GradientTape() as tape:
+            tape.watch(y0)
+            ys = tf.vectorized_map(lambda y: solve(y, jit_compile=True), y0)
+        assert np.all(np.isnan(tape.gradient(ys, y0)))  # closed to TensorFlow's own derivative
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_a_jacobian_by_tensorflow(mode):
+    matrix = tf.constant([[0.0, 1.0], [-1.0, -0.5]])
+
+    def jacobian():
+        y0 = tf.constant([1.0, 2.0])
+        with tf.GradientTape() as tape:
+            tape.watch(y0)
+            y1 = keras_node.odeint(lambda y: tf.linalg.matvec(matrix, y), y0, [0.0, 1.0]).ys[-1]
+        return tape.jacobian(y1, y0, experimental_use_pfor=mode == "graph")
+
+    np.testing.assert_allclose(in_mode(mode, jacobian), tf.linalg.expm(matrix), atol=2e-3)
+
+
+def test_a_metric_in_a_field_is_refused():
+    class Field(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.speed = keras.metrics.Mean(name="speed")
+
+        def call(self, y):
+            self.speed.update_state(tf.reduce_mean(y))
+            return -y
+
+    with pytest.raises(ValueError, match="Update a metric outside the field"):
+        keras_node.ODELayer(Field())(tf.ones((4, 3)), training=True)
+    inner = keras_node.ODELayer(keras.layers.Dense(3), track_stats=True)
+    with pytest.raises(ValueError, match="`track_stats` on the outermost layer only"):
+        keras_node.ODELayer(inner)(tf.ones((4, 3)), training=True)
+
+
+@pytest.mark.parametrize("mode", ["eager", "xla"])
+@gradients
+@pytest.mark.parametrize(("state", "weights"), [("float64", "float32"), ("float32", "float64")])
+def test_mixtures_of_precision(state, weights, gradient, mode):
+    """`dy/dt = -a tanh(w y)`, beside the same in float64 throughout."""
+    y0 = np.random.default_rng(0).normal(size=(4, 2))
+
+    def slopes(state, weights, gradient, mode):
+        keras.utils.set_random_seed(0)
+        dense = keras.layers.Dense(2, "tanh", kernel_initializer=keras.initializers.Constant(0.7), dtype=weights)
+        dense.build((None, 2))
+        start, args = tf.constant(y0, state), tf.constant(-0.5, weights)
+
+        def run(start, args):
+            with tf.GradientTape() as tape:
+                tape.watch([start, args])
+                field = lambda t, y, a: tf.cast(a, y.dtype) * tf.cast(dense(y), y.dtype)  # noqa: E731
+                ys = keras_node.odeint(field, start, [0.0, 1.0], args=args, solver=SOLVER, gradient=gradient).ys
+                value = tf.reduce_sum(ys[-1] ** 2)
+            return tape.gradient(value, [start, args, *(w.value for w in dense.trainable_variables)])
+
+        return in_mode(mode, run, start, args)
+
+    expected = slopes("float64", "float64", "direct", "eager")
+    results = slopes(state, weights, gradient, mode)
+    assert [r.dtype.name for r in results] == [state, *[weights] * 3]
+    tolerance = 1e-5 if gradient != "backsolve" else 1e-3  # the adjoint of four steps is another approximation
+    for result, value in zip(results, expected, strict=True):
+        np.testing.assert_allclose(result, value, rtol=tolerance, atol=tolerance)
