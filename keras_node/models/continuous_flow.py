@@ -9,10 +9,12 @@ import tensorflow as tf
 from keras import ops
 
 from keras_node import gradients, solvers
+from keras_node.arguments import positive_integer
 from keras_node.jit_compile import check_jit_compile
 from keras_node.layers.concat_squash import ConcatSquashField
-from keras_node.models.bijector import make_bijector
 from keras_node.models.density_field import DensityField
+from keras_node.models.likelihood_model import LikelihoodModel
+from keras_node.models.probability import make_bijector, make_distribution
 from keras_node.odeint import odeint
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.vector_field import build, call_arguments
@@ -22,7 +24,7 @@ _NOISES = ("rademacher", "gaussian")
 
 
 @keras.saving.register_keras_serializable(package="keras_node")
-class ContinuousFlow(keras.Model):
+class ContinuousFlow(LikelihoodModel):
     """A density of vectors, trained by maximum likelihood: noise that an ODE moves to the data (FFJORD).
 
     A sample starts as `z`, standard normal, at time 0 and follows `dx/dt = f(t, x)` until `t1`. Its log-density is
@@ -103,8 +105,6 @@ class ContinuousFlow(keras.Model):
     ):
         # The state keeps its precision under a mixed policy; the field casts for itself.
         super().__init__(autocast=False, **kwargs)
-        if event_dim != int(event_dim) or event_dim < 1:
-            raise ValueError(f"`event_dim` must be a positive integer. Received: event_dim={event_dim}")
         if not 0 <= steer < t1 < math.inf:
             raise ValueError(f"A flow needs `0 <= steer < t1`, both finite. Received: steer={steer}, t1={t1}")
         if trace not in _TRACES:
@@ -116,7 +116,7 @@ class ContinuousFlow(keras.Model):
                 "`kinetic_energy` and `jacobian_norm` must be 0 or more. "
                 f"Received: kinetic_energy={kinetic_energy}, jacobian_norm={jacobian_norm}"
             )
-        self.event_dim = event_dim
+        self.event_dim = positive_integer("event_dim", event_dim)
         self.vector_field = ConcatSquashField(dtype=self.dtype_policy) if vector_field is None else vector_field
         self.num_arguments, _ = call_arguments(self.vector_field)
         self.t1 = float(t1)
@@ -163,19 +163,20 @@ class ContinuousFlow(keras.Model):
         if energies:
             # Integrals that run back in time.
             kinetic_energy, jacobian_norm = -integrals[1], -integrals[2]
-            self.add_loss(ops.mean(self.kinetic_energy * kinetic_energy + self.jacobian_norm * jacobian_norm))
+            energy = self.kinetic_energy * kinetic_energy + self.jacobian_norm * jacobian_norm
+            # A device may be left without samples.
+            self.add_loss(tf.math.divide_no_nan(ops.sum(energy), ops.cast(tf.size(energy), energy.dtype)))
         log_base = -0.5 * (ops.sum(z**2, axis=-1) + self.event_dim * math.log(2 * math.pi))
         return log_base + integrals[0]
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        if y is not None or self.loss is not None:
+    def sample_losses(self, x, y, y_pred, training):
+        """The negative log-likelihood of each sample, `(...)`."""
+        if y is not None:
             raise ValueError(
-                "A flow is trained by maximum likelihood, without targets or a loss: `fit(x)`, `fit((x, condition))`, "
-                "`validation_data=x` or `((x, condition),)`. "
-                f"Received: loss={self.loss!r}, {'no ' if y is None else ''}targets"
+                "A flow is trained by maximum likelihood, without targets: `fit(x)`, `fit((x, condition))`, "
+                f"`validation_data=x` or `((x, condition),)`. Received: y={y!r}"
             )
-        nll = -y_pred if sample_weight is None else -y_pred * ops.reshape(sample_weight, ops.shape(y_pred))
-        return ops.mean(nll) + sum(self.losses)
+        return -(self(x, training=training) if y_pred is None else y_pred), {}
 
     def log_prob(self, x: Any, condition: Any = None) -> tf.Tensor:
         """The log-density of `x`, `(..., event_dim)`, in nats; `condition` broadcasts against it."""
@@ -214,13 +215,7 @@ class ContinuousFlow(keras.Model):
 
     def as_distribution(self, condition: Any = None):
         """The flow as a `tfp.distributions.TransformedDistribution`; a condition `(..., features)` makes a batch."""
-        from tensorflow_probability import distributions as tfd
-
-        batch = () if condition is None else tuple(np.shape(condition)[:-1])
-        zeros = tf.zeros((*batch, self.event_dim), self.variable_dtype)
-        return tfd.TransformedDistribution(
-            tfd.MultivariateNormalDiag(zeros, tf.ones_like(zeros)), self.as_bijector(condition), name=self.name
-        )
+        return make_distribution(self, condition)
 
     def compute_output_spec(self, inputs, training=None):
         x, _ = _parts(inputs)
