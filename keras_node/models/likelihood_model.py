@@ -160,9 +160,9 @@ def _expanded(weights, like):
 
 def _bound(method, args, kwargs):
     """The arguments of a call, by name."""
-    signature = inspect.signature(method).bind(*args, **kwargs)
-    arguments = dict(signature.arguments)
-    return {**arguments, **arguments.pop("kwargs", {})}
+    arguments = dict(inspect.signature(method).bind(*args, **kwargs).arguments)
+    others = arguments.pop("kwargs", {})
+    return {**arguments, **others}
 
 
 def _refuse_class_weight(arguments):
