@@ -25,15 +25,21 @@ _NOISES = ("rademacher", "gaussian")
 
 @keras.saving.register_keras_serializable(package="keras_node")
 class ContinuousFlow(LikelihoodModel):
-    """A density of vectors, trained by maximum likelihood: noise that an ODE moves to the data (FFJORD).
+    """A probability density of vectors (FFJORD): an ODE moves normally distributed noise to where the data are.
 
-    A sample starts as `z`, standard normal, at time 0 and follows `dx/dt = f(t, x)` until `t1`. Its log-density is
+    A sample starts as `z`, drawn from the standard normal distribution, at time 0 and follows `dx/dt = f(t, x)` until
+    `t1`. Its log-density is
 
-    `log p(x(t1)) = log N(z) - integral of tr(df/dx) dt from 0 to t1`,
+    `log p(x(t1)) = log N(z) - integral of tr(df/dx) dt from 0 to t1`.
 
-    solved backwards from `x(t1)` together with the path. `fit` minimises the mean of `-log p(x)`, in nats, and in
-    training `kinetic_energy` and `jacobian_norm` times the means of the integrals of `||f||^2` and `||df/dx||_F^2`,
-    which make paths straight and the solver's steps long (RNODE). `evaluate` gives the negative log-likelihood alone.
+    The integral is solved together with the path, backward in time from `x(t1)`. `fit` minimises the mean of
+    `-log p(x)`, in nats. In training it adds the means of the integrals of `||f||^2` and `||df/dx||_F^2` along the
+    paths, times `kinetic_energy` and `jacobian_norm` (RNODE). Both make paths straight, so that the solver can take
+    long steps. `evaluate` gives the negative log-likelihood alone, and regularizers of weights.
+
+    `fit` and `evaluate` take no targets. With `sample_weight` they give the sum of the weighted losses over the number
+    of samples, as Keras' losses do; the two energies are not weighted. A `tf.data.Dataset` or generator yields
+    `(x, None, sample_weight)`, a `keras.utils.PyDataset` `(x, {"sample_weight": sample_weight})`.
 
     Args:
         event_dim: length of the vectors.
@@ -43,11 +49,12 @@ class ContinuousFlow(LikelihoodModel):
         t1: time of the data, positive. Defaults to `1.0`.
         solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"` with `rtol=atol=1e-5`.
         gradient: `"backsolve"` (default), `"checkpointed"`, `"direct"`, or an object.
-        trace: `"exact"` (default), at the cost of `event_dim` vector-Jacobian products, of which up to four share an
-            evaluation of the field, or `"hutchinson"`, an estimate without bias by one product, in training and
-            elsewhere. Another flow over the same field may have the other. Noise inside the field (dropout) needs
-            `"hutchinson"` in training.
-        noise: of Hutchinson's estimate, `"rademacher"` (default) or `"gaussian"`, drawn once for a solve.
+        trace: `"exact"` (default) costs `event_dim` vector-Jacobian products for an evaluation of the field.
+            `"hutchinson"` costs one product and gives an unbiased estimate, in training and elsewhere. A flow with
+            the one may share its field with a flow with the other, to train fast and evaluate exactly. A field with
+            noise of its own, such as dropout, needs `"hutchinson"` in training.
+        noise: the distribution of the noise in Hutchinson's estimate, `"rademacher"` (default) or `"gaussian"`. It is
+            drawn once for a solve.
         kinetic_energy: weight of the kinetic energy of the paths in training. Defaults to `0.0`.
         jacobian_norm: weight of the Frobenius norm of the Jacobian in training, estimated where the trace is.
             Defaults to `0.0`.
@@ -67,8 +74,9 @@ class ContinuousFlow(LikelihoodModel):
     Output shape:
         `(...)`, the log-densities.
 
-    A solve that fails raises `tf.errors.InvalidArgumentError`, except under XLA, where it gives NaN. Where steps are
-    chosen for a batch as a whole, a density depends on its batch by an error below the tolerances.
+    A solve that fails raises `tf.errors.InvalidArgumentError`, except under XLA, where it gives NaN. Where the solver
+    chooses its steps for a batch as a whole (`per_sample=False`), a density changes a little with the batch it is in,
+    by about the tolerances.
 
     Example:
     >>> flow = keras_node.ContinuousFlow(2, solver="bosh3", seed=0)
@@ -210,11 +218,18 @@ class ContinuousFlow(LikelihoodModel):
         return z, integrals[0]
 
     def as_bijector(self, condition: Any = None):
-        """The flow as a `tfp.bijectors.Bijector` from base to data, at one condition, which broadcasts."""
+        """The flow as a `tfp.bijectors.Bijector` from the base to the data, at one condition, which broadcasts.
+
+        Each method solves anew, so its results follow the weights and have gradients. A density by way of a bijector
+        therefore takes two solves. One is enough if other bijectors are applied to `as_distribution()` instead.
+        """
         return make_bijector(self, condition)
 
     def as_distribution(self, condition: Any = None):
-        """The flow as a `tfp.distributions.TransformedDistribution`; a condition `(..., features)` makes a batch."""
+        """The flow as a `tfp.distributions.Distribution`; a condition `(..., features)` makes a batch.
+
+        `log_prob` and `experimental_sample_and_log_prob` take one solve each, and follow the weights.
+        """
         return make_distribution(self, condition)
 
     def compute_output_spec(self, inputs, training=None):
