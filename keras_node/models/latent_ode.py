@@ -67,10 +67,10 @@ class LatentODE(LikelihoodModel):
 
     `fit(x)` with `x = (times, values, mask)` learns to reconstruct the observations. `fit(x, y)` with
     `y = (times, values, mask)` of its own length has the encoder read `x` and the loss compare with `y`: all
-    observations, say, where `x` has a part of them. A `tf.data.Dataset` yields `(x,)`, `(x, y)` or `(x, y, sample_weight)`,
-    where `y` may be `None`. With `sample_weight`, one number for a series, the loss is the sum of the weighted losses
-    over the number of series, as Keras' losses do. `compile` takes no loss and no metrics; the logs have `loss`, `nll`,
-    `kl` and the mean squared error `mse`, all for one draw from `q`.
+    observations, say, where `x` has a part of them. A `tf.data.Dataset` yields `(x,)`, `(x, y)` or
+    `(x, y, sample_weight)`, where `y` may be `None`. With `sample_weight`, one number for a series, the loss is the sum
+    of the weighted losses over the number of series, as Keras' losses do. `compile` takes no loss and no metrics; the
+    logs have `loss`, `nll`, `kl` and the mean squared error `mse`, all for one draw from `q`.
 
     Times that decrease raise `ValueError`, in a graph `tf.errors.InvalidArgumentError`. Under XLA, where nothing can
     raise, all results are NaN for that sample.
