@@ -1,9 +1,6 @@
 """The latent ODE, against closed forms, SciPy, finite differences, and a Python loop over the observations."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -239,13 +236,6 @@ def test_the_weight_of_the_divergence_rises_in_training_only(float64):
     np.testing.assert_allclose(logs["loss"], logs["nll"] + logs["kl"], rtol=1e-6)
 
 
-def waves(count, dtype="float32"):
-    rng = np.random.default_rng(0)
-    times = np.sort(rng.uniform(0, 3, size=(count, 12)), axis=1)
-    values = np.sin(2 * times + rng.uniform(0, 6, size=(count, 1)))[..., None] * [1, -1]
-    return times.astype(dtype), values.astype(dtype), rng.uniform(size=values.shape) < 0.8
-
-
 def without_noise(model):
     """Makes the posterior so narrow that it does not matter what is drawn: XLA draws other numbers."""
     for parameters, end in zip(model.posterior_parameters.variables, (0.0, -20.0), strict=True):
@@ -271,19 +261,29 @@ def test_xla_computes_the_same_loss_and_gradients(float64):
         np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
 
-def test_fit_learns_under_xla_and_the_model_is_saved(tmp_path):
-    model, x = latent_ode(units=16, kl_annealing_steps=10, gradient="backsolve"), waves(64)
-    half = (x[0], x[1], x[2] & (np.arange(12) % 2 == 0)[:, None])
-    model.compile(keras.optimizers.Adam(0.02), jit_compile=True)
-    history = model.fit(half, x, batch_size=16, epochs=12, verbose=0).history
+def test_fit_under_xla_takes_the_step_of_the_gradient_and_the_model_is_saved(tmp_path, float64):
+    model, y = latent_ode(kl_annealing_steps=10), series("float64")
+    half = (y[0], y[1], y[2] & (np.arange(STEPS) % 2 == 0)[:, None])
+    model(half)
+    without_noise(model)
+    model.compile(keras.optimizers.SGD(1e-3), jit_compile=True)
+    with tf.GradientTape() as tape:
+        loss = model.compute_loss(half, y)
+    expected = [
+        w - 1e-3 * g
+        for w, g in zip(model.trainable_variables, tape.gradient(loss, model.trainable_variables), strict=True)
+    ]
+    history = model.fit(half, y, batch_size=BATCH, verbose=0).history
     assert sorted(history) == ["kl", "loss", "mse", "nll"]
-    assert history["mse"][-1] < 0.5 * history["mse"][0]
+    np.testing.assert_allclose(history["loss"], [loss], rtol=1e-5)
+    for found, value in zip(model.trainable_variables, expected, strict=True):
+        np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-6)
 
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded(half), model(half))
     np.testing.assert_array_equal(loaded.log_noise_scale, model.log_noise_scale)
-    assert float(loaded.kl_weight) == 1  # the annealing goes on where it was
+    assert float(loaded.kl_weight) == pytest.approx(0.1)  # the annealing goes on where it was
 
 
 def test_the_configuration_survives_a_round_trip():
@@ -366,7 +366,7 @@ def test_errors_say_what_arrived():
     x = series()
     with pytest.raises(ValueError, match=r"takes no `loss`.*Received: loss='mse'"):
         latent_ode().compile("adam", loss="mse")
-    with pytest.raises(ValueError, match=r"as many channels.*Received"):
+    with pytest.raises(ValueError, match=r"as many channels.*Received: a decoder with output"):
         latent_ode(decoder=layers.Dense(5)).compute_loss(x)
     with pytest.raises(ValueError, match="once it has seen some"):
         latent_ode().sample(3, [0.0, 1.0])
@@ -376,37 +376,5 @@ def test_errors_say_what_arrived():
         latent_ode()((x[0], x[1], x[2][..., 0]))
     with pytest.raises(ValueError, match="must not decrease"):
         latent_ode()((-x[0], *x[1:]))
-    for wrong in ({"noise_scale": 0.0}, {"kl_annealing_steps": -1}):
-        with pytest.raises(ValueError, match="Received"):
-            latent_ode(**wrong)
-
-
-SCRIPT = """
-import sys; sys.path.insert(0, "tests")
-import numpy as np, tensorflow as tf, keras
-(cpu,) = tf.config.list_physical_devices("CPU")
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from test_latent_ode import latent_ode, series, without_noise
-x = [a.astype("float32") for a in series()]
-
-def train(eagerly):
-    keras.utils.set_random_seed(0)
-    model = latent_ode(kl_annealing_steps=2)
-    model([a[:1] for a in x])
-    without_noise(model)
-    model.compile(keras.optimizers.SGD(1e-4), run_eagerly=eagerly, jit_compile=False)
-    history = model.fit(x, batch_size=4, epochs=3, shuffle=False, verbose=0).history
-    return history["loss"], history["mse"]
-
-one = train(eagerly=True)
-with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-    two = train(eagerly=False)
-np.testing.assert_allclose(two, one, rtol=1e-4)
-"""
-
-
-def test_two_devices_train_like_one():
-    # Logical devices must be made before TensorFlow is used, so this runs in a process of its own.
-    root = pathlib.Path(__file__).parent.parent
-    result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, cwd=root)
-    assert result.returncode == 0, result.stderr
+    with pytest.raises(ValueError, match=r"`noise_scale` must be positive, or `None`. Received: noise_scale=0.0"):
+        latent_ode(noise_scale=0.0)

@@ -9,10 +9,12 @@ import tensorflow as tf
 from keras import ops
 
 from keras_node import gradients, solvers
+from keras_node.arguments import positive_integer
 from keras_node.jit_compile import check_jit_compile
 from keras_node.layers.concat_squash import ConcatSquashField
-from keras_node.models.bijector import make_bijector
 from keras_node.models.density_field import DensityField
+from keras_node.models.likelihood_model import LikelihoodModel
+from keras_node.models.probability import make_bijector, make_distribution
 from keras_node.odeint import odeint
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.vector_field import build, call_arguments
@@ -22,16 +24,22 @@ _NOISES = ("rademacher", "gaussian")
 
 
 @keras.saving.register_keras_serializable(package="keras_node")
-class ContinuousFlow(keras.Model):
-    """A density of vectors, trained by maximum likelihood: noise that an ODE moves to the data (FFJORD).
+class ContinuousFlow(LikelihoodModel):
+    """A probability density of vectors (FFJORD): an ODE moves normally distributed noise to where the data are.
 
-    A sample starts as `z`, standard normal, at time 0 and follows `dx/dt = f(t, x)` until `t1`. Its log-density is
+    A sample starts as `z`, drawn from the standard normal distribution, at time 0 and follows `dx/dt = f(t, x)` until
+    `t1`. Its log-density is
 
-    `log p(x(t1)) = log N(z) - integral of tr(df/dx) dt from 0 to t1`,
+    `log p(x(t1)) = log N(z) - integral of tr(df/dx) dt from 0 to t1`.
 
-    solved backwards from `x(t1)` together with the path. `fit` minimises the mean of `-log p(x)`, in nats, and in
-    training `kinetic_energy` and `jacobian_norm` times the means of the integrals of `||f||^2` and `||df/dx||_F^2`,
-    which make paths straight and the solver's steps long (RNODE). `evaluate` gives the negative log-likelihood alone.
+    The integral is solved together with the path, backward in time from `x(t1)`. `fit` minimises the mean of
+    `-log p(x)`, in nats. In training it adds the means of the integrals of `||f||^2` and `||df/dx||_F^2` along the
+    paths, times `kinetic_energy` and `jacobian_norm` (RNODE). Both make paths straight, so that the solver can take
+    long steps. `evaluate` gives the negative log-likelihood alone, and regularizers of weights.
+
+    `fit` and `evaluate` take no targets. With `sample_weight` they give the sum of the weighted losses over the number
+    of samples, as Keras' losses do; the two energies are not weighted. A `tf.data.Dataset` or generator yields
+    `(x, None, sample_weight)`, a `keras.utils.PyDataset` `(x, {"sample_weight": sample_weight})`.
 
     Args:
         event_dim: length of the vectors.
@@ -41,11 +49,12 @@ class ContinuousFlow(keras.Model):
         t1: time of the data, positive. Defaults to `1.0`.
         solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"` with `rtol=atol=1e-5`.
         gradient: `"backsolve"` (default), `"checkpointed"`, `"direct"`, or an object.
-        trace: `"exact"` (default), at the cost of `event_dim` vector-Jacobian products, of which up to four share an
-            evaluation of the field, or `"hutchinson"`, an estimate without bias by one product, in training and
-            elsewhere. Another flow over the same field may have the other. Noise inside the field (dropout) needs
-            `"hutchinson"` in training.
-        noise: of Hutchinson's estimate, `"rademacher"` (default) or `"gaussian"`, drawn once for a solve.
+        trace: `"exact"` (default) costs `event_dim` vector-Jacobian products for an evaluation of the field.
+            `"hutchinson"` costs one product and gives an unbiased estimate, in training and elsewhere. A flow with
+            the one may share its field with a flow with the other, to train fast and evaluate exactly. A field with
+            noise of its own, such as dropout, needs `"hutchinson"` in training.
+        noise: the distribution of the noise in Hutchinson's estimate, `"rademacher"` (default) or `"gaussian"`. It is
+            drawn once for a solve.
         kinetic_energy: weight of the kinetic energy of the paths in training. Defaults to `0.0`.
         jacobian_norm: weight of the Frobenius norm of the Jacobian in training, estimated where the trace is.
             Defaults to `0.0`.
@@ -65,8 +74,9 @@ class ContinuousFlow(keras.Model):
     Output shape:
         `(...)`, the log-densities.
 
-    A solve that fails raises `tf.errors.InvalidArgumentError`, except under XLA, where it gives NaN. Where steps are
-    chosen for a batch as a whole, a density depends on its batch by an error below the tolerances.
+    A solve that fails raises `tf.errors.InvalidArgumentError`, except under XLA, where it gives NaN. Where the solver
+    chooses its steps for a batch as a whole (`per_sample=False`), a density changes a little with the batch it is in,
+    by about the tolerances.
 
     Example:
     >>> flow = keras_node.ContinuousFlow(2, solver="bosh3", seed=0)
@@ -103,8 +113,6 @@ class ContinuousFlow(keras.Model):
     ):
         # The state keeps its precision under a mixed policy; the field casts for itself.
         super().__init__(autocast=False, **kwargs)
-        if event_dim != int(event_dim) or event_dim < 1:
-            raise ValueError(f"`event_dim` must be a positive integer. Received: event_dim={event_dim}")
         if not 0 <= steer < t1 < math.inf:
             raise ValueError(f"A flow needs `0 <= steer < t1`, both finite. Received: steer={steer}, t1={t1}")
         if trace not in _TRACES:
@@ -116,7 +124,7 @@ class ContinuousFlow(keras.Model):
                 "`kinetic_energy` and `jacobian_norm` must be 0 or more. "
                 f"Received: kinetic_energy={kinetic_energy}, jacobian_norm={jacobian_norm}"
             )
-        self.event_dim = event_dim
+        self.event_dim = positive_integer("event_dim", event_dim)
         self.vector_field = ConcatSquashField(dtype=self.dtype_policy) if vector_field is None else vector_field
         self.num_arguments, _ = call_arguments(self.vector_field)
         self.t1 = float(t1)
@@ -163,19 +171,20 @@ class ContinuousFlow(keras.Model):
         if energies:
             # Integrals that run back in time.
             kinetic_energy, jacobian_norm = -integrals[1], -integrals[2]
-            self.add_loss(ops.mean(self.kinetic_energy * kinetic_energy + self.jacobian_norm * jacobian_norm))
+            energy = self.kinetic_energy * kinetic_energy + self.jacobian_norm * jacobian_norm
+            # A device may be left without samples.
+            self.add_loss(tf.math.divide_no_nan(ops.sum(energy), ops.cast(tf.size(energy), energy.dtype)))
         log_base = -0.5 * (ops.sum(z**2, axis=-1) + self.event_dim * math.log(2 * math.pi))
         return log_base + integrals[0]
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        if y is not None or self.loss is not None:
+    def sample_losses(self, x, y, y_pred, training):
+        """The negative log-likelihood of each sample, `(...)`."""
+        if y is not None:
             raise ValueError(
-                "A flow is trained by maximum likelihood, without targets or a loss: `fit(x)`, `fit((x, condition))`, "
-                "`validation_data=x` or `((x, condition),)`. "
-                f"Received: loss={self.loss!r}, {'no ' if y is None else ''}targets"
+                "A flow is trained by maximum likelihood, without targets: `fit(x)`, `fit((x, condition))`, "
+                f"`validation_data=x` or `((x, condition),)`. Received: y={y!r}"
             )
-        nll = -y_pred if sample_weight is None else -y_pred * ops.reshape(sample_weight, ops.shape(y_pred))
-        return ops.mean(nll) + sum(self.losses)
+        return -(self(x, training=training) if y_pred is None else y_pred), {}
 
     def log_prob(self, x: Any, condition: Any = None) -> tf.Tensor:
         """The log-density of `x`, `(..., event_dim)`, in nats; `condition` broadcasts against it."""
@@ -209,18 +218,19 @@ class ContinuousFlow(keras.Model):
         return z, integrals[0]
 
     def as_bijector(self, condition: Any = None):
-        """The flow as a `tfp.bijectors.Bijector` from base to data, at one condition, which broadcasts."""
+        """The flow as a `tfp.bijectors.Bijector` from the base to the data, at one condition, which broadcasts.
+
+        Each method solves anew, so its results follow the weights and have gradients. A density by way of a bijector
+        therefore takes two solves. One is enough if other bijectors are applied to `as_distribution()` instead.
+        """
         return make_bijector(self, condition)
 
     def as_distribution(self, condition: Any = None):
-        """The flow as a `tfp.distributions.TransformedDistribution`; a condition `(..., features)` makes a batch."""
-        from tensorflow_probability import distributions as tfd
+        """The flow as a `tfp.distributions.Distribution`; a condition `(..., features)` makes a batch.
 
-        batch = () if condition is None else tuple(np.shape(condition)[:-1])
-        zeros = tf.zeros((*batch, self.event_dim), self.variable_dtype)
-        return tfd.TransformedDistribution(
-            tfd.MultivariateNormalDiag(zeros, tf.ones_like(zeros)), self.as_bijector(condition), name=self.name
-        )
+        `log_prob` and `experimental_sample_and_log_prob` take one solve each, and follow the weights.
+        """
+        return make_distribution(self, condition)
 
     def compute_output_spec(self, inputs, training=None):
         x, _ = _parts(inputs)

@@ -10,9 +10,11 @@ import tensorflow as tf
 from keras_node.vector_field import call_arguments, field_inputs, like_state
 
 # How many rows of the Jacobian come from one copy of the batch, by a vector-Jacobian product each on one evaluation.
-# More would save little and make the program larger. `vectorized_map` and `batch_jacobian` need no copies, but under
-# XLA they call a function, and its gradient is a second one that reshapes to what the first returns. A shape must be
-# a constant, so XLA takes all that enters the first for constants, and compiles anew whenever a weight changes.
+# A training step in 6 dimensions (XLA, batch 256, a busy machine) took 46 ms with one row on a copy, 29 ms with four
+# and 22 ms with all six; compiling these took 57, 51 and 91 s, and the program goes on to grow with the rows.
+# `vectorized_map` and `batch_jacobian` need no copies, but under XLA they call a function, and its gradient is a second
+# one that reshapes to what the first returns. A shape must be a constant, so XLA takes all that enters the first for
+# constants, and compiles anew whenever a weight changes.
 _ROWS_PER_COPY = 4
 
 

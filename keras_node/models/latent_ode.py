@@ -4,15 +4,17 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from keras_node.arguments import non_negative_integer, positive_integer
 from keras_node.control import last_valid
 from keras_node.layers.irregular_times import check_order, elapsed_times, with_start
 from keras_node.layers.ode_layer import ODELayer
+from keras_node.models.likelihood_model import LikelihoodModel
 
 _SMALLEST_SCALE = 1e-5  # softplus underflows to zero, where the KL divergence is infinite
 
 
 @keras.saving.register_keras_serializable(package="keras_node")
-class LatentODE(keras.Model):
+class LatentODE(LikelihoodModel):
     """A generative model of series observed at irregular times: each is one path of an ODE in a latent space.
 
     `z(t0) ~ Normal(0, I)`
@@ -65,8 +67,10 @@ class LatentODE(keras.Model):
 
     `fit(x)` with `x = (times, values, mask)` learns to reconstruct the observations. `fit(x, y)` with
     `y = (times, values, mask)` of its own length has the encoder read `x` and the loss compare with `y`: all
-    observations, say, where `x` has a part of them. A `tf.data.Dataset` yields `(x,)` or `(x, y)`. `compile` takes no
-    loss and no metrics; the logs have `loss`, `nll`, `kl` and the mean squared error `mse`, all for one draw from `q`.
+    observations, say, where `x` has a part of them. A `tf.data.Dataset` yields `(x,)`, `(x, y)` or
+    `(x, y, sample_weight)`, where `y` may be `None`. With `sample_weight`, one number for a series, the loss is the sum
+    of the weighted losses over the number of series, as Keras' losses do. `compile` takes no loss and no metrics; the
+    logs have `loss`, `nll`, `kl` and the mean squared error `mse`, all for one draw from `q`.
 
     Times that decrease raise `ValueError`, in a graph `tf.errors.InvalidArgumentError`. Under XLA, where nothing can
     raise, all results are NaN for that sample.
@@ -93,6 +97,8 @@ class LatentODE(keras.Model):
     - Rubanova, Chen & Duvenaud (2019), "Latent ODEs for Irregularly-Sampled Time Series".
     """
 
+    measures = ("nll", "kl", "mse")
+
     def __init__(
         self,
         latent_dim: int,
@@ -113,12 +119,10 @@ class LatentODE(keras.Model):
         super().__init__(autocast=False, **kwargs)
         if noise_scale is not None and not noise_scale > 0:
             raise ValueError(f"`noise_scale` must be positive, or `None`. Received: noise_scale={noise_scale}")
-        if kl_annealing_steps < 0:
-            raise ValueError(f"`kl_annealing_steps` must be 0 or more. Received: {kl_annealing_steps}")
-        self.latent_dim = latent_dim
-        self.units = units
+        self.latent_dim = latent_dim = positive_integer("latent_dim", latent_dim)
+        self.units = units = positive_integer("units", units)
         self.noise_scale = noise_scale
-        self.kl_annealing_steps = kl_annealing_steps
+        self.kl_annealing_steps = non_negative_integer("kl_annealing_steps", kl_annealing_steps)
 
         dtype = self.dtype_policy
         cell = keras.layers.GRUCell(units, dtype=dtype) if encoder_cell is None else encoder_cell
@@ -130,7 +134,6 @@ class LatentODE(keras.Model):
         )
         self.decoder = decoder
         self.seed_generator = keras.random.SeedGenerator()
-        self.trackers = [keras.metrics.Mean(name=name) for name in ("loss", "nll", "kl", "mse")]
 
     def build(self, inputs_shape):
         _, values_shape, _ = inputs_shape
@@ -237,14 +240,13 @@ class LatentODE(keras.Model):
         z0 = keras.random.normal((n, self.latent_dim), dtype=self.variable_dtype, seed=self.seed_generator)
         return self.decode(z0, times)
 
-    def compute_loss(self, x, y=None, y_pred=None, sample_weight=None, training=True):
-        """The mean of the negative ELBO over a batch, for one draw from the posterior. Updates the metrics.
+    def sample_losses(self, x, y, y_pred, training):
+        """The negative ELBO of each series, for one draw from the posterior, and its parts.
 
         Args:
             x: the observations that the encoder reads, `(times, values, mask)`.
-            y: those whose likelihood counts, `(times, values, mask)`. Defaults to `x`.
+            y: those whose likelihood counts, `(times, values, mask)`. `None` stands for `x`.
             y_pred: not used; predictions depend on the draw.
-            sample_weight: weights of the series, `(batch,)`.
             training: whether layers are in training mode, and the KL divergence has its weight `kl_weight`.
         """
         from tensorflow_probability import distributions as tfd
@@ -260,55 +262,9 @@ class LatentODE(keras.Model):
         log_prob = tfd.Normal(mean, scale).log_prob(values)
         nll = -ops.sum(ops.where(observed, log_prob, 0), axis=(1, 2))
         kl = tfd.kl_divergence(posterior, self.prior)
-
-        weight = ops.ones_like(kl) if sample_weight is None else ops.cast(sample_weight, kl.dtype)
-        kl_weight = self.kl_weight if training else 1
-        loss = ops.mean(weight * (nll + kl_weight * kl)) + sum(self.losses)
-        weight_of_points = weight[:, None, None] * ops.cast(observed, weight.dtype)
-        updates = [
-            (loss, ops.shape(kl)[0]),
-            (nll, weight),
-            (kl, weight),
-            (ops.square(mean - values), weight_of_points),
-        ]
-        for tracker, (value, weights) in zip(self.trackers, updates, strict=True):
-            tracker.update_state(tf.stop_gradient(value), weights)
-        return loss
-
-    def compile(self, optimizer="rmsprop", **kwargs):
-        for name in ("loss", "loss_weights", "metrics", "weighted_metrics"):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"The loss is the negative ELBO, and the metrics are its parts: `compile` takes no `{name}`. "
-                    f"Received: {name}={kwargs[name]!r}"
-                )
-        super().compile(optimizer, **kwargs)
-
-    def compile_from_config(self, config):
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.built:
-            self.optimizer.build(self.trainable_variables)
-
-    def train_step(self, data):
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        with tf.GradientTape() as tape:
-            loss = self.compute_loss(x, y, sample_weight=sample_weight, training=True)
-            # Gradients of replicas are added up.
-            loss = self.optimizer.scale_loss(loss / tf.distribute.get_strategy().num_replicas_in_sync)
-        gradients = tape.gradient(loss, self.trainable_weights)
-        self.optimizer.apply_gradients(zip(gradients, self.trainable_weights, strict=True))
-        return self.get_metrics_result()
-
-    def test_step(self, data):
-        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        self.compute_loss(x, y, sample_weight=sample_weight, training=False)
-        return self.get_metrics_result()
-
-    @property
-    def metrics(self):
-        # In place of the tracker that `compile` makes for a loss of its own.
-        names = [tracker.name for tracker in self.trackers]
-        return [*self.trackers, *(metric for metric in super().metrics if metric.name not in names)]
+        each = ops.ones_like(kl)
+        measures = {"nll": (nll, each), "kl": (kl, each), "mse": (ops.square(mean - values), observed)}
+        return nll + (self.kl_weight if training else 1) * kl, measures
 
     def compute_output_shape(self, inputs_shape):
         return tuple(inputs_shape[1])

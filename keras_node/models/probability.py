@@ -1,0 +1,103 @@
+"""A flow as TensorFlow Probability sees it."""
+
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+# A solve gives a state and its density together, but nothing here is kept from one call to the next: the weights may
+# change in between, or a `tf.GradientTape` may start to record. A bijector has no method that asks for both, so it
+# solves for each. A distribution has, and solves once.
+
+
+def make_bijector(flow: Any, condition: Any = None) -> Any:
+    """Returns the map of a `keras_node.ContinuousFlow` from its base to its data as a `tfp.bijectors.Bijector`."""
+    from tensorflow_probability import bijectors as tfb
+
+    class FlowBijector(tfb.Bijector):
+        def __init__(self):
+            super().__init__(forward_min_event_ndims=1, dtype=tf.as_dtype(flow.variable_dtype), name=flow.name)
+
+        # TensorFlow Probability looks up what a method returned for the same tensor before. A copy is a new tensor.
+
+        def forward(self, x, *args, **kwargs):
+            return super().forward(_copy(x, self.dtype), *args, **kwargs)
+
+        def inverse(self, y, *args, **kwargs):
+            return super().inverse(_copy(y, self.dtype), *args, **kwargs)
+
+        def forward_log_det_jacobian(self, x, *args, **kwargs):
+            return super().forward_log_det_jacobian(_copy(x, self.dtype), *args, **kwargs)
+
+        def inverse_log_det_jacobian(self, y, *args, **kwargs):
+            return super().inverse_log_det_jacobian(_copy(y, self.dtype), *args, **kwargs)
+
+        def _forward(self, x):
+            return flow.forward(x, condition)[0]
+
+        def _inverse(self, y):
+            return flow.inverse(y, condition)[0]
+
+        def _forward_log_det_jacobian(self, x):
+            return flow.forward(x, condition)[1]
+
+        def _inverse_log_det_jacobian(self, y):
+            return flow.inverse(y, condition)[1]
+
+    return FlowBijector()
+
+
+def make_distribution(flow: Any, condition: Any = None) -> Any:
+    """Returns the density of a `keras_node.ContinuousFlow` as a `tfp.distributions.Distribution`."""
+    from tensorflow_probability import bijectors as tfb
+    from tensorflow_probability import distributions as tfd
+
+    batch_shape = () if condition is None else tuple(np.shape(condition)[:-1])
+    zeros = tf.zeros((*batch_shape, flow.event_dim), flow.variable_dtype)
+
+    class FlowDistribution(tfd.Distribution):
+        """Has the two parts of a `tfp.distributions.TransformedDistribution`, but solves only once for a density."""
+
+        def __init__(self):
+            self.distribution = tfd.MultivariateNormalDiag(zeros, tf.ones_like(zeros))
+            self.bijector = make_bijector(flow, condition)
+            super().__init__(
+                dtype=self.distribution.dtype,
+                reparameterization_type=tfd.FULLY_REPARAMETERIZED,
+                validate_args=False,
+                allow_nan_stats=True,
+                parameters={},
+                name=flow.name,
+            )
+
+        def _sample_n(self, n, seed=None):
+            return self.bijector.forward(self.distribution.sample(n, seed=seed))
+
+        def _sample_and_log_prob(self, sample_shape, seed):
+            z, log_base = self.distribution.experimental_sample_and_log_prob(sample_shape, seed=seed)
+            x, log_det = flow.forward(z, condition)
+            return x, log_base - log_det
+
+        def _log_prob(self, x):
+            return flow.log_prob(x, condition)
+
+        def _batch_shape(self):
+            return self.distribution.batch_shape
+
+        def _batch_shape_tensor(self):
+            return self.distribution.batch_shape_tensor()
+
+        def _event_shape(self):
+            return self.distribution.event_shape
+
+        def _event_shape_tensor(self):
+            return self.distribution.event_shape_tensor()
+
+        def _default_event_space_bijector(self):
+            return tfb.Identity(validate_args=self.validate_args)
+
+    return FlowDistribution()
+
+
+def _copy(x, dtype):
+    return tf.identity(tf.convert_to_tensor(x, dtype_hint=dtype))
