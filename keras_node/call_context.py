@@ -1,7 +1,7 @@
 """What Keras knows while a layer is called, kept for what is computed after the call has ended."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -15,6 +15,16 @@ class _Training(keras.layers.Layer):
 
 
 _training = _Training(name="training")
+
+
+class _WithoutAutocast(keras.layers.Layer):
+    """Calls a function with variables in their own precision."""
+
+    def call(self, function):
+        return function()
+
+
+_without_autocast = _WithoutAutocast(name="without_autocast", autocast=False)
 
 
 class _Called(keras.layers.Layer):
@@ -41,9 +51,16 @@ class CallContext:
     autocast: str | None = None
 
     @classmethod
-    def current(cls) -> "CallContext":
-        """The context at this place. Its `autocast` shows only where a variable is read."""
-        return cls(training=_training())
+    def current(cls, variables: Sequence[keras.Variable] = ()) -> "CallContext":
+        """The context at this place. Its `autocast` shows only in variables that are read here."""
+        for variable in variables:
+            precision = keras.backend.standardize_dtype(variable.dtype)
+            # What Keras says of a variable's dtype is what it is read in.
+            if precision in ("float16", "bfloat16") and precision != _without_autocast(
+                function=lambda v=variable: v.dtype
+            ):
+                return cls(_training(), precision)
+        return cls(_training())
 
     def run(self, function: Callable[[], Any]) -> Any:
         """`function()`, in this context."""

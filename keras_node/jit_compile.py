@@ -29,8 +29,11 @@ def compiles(jit_compile: bool | str, gradient: Any, training: bool | None, pure
         return jit_compile is True
     if not training or isinstance(gradient, DirectGradient):
         return False
-    # From one seed TensorFlow draws other numbers in an XLA program than outside.
-    return not pure.draws_noise and (_accelerated() or not _convolves(pure.trace))
+    # From one seed TensorFlow draws other numbers in an XLA program than outside. And of a tensor that a program closes
+    # over, it wants to differentiate the program itself.
+    if pure.draws_noise or pure.closes_over:
+        return False
+    return _accelerated() or not _convolves(pure.trace)
 
 
 def _accelerated() -> bool:

@@ -39,8 +39,9 @@ def odeint(
     Args:
         vector_field: a Keras layer or model, or a callable, `f(y)`, `f(t, y)` or `f(t, y, args)`; it returns the
             rate of change in the structure and shapes of `y`. `t` is a scalar, or `(batch, 1, ..., 1)` with the
-            rank of `y` (of its first leaf) where samples have times of their own. A TensorFlow tensor that a
-            gradient is wanted for goes in through `args`.
+            rank of `y` (of its first leaf) where samples have times of their own. A tensor that a gradient is
+            wanted for goes in through `args`: of one that the field closes over the gradient is right in a graph, and
+            NaN eagerly, where nothing can find it.
         y0: the initial state, a float tensor or a nest (tuple, list, dict) of them. A nested list is a nest of
             scalars; for a vector, pass an array or a tensor.
         ts: times, monotonic either way, `(T,)` or, where every sample has its own, `(T, batch)`; `T >= 2`. `ts[0]`
@@ -57,7 +58,8 @@ def odeint(
             `tf.function`, in `fit`) that as a whole is none; eagerly nothing is compiled. `"auto"` (default) compiles
             where `training` is true, so that models are exported without; not with `"direct"`, which cannot; and not a
             field with convolutions where there is no device but a CPU, nor one that draws noise, which would be other
-            noise in an XLA program than outside of it.
+            noise in an XLA program than outside of it, nor one that closes over tensors of a graph or TensorFlow
+            variables: pass these through `args`.
         statistics: what a layer that tracks its solves hands in to be told how they went, there and back.
 
     Returns:

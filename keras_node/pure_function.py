@@ -15,7 +15,6 @@ gradient must know every tensor that the function depends on:
 """
 
 import copy
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -89,7 +88,7 @@ class RecordingScope(keras.StatelessScope):
 
     @property
     def watched(self) -> tuple[tf.Variable, ...]:
-        """Trainable variables of TensorFlow that were read; eagerly, not those that were read for a Keras variable."""
+        """Trainable variables of TensorFlow that were read; eagerly, not those that stand for a Keras variable."""
         return self._tape.watched_variables()
 
 
@@ -108,6 +107,7 @@ class PureFunction:
             that it reads, and `captured`.
         captured: float tensors that it closes over, in a graph; eagerly none are found.
         hidden: eagerly, float tensors that depend on whatever it closes over; in a graph there are none.
+        closes_over: whether it depends on variables that it reads by itself, or on tensors of the graph around it.
         carried: the values of the variables that it updates, such as seeds and statistics.
         updates: these variables, and their values after the evaluation.
         losses: the losses that it adds.
@@ -120,6 +120,10 @@ class PureFunction:
         self.trace, scope, results, values = _evaluate_once(function, arguments)
         self.losses = scope.losses
         self._evaluated = {*scope.read, *map(id, scope.watched)}
+        by_keras = {id(c) for v in scope.read.values() for c in _local(v.value)} - {
+            id(v.value) for v in scope.unrecorded
+        }
+        reads_others = any(id(v) not in by_keras for v in scope.watched)
         updated = [variable for variable, _ in scope.updates]
         self.updates = list(zip(updated, values, strict=True))
 
@@ -137,14 +141,15 @@ class PureFunction:
         if self.trace is None:
             # With variables that it reads by itself, the value depends on these too, and their gradient is known.
             self.captured = []
-            self.hidden = [x for x in tf.nest.flatten(results) if _is_float(x) and not scope.watched]
+            self.hidden = [x for x in tf.nest.flatten(results) if _is_float(x) and not reads_others]
         else:
             known = {id(x) for x in tf.nest.flatten((arguments, [v.value for v in scope.read.values()]))}
             self.captured = [x for x in self.trace.captured_inputs if _is_float(x) and id(x) not in known]
             self.hidden = []
+        self.closes_over = reads_others or any(tf.is_symbolic_tensor(x) for x in self.captured)
         self.params = [*weights, *map(tf.identity, self.captured)]
         self._read_by_itself = self.captured
-        self.context = dataclasses.replace(CallContext.current(), autocast=_autocast(read))
+        self.context = CallContext.current(read)
 
     def __call__(self, params: list, carried: list[tf.Tensor], *arguments: Nest) -> tuple[Any, list[tf.Tensor]]:
         """What the function returns, and the values of `carried` after it."""
@@ -214,13 +219,9 @@ def is_seed(variable: keras.Variable) -> bool:
     return not tf.as_dtype(variable.dtype).is_floating
 
 
-def _autocast(variables):
-    """The precision in which float variables are read here, if it is not their own."""
-    for variable in variables:
-        read, own = tf.as_dtype(variable.value.dtype), tf.as_dtype(variable.dtype)
-        if own.is_floating and read != own:
-            return read.name
-    return None
+def _local(value):
+    """What stands for a variable's value on this device."""
+    return tf.distribute.get_strategy().experimental_local_results(value)
 
 
 def _graph():

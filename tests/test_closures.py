@@ -101,8 +101,8 @@ def test_a_field_over_its_own_initial_state(mode):
         def of(y0):
             with tf.GradientTape() as tape:
                 tape.watch(y0)
-                ys = keras_node.odeint(lambda y: y0 - y, 2 * y0, [0.0, 1.0], gradient=gradient).ys
-            return tape.gradient(tf.reduce_sum(ys[-1]), y0)
+                value = tf.reduce_sum(keras_node.odeint(lambda y: y0 - y, 2 * y0, [0.0, 1.0], gradient=gradient).ys[-1])
+            return tape.gradient(value, y0)
 
         return tf.function(of, jit_compile=mode == "xla")(Y0)
 
@@ -116,7 +116,7 @@ def test_a_field_over_its_own_initial_state(mode):
 @adjoints
 def test_what_nobody_asks_for_does_no_harm(gradient, mode):
     """A tape watches all that the field closes over, and the gradient of something else is asked for."""
-    constant = tf.constant([1.0, 2.0, 3.0])
+    constant = tf.constant([0.25, 0.5, 0.75])
 
     def case(gradient):
         with tf.GradientTape() as tape:
@@ -125,8 +125,8 @@ def test_what_nobody_asks_for_does_no_harm(gradient, mode):
             value = last_state(lambda y: -RATE * y * constant + shift, gradient)
         return tape.gradient(value, Y0)
 
-    expected = np.tile(np.exp([-2.0, -4.0, -6.0]), (2, 1))
-    np.testing.assert_allclose(in_mode(mode, case, gradient), expected, rtol=2e-3)
+    expected = np.tile(np.exp([-0.5, -1.0, -1.5]), (2, 1))
+    np.testing.assert_allclose(in_mode(mode, case, gradient), expected, rtol=1e-3)
 
 
 @adjoints
@@ -161,7 +161,6 @@ def test_second_derivatives_of_what_a_field_closes_over(gradient):
                     [0.0, 1.0],
                     solver=keras_node.RungeKutta("tsit5", rtol=1e-9, atol=1e-9),
                     gradient=gradient,
-                    jit_compile=True,
                 ).ys[-1]
             first = tape.gradient(y, [scale, rate])
         return first, outer.gradient(first[0], [scale, rate])
@@ -171,6 +170,17 @@ def test_second_derivatives_of_what_a_field_closes_over(gradient):
     first, second = run(tf.constant(s, tf.float64))
     np.testing.assert_allclose(first, [-2 * r * s * y, -(s**2) * y], rtol=1e-6)
     np.testing.assert_allclose(second, [(-2 * r + 4 * r**2 * s**2) * y, (-2 * s + 2 * r * s**3) * y], rtol=1e-6)
+
+
+def test_a_compiled_solve_with_a_closure_says_what_to_do():
+    @tf.function
+    def run():
+        with tf.GradientTape() as tape:
+            y = keras_node.odeint(lambda y: -RATE * y, tf.ones(1), [0.0, 1.0], solver="rk4", jit_compile=True).ys[-1]
+        return tape.gradient(y, RATE)
+
+    with pytest.raises(ValueError, match="pass tensors through `args`"):
+        run()
 
 
 def test_a_tape_around_a_function():

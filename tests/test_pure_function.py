@@ -23,10 +23,9 @@ def test_a_lookup_among_the_arguments(gradient, mode):
     def slope(rates):
         with tf.GradientTape() as tape:
             tape.watch(rates)
-            solution = keras_node.odeint(
-                lambda t, y, rates: -tf.gather(rates, 1) * y, tf.ones(1), [0.0, 1.0], args=rates, gradient=gradient
-            )
-        return tf.convert_to_tensor(tape.gradient(solution.ys[-1], rates))
+            field = lambda t, y, rates: -tf.gather(rates, 1) * y  # noqa: E731
+            y = keras_node.odeint(field, tf.ones(1), [0.0, 1.0], args=rates, gradient=gradient).ys[-1]
+        return tf.convert_to_tensor(tape.gradient(y, rates))
 
     np.testing.assert_allclose(in_mode(mode, slope, tf.constant([0.5, 1.0])), [0, -np.exp(-1)], rtol=1e-3)
 
@@ -99,6 +98,8 @@ def test_a_tf_function_that_was_traced_without_weights_is_refused():
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 @pytest.mark.parametrize("by", ["scope", "recompute_grad"])
 def test_a_field_that_is_computed_again_for_its_gradient(by, mode, gradient):
+    if (gradient, mode) == ("direct", "graph"):
+        pytest.skip("TensorFlow cannot differentiate a loop with `tf.recompute_grad` in it, and says so")
     y0 = tf.constant([[1.0, 2.0], [0.5, -1.0]])
 
     def slopes(again):

@@ -115,6 +115,14 @@ def custom_vjp(
                     'gradient="direct" (eagerly, or with the accumulator around a `tf.function`), or reverse mode.'
                 )
 
+            if compiles and pure.closes_over:
+                raise ValueError(
+                    "With `jit_compile=True` a gradient needs a field that closes over no tensor of the graph and no "
+                    "TensorFlow variable: pass tensors through `args` to a field `f(t, y, args)`, make variables "
+                    'weights of a Keras layer, or leave `jit_compile="auto"`. '
+                    f"Received: {pure.function!r}"
+                )
+
             def run_back(*arguments):
                 return backward(memory, variables or [], *arguments)
 
