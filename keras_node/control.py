@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from keras_node.times import prepare_times
+
 INTERPOLATIONS = ("linear", "hermite", "rectilinear")
 
 
@@ -59,7 +61,8 @@ class ControlPath(NamedTuple):
         start = ops.expand_dims(ops.take_along_axis(self.times, index, axis=1), -1)
         length = ops.expand_dims(ops.take_along_axis(increments(self.times), index, axis=1), -1)
         s = ops.maximum(ops.divide_no_nan(points - start, length), 0)
-        return ops.take_along_axis(self.coefficients, index[..., None, None], axis=1), s, length
+        coefficients = ops.take_along_axis(self.coefficients, index[..., None, None], axis=1)
+        return coefficients, *(ops.cast(x, coefficients.dtype) for x in (s, length))
 
 
 def control_path(times, values, mask=None, interpolation="hermite"):
@@ -111,10 +114,11 @@ def control_path(times, values, mask=None, interpolation="hermite"):
     - Morrill, Kidger, Yang & Lyons (2021), "Neural Controlled Differential Equations for Online Prediction Tasks".
     """
     values = ops.convert_to_tensor(values)
-    times = ops.convert_to_tensor(times, dtype=values.dtype)
+    times = prepare_times(times, values.dtype)
     if len(times.shape) == 1:
-        times = times + ops.zeros_like(values[..., 0])
-    knots, coefficients, ordered = pieces(times, values, mask, interpolation)
+        times = times + ops.zeros_like(values[..., 0], dtype=times.dtype)
+    knots, coefficients, ordered = pieces(times, ops.cast(values, times.dtype), mask, interpolation)
+    coefficients = ops.cast(coefficients, values.dtype)
     if interpolation == "rectilinear":
         # To move a jump changes an integral in a way that no derivative along the path can see.
         knots = ops.stop_gradient(knots)

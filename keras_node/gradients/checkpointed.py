@@ -56,7 +56,7 @@ class CheckpointedAdjoint:
         self.num_checkpoints = num_checkpoints
 
     def __call__(self, problem: Problem) -> Trajectory:
-        clock, _ = solve_clock(tf.stop_gradient(problem.ts), problem.solver, problem.y0)
+        clock, _ = solve_clock(problem._replace(ts=tf.stop_gradient(problem.ts)))
         max_steps = step_limit(problem.solver, clock)
         slots = self.num_checkpoints or _square_root(max_steps)
         recorder = Recorder(clock, max_steps, slots)

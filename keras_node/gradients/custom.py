@@ -52,7 +52,7 @@ def solve_with_gradient(
 
     inputs = (problem.y0, problem.ts, problem.params)
     ys, (stats, status) = with_gradient(run, run_back, conclude, inputs, problem.jit_compile)
-    closed_over = problem.vector_field.closed_over(problem.ts[0], problem.y0)
+    closed_over = problem.vector_field.closed_over(problem.times[0], problem.y0)
     return Trajectory(refuse(closed_over, problem.vector_field.function, ys), stats, status)
 
 
