@@ -187,7 +187,7 @@ def merge(times: tf.Tensor, more: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def pick(values: tf.Tensor, index: tf.Tensor | int) -> tf.Tensor:
-    """`values[index]`: one entry for all samples, or with an index of each, `values[index[b]]` or `values[index[b], b]`.
+    """One entry, `values[index]`; with an index of each sample, `values[index[b]]` or `values[index[b], b]`.
 
     Not a subscript: XLA takes the start of a slice for a constant, and would compile anew for every value that the
     index may have come from, a network's weights among them.

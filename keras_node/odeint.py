@@ -44,10 +44,16 @@ def odeint(
         y0: the initial state, a float tensor or a nest (tuple, list, dict) of them. A nested list is a nest of
             scalars; for a vector, pass an array or a tensor.
         ts: times, monotonic either way, `(T,)` or, where every sample has its own, `(T, batch)`; `T >= 2`. `ts[0]`
-            is the time of `y0`. A repeated time gives the same state again.
+            is the time of `y0`. Numbers, arrays, tensors or variables, also integers. They keep the precision in which
+            they come until their differences are formed, so that float64 seconds since 1970 serve a float32 state; the
+            field sees `t` in the precision of the state. A repeated time gives the same state again, at no cost. A
+            first derivative with respect to it is that of its own state along the field; at a time of
+            `RungeKutta(step_at=...)` it is that of one side. Second derivatives with respect to times that coincide
+            are not defined: with `"backsolve"` they are NaN.
         args: nest of tensors for `f(t, y, args)`.
         solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`. A method without an
-            error estimate, by name, takes 10 steps between two times.
+            error estimate, by name, takes 10 steps between two times. Unless it has `per_sample=True`, one error norm
+            serves the whole batch: see the warning there.
         gradient: `"backsolve"` (default), `"direct"`, or an object such as `keras_node.BacksolveAdjoint()`.
         training: passed to a field that takes it.
         throw: whether a failed solve raises `tf.errors.InvalidArgumentError`. Under XLA nothing raises. Whatever

@@ -13,7 +13,7 @@ class Status(enum.IntEnum):
     - `MAX_STEPS`: it took as many steps as the solver allows.
     - `NON_FINITE`: a NaN or infinite value appeared in the state.
     - `STEP_SIZE_UNDERFLOW`: the next step would have been too short for its time to move.
-    - `BAD_TIMES`: the times are not finite, or turn back. Where they are known before the solve, a `ValueError` says so.
+    - `BAD_TIMES`: the times are not finite, or turn back. If they are known before the solve, it raises `ValueError`.
     """
 
     SUCCESS = 0

@@ -124,7 +124,7 @@ def solve_clock(problem: Problem) -> tuple[Clock, tf.Tensor | tuple]:
 
 
 def adjoint_clock(problem: Problem, solver: RungeKutta, kinks: Sequence[float]) -> tuple[Clock, tf.Tensor]:
-    """The clock of a solve from the last time to the first, and the index of its stop at each of them, in that order."""
+    """The clock of a solve from the last time to the first, and its stop at each of them, in that order."""
 
     def make(ts):
         times, place = ts[::-1], None

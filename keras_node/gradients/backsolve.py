@@ -202,7 +202,8 @@ def _loss_by_stop(stops, clock, ys, dys):
     Args:
         stops: the stop at every time, from the last to the first, or `None` where each has one of its own.
         clock: the clock.
-        ys, dys: the states at `ts`, and the gradients of a loss with respect to them.
+        ys: the states at `ts`.
+        dys: the gradients of a loss with respect to them.
 
     Returns:
         `state_at(i, y)`, the forward solution at the `i`-th stop, or `y` where there is no time of `ts`; and

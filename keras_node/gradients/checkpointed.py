@@ -112,7 +112,7 @@ def _replay_stats(problem: Problem, record: Record) -> Stats:
     tableau = problem.solver.tableau
     kept = (record.count + record.stride - 1) // record.stride
     stages = tableau.num_stages - 1 if tableau.fsal and problem.ts.shape[0] == 2 else tableau.num_stages
-    # The state behind the last step of a stretch is not needed.
+    # The state after the last step of a stretch is not needed.
     return Stats(stages * (2 * record.count - kept), record.count, tf.constant(0))
 
 

@@ -136,7 +136,7 @@ class Replay:
 
     def gradient(self, dys: Nest) -> tuple[Nest, tf.Tensor, list[tf.Tensor]]:
         """The gradients of `y0`, `ts` and `params`, step by step from the last to the first."""
-        y0, ts, params = self.problem.y0, self.problem.ts, self.problem.params
+        ts, params = self.problem.ts, self.problem.params
         times_vary = self.problem.numbers is None
         with tf.GradientTape(watch_accessed_variables=False) as clock_tape:
             clock_tape.watch(ts)
