@@ -40,7 +40,7 @@ class _Blocks(tf.experimental.ExtensionType):
             whole = _with_row(blocks.whole, blocks.number, blocks.block)
             return (_Blocks(whole, tf.ensure_shape(tf.gather(whole, number), self.block.shape), number),)
 
-        # XLA copies the operands of a `tf.cond`, but updates loop variables in place: hence a loop of one round at most.
+        # XLA copies the operands of a `tf.cond`, but updates loop variables in place: hence a loop of one round.
         return tf.while_loop(lambda blocks: blocks.number != number, change, (self,), maximum_iterations=1)[0]
 
 
