@@ -155,4 +155,5 @@ def clock_of(problem: Problem, make: Callable[[tf.Tensor], tuple[Clock, Any]], p
 
 def _repeated(x: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
     """The same for every sample, along a new last axis."""
-    return tf.tile(x[..., None], tf.concat([tf.ones([x.shape.rank], tf.int32), batch[None]], axis=0))
+    repeated = tf.repeat(x[..., None], batch, axis=-1)
+    return tf.ensure_shape(repeated, [*x.shape, None])
