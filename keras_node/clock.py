@@ -178,7 +178,8 @@ def merge(times: tf.Tensor, more: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     if times.shape.rank > more.shape.rank:
         more = tf.tile(more[:, None], [1, tf.shape(times)[1]])
     more = tf.clip_by_value(more, tf.minimum(first, last), tf.maximum(first, last))
-    inner = tf.concat([times[1:-1], more], axis=0)
+    # XLA has no gradient of an empty slice.
+    inner = more if times.shape[0] == 2 else tf.concat([times[1:-1], more], axis=0)
     order = tf.argsort(tf.where(last < first, -inner, inner), axis=0, stable=True)
     merged = tf.concat([times[:1], reorder(inner, order), times[-1:]], axis=0)
     place = tf.argsort(order, axis=0)[: tf.shape(times)[0] - 2] + 1

@@ -116,6 +116,8 @@ def control_path(times, values, mask=None, interpolation="hermite"):
     - Morrill, Kidger, Yang & Lyons (2021), "Neural Controlled Differential Equations for Online Prediction Tasks".
     """
     values = ops.convert_to_tensor(values)
+    if not keras.backend.is_float_dtype(values.dtype):
+        raise TypeError(f"Observations must be floating-point. Received: values.dtype={values.dtype}")
     times = prepare_times(times, values.dtype)
     if len(times.shape) == 1:
         times = times + ops.zeros_like(values[..., 0], dtype=times.dtype)
@@ -225,8 +227,6 @@ def _like_time(t, values):
 def _check_shapes(times, values, mask):
     if len(values.shape) != 3:
         raise ValueError(f"Observations must be (batch, T, channels). Received: values.shape={tuple(values.shape)}")
-    if not keras.backend.is_float_dtype(values.dtype):
-        raise TypeError(f"Observations must be floating-point. Received: values.dtype={values.dtype}")
     steps, entries = values.shape[:2], values.shape
     if not _fits(times.shape, steps):
         raise ValueError(
