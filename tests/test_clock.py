@@ -366,3 +366,13 @@ def test_a_layer_computes_no_gradient_of_numbers(ts):
         tape.gradient(value, x)
         counts.append(len(calls))
     assert counts[0] == counts[1] == counts[2]
+
+
+def test_a_latent_ode_counts_large_times_from_its_t0():
+    model = keras_node.LatentODE(2, units=4, solver="bosh3", t0=EPOCH)
+    times, values, mask = np.array([[0.2, 0.5, 0.9]]), np.ones((1, 3, 1), "float32"), np.ones((1, 3, 1), bool)
+    far = model((EPOCH + times, values, mask))
+    model.dynamics.t0 = 0.0
+    near = model((times.astype("float32"), values, mask))
+    assert np.ptp(near) > 1e-3
+    np.testing.assert_allclose(far, near, atol=1e-6)
