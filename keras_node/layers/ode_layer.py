@@ -47,6 +47,7 @@ class ODELayer(keras.layers.Layer):
     Call arguments:
         inputs: the state at `t0`, a float tensor `(batch, ...)`, or a nest (tuple, list, dict) of them.
         ts: times of the output, `(T,)`, or `(batch, T)` where every sample has its own; monotonic, from `t0` on.
+            Numbers and arrays are constants, tensors and variables have gradients; for their precision see `odeint`.
         args: nest of tensors for a field `f(t, y, args)`.
         training: Python boolean, handed on to the field.
 
