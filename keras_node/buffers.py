@@ -4,7 +4,7 @@ import math
 
 import tensorflow as tf
 
-# A write copies a tensor as a whole in a graph without XLA, which up to this number costs less than to have blocks.
+# Outside XLA every write copies the whole buffer. Up to this many entries that is cheaper than having blocks.
 _FEW = 64
 
 
@@ -40,7 +40,7 @@ class _Blocks(tf.experimental.ExtensionType):
             whole = _with_row(blocks.whole, blocks.number, blocks.block)
             return (_Blocks(whole, tf.ensure_shape(tf.gather(whole, number), self.block.shape), number),)
 
-        # Of a branch XLA copies the whole, in a loop it does not.
+        # XLA copies the operands of a `tf.cond`, but updates loop variables in place: hence a loop of one round.
         return tf.while_loop(lambda blocks: blocks.number != number, change, (self,), maximum_iterations=1)[0]
 
 

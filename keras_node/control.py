@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from keras_node.times import prepare_times
+
 INTERPOLATIONS = ("linear", "hermite", "rectilinear")
 
 
@@ -19,12 +21,12 @@ class ControlPath(NamedTuple):
 
     `X(t) = sum over k of coefficients[i, k] * s^k`, `s = (t - times[i]) / (times[i + 1] - times[i])`
 
-    Before the first knot and behind the last it is constant. `keras_node.control_path` makes one from data. Write
+    Before the first knot and after the last it is constant. `keras_node.control_path` makes one from data. Write
     `ControlPath(*args)` where a field receives it: a functional model that was saved and loaded hands over a list.
 
     Attributes:
         times: the knots, `(batch, K)`. Where two are equal the path jumps, or stays if their step was masked.
-        coefficients: of the pieces behind the knots, `(batch, K, degree + 1, channels)`.
+        coefficients: of the pieces after the knots, `(batch, K, degree + 1, channels)`.
     """
 
     times: Any
@@ -38,7 +40,7 @@ class ControlPath(NamedTuple):
     def derivative(self, t):
         """The rate of change at `t`, in the shape of the value.
 
-        At a knot it is that of the piece behind it, at the last knot that of the piece before. A jump has none: that
+        At a knot it is that of the piece after it, at the last knot that of the piece before. A jump has none: that
         of a rectilinear path is zero. That of a linear path jumps from piece to piece, so that the gradient of an
         integral of it is right with respect to values, and not to times; `keras_node.NeuralCDE` has both.
         """
@@ -59,7 +61,8 @@ class ControlPath(NamedTuple):
         start = ops.expand_dims(ops.take_along_axis(self.times, index, axis=1), -1)
         length = ops.expand_dims(ops.take_along_axis(increments(self.times), index, axis=1), -1)
         s = ops.maximum(ops.divide_no_nan(points - start, length), 0)
-        return ops.take_along_axis(self.coefficients, index[..., None, None], axis=1), s, length
+        coefficients = ops.take_along_axis(self.coefficients, index[..., None, None], axis=1)
+        return coefficients, *(ops.cast(x, coefficients.dtype) for x in (s, length))
 
 
 def control_path(times, values, mask=None, interpolation="hermite"):
@@ -72,7 +75,7 @@ def control_path(times, values, mask=None, interpolation="hermite"):
       even where values are missing.
 
     A missing value is filled in before: for `"rectilinear"` by the channel's last one, and zero where there is none;
-    else on the straight line between the channel's observations before and behind it, or by the nearest where there is
+    else on the straight line between the channel's observations before and after it, or by the nearest where there is
     only one of them. A step at which nothing was observed is no knot, and its time has no effect.
 
     The path is differentiable in `values` and, if it has no jumps, in `times`. Knots are kinks of a linear path, and of
@@ -80,7 +83,9 @@ def control_path(times, values, mask=None, interpolation="hermite"):
     the next; if not, adaptive steps find them, at the price of some rejected ones.
 
     Args:
-        times: when observations were made, `(batch, T)`, or `(T,)` for all samples. They must not decrease.
+        times: when observations were made, `(batch, T)`, or `(T,)` for all samples. They must not decrease. Times that
+            the precision of `values` cannot tell apart stay in float64 and make a path for float64 `t`. A field sees
+            `t` in the precision of its state: there, count them from a time that is near.
         values: the observations, a float tensor `(batch, T, channels)`. NaN is a missing value.
         mask: boolean, `(batch, T)` or `(batch, T, channels)`; false where there is no observation, whatever `values`
             and `times` hold there.
@@ -111,10 +116,13 @@ def control_path(times, values, mask=None, interpolation="hermite"):
     - Morrill, Kidger, Yang & Lyons (2021), "Neural Controlled Differential Equations for Online Prediction Tasks".
     """
     values = ops.convert_to_tensor(values)
-    times = ops.convert_to_tensor(times, dtype=values.dtype)
+    if not keras.backend.is_float_dtype(values.dtype):
+        raise TypeError(f"Observations must be floating-point. Received: values.dtype={values.dtype}")
+    times = prepare_times(times, values.dtype)
     if len(times.shape) == 1:
-        times = times + ops.zeros_like(values[..., 0])
-    knots, coefficients, ordered = pieces(times, values, mask, interpolation)
+        times = times + ops.zeros_like(values[..., 0], dtype=times.dtype)
+    knots, coefficients, ordered = pieces(times, ops.cast(values, times.dtype), mask, interpolation)
+    coefficients = ops.cast(coefficients, values.dtype)
     if interpolation == "rectilinear":
         # To move a jump changes an integral in a way that no derivative along the path can see.
         knots = ops.stop_gradient(knots)
@@ -163,7 +171,7 @@ def last_valid(values, valid):
 
     Args:
         values: `(batch, T, ...)`.
-        valid: boolean, of a shape that broadcasts against `values` behind its second axis.
+        valid: boolean, of a shape that broadcasts against `values` from the first axis on.
     """
     steps = ops.cumsum(ops.ones_like(valid, dtype="int32"), axis=1) - 1
     order = ops.sort(ops.where(valid, steps, steps[:, -1:]), axis=1)  # the valid steps come first
@@ -191,13 +199,13 @@ def differentiate(coefficients):
 
 
 def _fill_linearly(times, values, observed):
-    """Missing values on the straight line between those observed before and behind."""
+    """Missing values on the straight line between those observed before and after."""
     times = times + ops.zeros_like(values)
     before, x_before = (last_valid(a, observed) for a in (times, values))
-    behind, x_behind = (
+    after, x_after = (
         ops.flip(last_valid(ops.flip(a, axis=1), ops.flip(observed, axis=1)), axis=1) for a in (times, values)
     )
-    return x_before + ops.divide_no_nan(times - before, behind - before) * (x_behind - x_before)
+    return x_before + ops.divide_no_nan(times - before, after - before) * (x_after - x_before)
 
 
 def _points(t, dtype):
@@ -219,8 +227,6 @@ def _like_time(t, values):
 def _check_shapes(times, values, mask):
     if len(values.shape) != 3:
         raise ValueError(f"Observations must be (batch, T, channels). Received: values.shape={tuple(values.shape)}")
-    if not keras.backend.is_float_dtype(values.dtype):
-        raise TypeError(f"Observations must be floating-point. Received: values.dtype={values.dtype}")
     steps, entries = values.shape[:2], values.shape
     if not _fits(times.shape, steps):
         raise ValueError(

@@ -51,6 +51,7 @@ class _LoopState(NamedTuple):
     running: tf.Tensor  # whether there is more to do
     reading: tf.Tensor  # of the clock
     segment: tf.Tensor  # index; () where there is one only
+    steps_done: tf.Tensor  # in the segment, by which constant steps are counted; () where steps are adaptive
     step_size: tf.Tensor  # to attempt next
     y: Nest
     quadrature: Nest
@@ -60,7 +61,7 @@ class _LoopState(NamedTuple):
     finite: tf.Tensor  # whether the last error estimate was a finite number
     num_attempts: tf.Tensor
     num_steps: tf.Tensor
-    num_restarts: tf.Tensor  # behind jumps, an evaluation each
+    num_restarts: tf.Tensor  # evaluations after jumps
 
 
 def integrate(
@@ -78,13 +79,13 @@ def integrate(
     """Integrates `dy/dt = f(t, y)` from the clock's first stop to its last.
 
     Args:
-        vector_field: `f(t, y, rate)` gives `Rates`; `t` and the clock's `rate` are scalars or `(batch,)`.
+        vector_field: `f(t, y, speed)` gives `Rates`; `t` and the clock's `speed` are scalars or `(batch,)`.
         y0: the initial state, a nest of float tensors, `(batch, ...)` where times have a batch axis.
         clock: a `Clock`; a step ends at every one of its stops.
         solver: the method and the control of its step size.
         quadrature: initial values of the quadratures (see `Rates`).
         observers: see every attempted step.
-        jump: `jump(i, y)`, the state behind the `i`-th stop from the state before it, for the stops between
+        jump: `jump(i, y)`, the state after the `i`-th stop from the state before it, for the stops between
             the first and the last. The field is evaluated afresh there.
         norm: of the error; by default its root mean square, over the whole state or that of each sample.
         first_step: what an adaptive solve attempts first, in units of the clock, where more is known of it than the
@@ -94,35 +95,44 @@ def integrate(
     norm = norm or functools.partial(rms_norm, per_sample=per_sample)
     end_of_clock = clock.end
     # The shape of all that steers the loop: one value, or one for each sample.
-    control = tf.shape(end_of_clock)
+    sample_shape = tf.shape(end_of_clock)
     several_segments = clock.num_segments != 1
-    last_index = tf.shape(clock.rate)[0] - 1
-    first_segment = clock.segment(tf.zeros(control, tf.int32) if several_segments else 0)
+    last_index = tf.maximum(clock.count - 1, 0) if several_segments else 0
+    first_segment = clock.segment(tf.zeros(sample_shape, tf.int32) if several_segments else 0)
+    first_spacing = None if solver.adaptive else _spacing(first_segment, solver)
 
     def on_the_way(index, reading):
-        # Segments are counted, since the last ones may be of length zero.
-        return index <= last_index if several_segments else reading < end_of_clock
+        return index < clock.count if several_segments else reading < end_of_clock
 
     def where_running(s: _LoopState, new, old):
         # A joint solve takes no step unless it is running.
         return tf.where(s.running, new, old) if per_sample else new
 
+    def end_of_step(s: _LoopState, segment):
+        """The reading at which the next step ends, whether that is the end of the segment, and the length proposed."""
+        if solver.adaptive:
+            proposed = s.step_size
+            # A last step is stretched by up to 1 % rather than followed by a tiny one.
+            lands = tf.multiply(proposed, 1.01) >= tf.subtract(segment.stop, s.reading)
+            end = tf.add(s.reading, proposed)
+        else:
+            # Counted from the start of the segment: a sum of lengths would drift.
+            proposed, number = _spacing(segment, solver) if several_segments else first_spacing
+            done = tf.cast(s.steps_done + 1, proposed.dtype)
+            lands = done >= number
+            end = tf.minimum(segment.start + done * proposed, segment.stop)
+        return trees.where(lands, segment.stop, end), lands, proposed
+
     def body(s: _LoopState):
         index = tf.minimum(s.segment, last_index) if several_segments else 0
         segment = clock.segment(index) if several_segments else first_segment
-        proposed = s.step_size
-        if solver.num_steps is not None:
-            proposed = (segment.stop - segment.start) / solver.num_steps
-        # A last step is stretched by up to 1 % rather than followed by a tiny one.
-        left = tf.subtract(segment.stop, s.reading)
-        lands = tf.multiply(proposed, 1.01) >= left
-        length = where_running(s, trees.where(lands, left, proposed), 0)
-        end = trees.where(lands, segment.stop, tf.add(s.reading, length))
-
-        dt = segment.duration(length)
+        end, lands, proposed = end_of_step(s, segment)
+        # What passes is the difference of two readings, however they were rounded.
+        length = tf.subtract(where_running(s, end, s.reading), s.reading)
+        dt = tf.multiply(length, segment.speed)
         step = rk_step(
             tableau,
-            lambda t, y: vector_field(segment.inside(t), y, segment.rate),
+            lambda t, y: vector_field(segment.inside(t), y, segment.speed),
             t=segment.time(s.reading),
             dt=dt,
             y0=s.y,
@@ -136,33 +146,36 @@ def integrate(
 
         reading, y = keep(end, s.reading), keep(step.y1, s.y)
         k1 = keep(step.k[-1], s.k1) if tableau.fsal else ()
-        elapsed = dt if segment.rate.shape.rank == 0 else length
+        elapsed = dt if segment.speed.shape.rank == 0 else length
         gained = trees.add(s.quadrature, trees.scale(elapsed, quadrature_rate(tableau, step)))
-        progress = Progress(index, s.reading, length, end, accepted)
+        progress = Progress(index, s.reading, end, accepted)
         memories = tuple(o.update(m, step, progress) for o, m in zip(observers, s.memories, strict=True))
 
         step_size, following, restarts = decision.step_size, s.segment, s.num_restarts
+        steps_done = s.steps_done if solver.adaptive else where_running(s, s.steps_done + 1, s.steps_done)
         if several_segments:
             arrived = accepted & lands
             # A step that was cut short at a stop says little of the length of the next.
             step_size = trees.where(arrived, tf.maximum(step_size, proposed), step_size)
             following = following + tf.cast(arrived, tf.int32)
+            steps_done = steps_done if solver.adaptive else tf.where(arrived, 0, steps_done)
             if jump is not None:
-                arrived = arrived & (following <= last_index)
+                jumps = arrived & (following <= last_index)
                 y, k1, restarts = tf.cond(
-                    tf.reduce_any(arrived),
-                    lambda: behind_stop(arrived, following, reading, y, k1, restarts),
+                    tf.reduce_any(jumps),
+                    lambda: after_stop(jumps, following, reading, y, k1, restarts),
                     lambda: (y, k1, restarts),
                 )
 
-        # Time must move: a step that the clock cannot resolve would be attempted for ever.
-        moves = lands | (end > s.reading) if solver.num_steps is not None else tf.add(reading, step_size) > reading
-        if several_segments:
-            moves = moves | (reading >= end_of_clock)
+        running = s.running & on_the_way(following, reading)
+        if solver.adaptive:
+            # Time must move: a step that the clock cannot resolve would be attempted for ever.
+            running = running & (tf.add(reading, step_size) > reading)
         return _LoopState(
-            running=s.running & moves & on_the_way(following, reading),
+            running=running,
             reading=reading,
             segment=following,
+            steps_done=steps_done,
             step_size=tf.stop_gradient(where_running(s, step_size, s.step_size)),
             y=y,
             quadrature=keep(gained, s.quadrature),
@@ -175,25 +188,26 @@ def integrate(
             num_restarts=restarts,
         )
 
-    def behind_stop(arrived, index, reading, y, k1, restarts):
+    def after_stop(arrived, index, reading, y, k1, restarts):
         index = tf.minimum(index, last_index)
         y = trees.where(arrived, jump(index, y), y)
         if tableau.fsal:
             segment = clock.segment(index)
-            k1 = vector_field(segment.time(reading), y, segment.rate)
+            k1 = vector_field(segment.time(reading), y, segment.speed)
             restarts = restarts + tf.cast(arrived, tf.int32)
         return y, k1, restarts
 
     k1, step_size, evaluations = _first_evaluations(
-        vector_field, y0, first_segment, clock, solver, control, norm, first_step
+        vector_field, y0, first_segment, clock, solver, sample_shape, norm, first_step
     )
-    zeros = tf.zeros(control, tf.int32)
-    finite = _is_finite(k1.y, per_sample) if k1 != () else tf.fill(control, True)
-    reading = tf.zeros(control, clock.stops.dtype)
+    zeros = tf.zeros(sample_shape, tf.int32)
+    finite = _is_finite(k1.y, per_sample) if k1 != () else tf.fill(sample_shape, True)
+    reading = tf.zeros(sample_shape, clock.stops.dtype)
     start = _LoopState(
         running=finite & on_the_way(zeros, reading),
         reading=reading,
         segment=zeros if several_segments else (),
+        steps_done=() if solver.adaptive else zeros,
         step_size=step_size,
         y=y0,
         quadrature=quadrature,
@@ -225,24 +239,34 @@ def integrate(
     )
 
 
-def _first_evaluations(vector_field, y0, segment, clock, solver, control, norm, first_step):
+def _first_evaluations(vector_field, y0, segment, clock, solver, sample_shape, norm, first_step):
     """The rates at the start where they serve, the first step size, and how many evaluations these took."""
     adaptive_start = solver.adaptive and solver.first_step is None and first_step is None
-    rate = segment.rate
+    speed = segment.speed
     k1, evaluations = (), 0
     if solver.tableau.fsal or adaptive_start:
-        k1, evaluations = vector_field(segment.inside(segment.first), y0, rate), 1
+        k1, evaluations = vector_field(segment.inside(segment.first), y0, speed), 1
     if first_step is not None:
         return k1, first_step, evaluations
     if not adaptive_start:
         given = solver.first_step if solver.adaptive else solver.step_size or 0.0
-        return k1, tf.fill(control, tf.cast(given, clock.stops.dtype)), evaluations
+        return k1, tf.fill(sample_shape, tf.cast(given, clock.stops.dtype)), evaluations
 
     def rate_of_change(reading, y):
-        return trees.scale(rate, vector_field(segment.time(reading), y, rate).y)
+        return trees.scale(speed, vector_field(segment.time(reading), y, speed).y)
 
-    step_size = first_step_size(rate_of_change, y0, trees.scale(rate, k1.y), clock.end, solver.controller, norm)
+    step_size = first_step_size(rate_of_change, y0, trees.scale(speed, k1.y), clock.end, solver.controller, norm)
     return k1, step_size, evaluations + 1
+
+
+def _spacing(segment, solver):
+    """The distance between the readings of constant steps, and how many steps a segment has."""
+    length = segment.stop - segment.start
+    if solver.num_steps is not None:
+        return length / solver.num_steps, tf.cast(solver.num_steps, length.dtype)
+    spacing = tf.cast(solver.step_size, length.dtype)
+    # The last step of constant ones, too, may be longer by 1 %.
+    return spacing, tf.math.ceil(length / spacing - 0.01)
 
 
 def _is_finite(x: Nest, per_sample: bool) -> tf.Tensor:
@@ -262,4 +286,4 @@ def step_limit(solver: RungeKutta, clock: Clock) -> int | tf.Tensor:
     if solver.num_steps is None:
         return solver.max_steps
     segments = clock.num_segments
-    return solver.num_steps * (tf.shape(clock.rate)[0] if segments is None else segments)
+    return solver.num_steps * (tf.shape(clock.speed)[0] if segments is None else segments)

@@ -43,14 +43,21 @@ def _bernstein_basis(theta: tf.Tensor, degree: int) -> list[tf.Tensor]:
 class Progress(NamedTuple):
     """An attempted step on the clock, in one of its segments.
 
-    It goes from the reading `start` over `length` to `end`; `accepted` says whether it stands.
+    It goes from the reading `start` to `end`; `accepted` says whether it stands.
     """
 
     segment: tf.Tensor | int
     start: tf.Tensor
-    length: tf.Tensor
     end: tf.Tensor
     accepted: tf.Tensor
+
+    @property
+    def length(self) -> tf.Tensor:
+        return tf.subtract(self.end, self.start)
+
+    def fraction(self, reading: tf.Tensor) -> tf.Tensor:
+        """The part of the step that has passed at a reading, 0 to 1."""
+        return tf.math.divide_no_nan(reading - self.start, self.length)
 
 
 class DenseOutput:
@@ -94,9 +101,8 @@ class DenseOutput:
         written, buffers = memory
         now = self.due(memory, progress)
         reading = pick(self.readings, tf.minimum(written, self.size - 1))
-        theta = tf.math.divide_no_nan(reading - progress.start, progress.length)
-        y = interpolate(self.tableau, step, tf.where(now, theta, 0))
-        # What is not due goes where the next state will, at last behind those asked for.
+        y = interpolate(self.tableau, step, tf.where(now, progress.fraction(reading), 0))
+        # What is not due goes where the next state will; after the last state there is room for it.
         buffers = tf.nest.map_structure(lambda buffer, leaf: self._write(buffer, written, leaf), buffers, y)
         return written + tf.cast(now, tf.int32), buffers
 

@@ -14,6 +14,7 @@ from keras_node.jit_compile import check_jit_compile, compiles
 from keras_node.solution import Solution, Status, check_status
 from keras_node.solve import Problem
 from keras_node.statistics import SolverStatistics
+from keras_node.times import as_numbers, prepare_times
 from keras_node.trees import Nest
 from keras_node.vector_field import VectorField
 
@@ -45,10 +46,16 @@ def odeint(
         y0: the initial state, a float tensor or a nest (tuple, list, dict) of them. A nested list is a nest of
             scalars; for a vector, pass an array or a tensor.
         ts: times, monotonic either way, `(T,)` or, where every sample has its own, `(T, batch)`; `T >= 2`. `ts[0]`
-            is the time of `y0`. A repeated time gives the same state again.
+            is the time of `y0`. Numbers, arrays, tensors or variables, also integers. They keep the precision in which
+            they come until their differences are formed, so that float64 seconds since 1970 serve a float32 state; the
+            field sees `t` in the precision of the state. A repeated time gives the same state again, at no cost. A
+            first derivative with respect to it is that of its own state along the field; at a time of
+            `RungeKutta(step_at=...)` it is that of one side. Second derivatives with respect to times that coincide
+            are not defined: with `"backsolve"` they are NaN.
         args: nest of tensors for `f(t, y, args)`.
         solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`. A method without an
-            error estimate, by name, takes 10 steps between two times.
+            error estimate, by name, takes 10 steps between two times. Unless it has `per_sample=True`, one error norm
+            serves the whole batch: see the warning there.
         gradient: `"backsolve"` (default), `"direct"`, or an object such as `keras_node.BacksolveAdjoint()`.
         training: whether the field, and every layer in it, is in training mode. By default what Keras' call context
             says: that of the layer or model from whose `call` this function is called, else `False`.
@@ -89,19 +96,21 @@ def odeint(
 def _odeint(vector_field, y0, ts, args, solver, gradient, training, throw, jit_compile, statistics):
     """`odeint` in a call context that says whether it is `training`."""
     original, y0 = y0, _to_state(y0)
-    times_vary = any(tf.is_tensor(t) or isinstance(t, tf.Variable | keras.Variable) for t in tf.nest.flatten(ts))
-    ts, valid = _to_times(ts, tf.nest.flatten(y0)[0])
+    dtype = tf.nest.flatten(y0)[0].dtype
+    numbers = as_numbers(ts)
+    ts, valid = _checked(prepare_times(ts, dtype))
     _check_batch(y0, ts, solver)
 
-    field = VectorField(vector_field, ts[0], y0, args, training)
+    t0 = tf.cast(ts[0], dtype)
+    field = VectorField(vector_field, t0, y0, args, training)
     jit_compile = compiles(jit_compile, gradient, training, field.pure)
     on_backward = None if statistics is None else functools.partial(statistics.backward, training=training)
-    problem = Problem(field, y0, ts, field.params, solver, throw, times_vary, jit_compile, on_backward)
+    problem = Problem(field, y0, ts, field.params, solver, throw, numbers, jit_compile, on_backward)
     ys, stats, status = gradient(problem)
     if valid is not None:
         ys = _mark_invalid(valid, ys)
         valid = valid if status.shape.rank == 1 else tf.reduce_all(valid)
-        status = tf.where(valid, status, int(Status.NON_FINITE))
+        status = tf.where(valid, status, int(Status.BAD_TIMES))
     if statistics is not None:
         statistics.forward(stats, status, training)
     if throw:
@@ -130,12 +139,8 @@ def _to_state(y0: Nest) -> Nest:
     return tf.nest.map_structure(lambda y: tf.cast(y, dtype), state)
 
 
-def _to_times(ts: Any, like: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
-    """The times as a tensor and, where they cannot be seen yet, whether they are monotonic."""
-    ts = ts if tf.is_tensor(ts) else tf.convert_to_tensor(ts, dtype=like.dtype)
-    if not ts.dtype.is_floating:
-        raise TypeError(f"`ts` must be floating-point. Received: ts.dtype={ts.dtype.name}")
-    ts = tf.cast(ts, like.dtype)
+def _checked(ts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
+    """The times and, where they cannot be seen yet, whether they are finite and monotonic."""
     if ts.shape.rank not in (1, 2):
         raise ValueError(f"`ts` must be 1-D or 2-D, (T,) or (T, batch). Received: ts.shape={tuple(ts.shape)}")
     if ts.shape[0] is not None and ts.shape[0] < 2:

@@ -7,12 +7,20 @@ import tensorflow as tf
 
 
 class Status(enum.IntEnum):
-    """How a solve ended. Anything but `SUCCESS` comes with NaN in the states it did not reach."""
+    """How a solve ended. Anything but `SUCCESS` comes with NaN in the states it did not reach.
+
+    - `SUCCESS`: it reached the last time.
+    - `MAX_STEPS`: it took as many steps as the solver allows.
+    - `NON_FINITE`: a NaN or infinite value appeared in the state.
+    - `STEP_SIZE_UNDERFLOW`: the next step would have been too short for its time to move.
+    - `BAD_TIMES`: the times are not finite, or turn back. If they are known before the solve, it raises `ValueError`.
+    """
 
     SUCCESS = 0
     MAX_STEPS = 1
     NON_FINITE = 2
     STEP_SIZE_UNDERFLOW = 3
+    BAD_TIMES = 4
 
 
 class Stats(NamedTuple):
@@ -49,7 +57,8 @@ STATUS_HELP = (
     "Status 1: `max_steps` was reached before the last time; raise `max_steps`, loosen `rtol` and `atol`, or "
     "give a constant `num_steps`. Status 2: a NaN or infinite value appeared; look for an overflow in the "
     "vector field, its inputs or its weights. Status 3: the step size fell below the resolution of time; the "
-    "problem is too stiff or singular, or the tolerances are too tight for its dtype."
+    "problem is too stiff or singular, or the tolerances are too tight for its dtype. Status 4: `ts` is not finite or "
+    "not monotonic; pass times that all increase or all decrease."
 )
 
 

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
-from keras_node.clock import Clock, make_clock, merge
+from keras_node.clock import Clock, make_clock, merge, reorder
 from keras_node.integrate import Observer, integrate
 from keras_node.interpolation import DenseOutput
 from keras_node.solution import Stats
@@ -20,13 +21,15 @@ class Problem(NamedTuple):
     Attributes:
         vector_field: `f(t, y, params)`, a pure function.
         y0: the initial state.
-        ts: times, `(T,)` or `(T, batch)`, monotonic along axis 0.
+        ts: times, `(T,)` or `(T, batch)`, monotonic along axis 0, in a precision that tells them apart: that of the
+            state, or a higher one.
         params: flat list of float tensors that the field reads.
         solver: a `RungeKutta`.
         throw: whether a failed solve raises where it can.
-        times_vary: whether a gradient may be asked for `ts`; not when they are numbers.
-        jit_compile: whether to make the solve, and its gradient, an XLA program of its own.
-        on_backward: is told the `Stats` and the status of what a gradient solved, and whether a failure is none of its.
+        numbers: the times if they are numbers, as float64: no gradient is asked for them, and the clock is known before
+            the solve runs. `None` where they are tensors.
+        jit_compile: whether to compile the solve, and its gradient, with XLA where the graph around it is not.
+        on_backward: is told the `Stats` and the status of what a gradient solved, and whether a failure is excused.
     """
 
     vector_field: Callable[[tf.Tensor, Nest, list[tf.Tensor]], Nest]
@@ -35,9 +38,19 @@ class Problem(NamedTuple):
     params: list[tf.Tensor]
     solver: RungeKutta
     throw: bool
-    times_vary: bool
+    numbers: np.ndarray | None
     jit_compile: bool
     on_backward: Callable[[Stats, tf.Tensor, tf.Tensor], None] | None = None
+
+    @property
+    def dtype(self) -> tf.DType:
+        """The precision of the state."""
+        return tf.nest.flatten(self.y0)[0].dtype
+
+    @property
+    def times(self) -> tf.Tensor:
+        """The times as the field sees them, in the precision of the state."""
+        return tf.cast(self.ts, self.dtype)
 
 
 class Trajectory(NamedTuple):
@@ -54,16 +67,16 @@ def solve(problem: Problem, observers: Sequence[Observer] = ()) -> tuple[Traject
     Returns:
         The trajectory and what the observers kept.
     """
-    vector_field, y0, ts, params, solver = problem[:5]
-    clock, readings = solve_clock(ts, solver, y0)
+    y0, solver = problem.y0, problem.solver
+    clock, readings = solve_clock(problem)
 
-    def rates(t, y, rate):
-        del rate
-        return Rates(vector_field(t, y, params))
+    def rates(t, y, speed):
+        del speed
+        return Rates(problem.vector_field(t, y, problem.params))
 
-    # Behind a kink the state goes on as it is, and the field is evaluated afresh.
+    # After a kink the state goes on as it is, and the field is evaluated afresh.
     jump = (lambda i, y: y) if clock.kinks else None
-    output = None if ts.shape[0] == 2 else DenseOutput(solver.tableau, readings)
+    output = None if problem.ts.shape[0] == 2 else DenseOutput(solver.tableau, readings)
     watching = observers if output is None else (*observers, output)
     integral = integrate(rates, y0, clock, solver, observers=watching, jump=jump)
     if output is None:
@@ -75,16 +88,16 @@ def solve(problem: Problem, observers: Sequence[Observer] = ()) -> tuple[Traject
 
 def leave_start(problem: Problem, trajectory: Trajectory) -> Trajectory:
     """Adds the gradient of times that equal the first: no step leads to them, yet moving one moves its state."""
-    vector_field, y0, ts, params, solver = problem[:5]
-    if not problem.times_vary:
+    ts, solver = problem.ts, problem.solver
+    if problem.numbers is not None:
         return trajectory
-    rate = vector_field(ts[0], y0, params)
+    rate = problem.vector_field(problem.times[0], problem.y0, problem.params)
     at_start = ts == ts[:1]
     if ts.shape[0] == 2 and not solver.per_sample:
         # A sample at rest beside others that move takes their steps, in which its times have their part.
         at_start = tf.reduce_all(at_start)
     # Zero, with the gradient of `ts[i] - ts[0]`.
-    elapsed = tf.where(at_start, ts - ts[:1], 0)
+    elapsed = tf.cast(tf.where(at_start, ts - ts[:1], 0), problem.dtype)
 
     def leaf(y, dy):
         shape = tf.concat([tf.shape(elapsed), tf.ones([y.shape.rank - elapsed.shape.rank], tf.int32)], 0)
@@ -93,26 +106,54 @@ def leave_start(problem: Problem, trajectory: Trajectory) -> Trajectory:
     return trajectory._replace(ys=tf.nest.map_structure(leaf, trajectory.ys, rate))
 
 
-def per_sample_times(ts: tf.Tensor, solver: RungeKutta, y0: Nest) -> tf.Tensor:
-    """Gives every sample its own copy of shared times where the solver steps per sample."""
-    if solver.per_sample and ts.shape.rank == 1:
-        batch = tf.shape(tf.nest.flatten(y0)[0])[0]
-        ts = tf.tile(ts[:, None], [1, batch])
-    return ts
+def solve_clock(problem: Problem) -> tuple[Clock, tf.Tensor | tuple]:
+    """The clock of a solve, and its readings at `ts`; none where there are two of them, which are its ends."""
+    solver, dtype = problem.solver, problem.dtype
+
+    def make(ts):
+        if solver.num_steps is not None:
+            clock, stops = make_clock(ts, dtype, solver.per_sample)
+            return clock, () if ts.shape[0] == 2 else clock.readings_at(tf.cast(ts - ts[:1], dtype), stops)
+        times = tf.stack([ts[0], ts[-1]])
+        if solver.step_at:
+            times, _ = merge(times, tf.constant(solver.step_at, ts.dtype))
+        clock, _ = make_clock(times, dtype, solver.per_sample, kinks=bool(solver.step_at))
+        return clock, () if ts.shape[0] == 2 else clock.readings_at(tf.cast(ts - ts[:1], dtype))
+
+    return clock_of(problem, make, solver.per_sample)
 
 
-def solve_clock(ts: tf.Tensor, solver: RungeKutta, y0: Nest) -> tuple[Clock, tf.Tensor]:
-    """The clock of a solve, and its readings at `ts`."""
-    ts = per_sample_times(ts, solver, y0)
-    if solver.num_steps is not None:
-        clock = make_clock(ts, solver.per_sample)
-        # Where no time passes between two of `ts`, the reading of the second has a derivative of its own.
-        # In brackets, lest rounding put the last one behind the end, where no step arrives.
-        readings = clock.read(ts)
-        stops = clock.stops if clock.stops.shape.rank == readings.shape.rank else clock.stops[:, None]
-        return clock, stops + (readings - tf.stop_gradient(readings))
-    times = tf.stack([ts[0], ts[-1]])
-    if solver.step_at:
-        times, _ = merge(times, tf.constant(solver.step_at, ts.dtype))
-    clock = make_clock(times, solver.per_sample, kinks=bool(solver.step_at))
-    return clock, clock.stops if clock.num_segments == 1 and ts.shape[0] == 2 else clock.read(ts)
+def adjoint_clock(problem: Problem, solver: RungeKutta, kinks: Sequence[float]) -> tuple[Clock, tf.Tensor]:
+    """The clock of a solve from the last time to the first, and its stop at each of them, in that order."""
+
+    def make(ts):
+        times, place = ts[::-1], None
+        if kinks:
+            times, place = merge(times, tf.constant(kinks, ts.dtype))
+        clock, stops = make_clock(times, problem.dtype, solver.per_sample, kinks=bool(kinks))
+        return clock, reorder(stops, place) if kinks else stops
+
+    return clock_of(problem, make, solver.per_sample)
+
+
+def clock_of(problem: Problem, make: Callable[[tf.Tensor], tuple[Clock, Any]], per_sample: bool) -> tuple[Clock, Any]:
+    """The clock and the readings or stops that `make(ts)` gives, those of numbers as constants."""
+    if problem.numbers is None:
+        clock, others = make(problem.ts)
+    else:
+        with tf.init_scope():  # eagerly, whatever graph is around
+            clock, others = make(tf.constant(problem.numbers))
+            known = tf.nest.map_structure(np.array, (clock.trimmed()[:-1], others))
+        tensors, others = tf.nest.map_structure(tf.constant, known)
+        clock = Clock(*tensors, clock.kinks)
+    if per_sample and problem.ts.shape.rank == 1:
+        batch = tf.shape(tf.nest.flatten(problem.y0)[0])[0]
+        tensors, others = tf.nest.map_structure(lambda x: _repeated(x, batch), (clock[:-1], others))
+        clock = Clock(*tensors, clock.kinks)
+    return clock, others
+
+
+def _repeated(x: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
+    """The same for every sample, along a new last axis."""
+    repeated = tf.repeat(x[..., None], batch, axis=-1)
+    return tf.ensure_shape(repeated, [*x.shape, None])

@@ -16,7 +16,7 @@ def switched(t, y, args):
     return tf.where(t < 1, up, down) * tf.ones_like(y)
 
 
-def solution(t, up=3.0, down=-5.0):
+def integral(t, up=3.0, down=-5.0):
     t = np.asarray(t)
     return up * np.minimum(t, 1) + down * np.maximum(t - 1, 0)
 
@@ -33,7 +33,7 @@ def test_a_jump_costs_no_accuracy_and_no_steps(ts, mode):
 
     run = solve if mode == "eager" else tf.function(solve, jit_compile=True)
     result = run(tf.zeros((2, 1), tf.float64))
-    np.testing.assert_allclose(result.ys[:, 0, 0], solution(ts) - solution(ts[0]), atol=1e-12)
+    np.testing.assert_allclose(result.ys[:, 0, 0], integral(ts) - integral(ts[0]), atol=1e-12)
     assert int(result.stats.num_rejected) == 0
     blind = keras_node.odeint(
         switched,
@@ -43,7 +43,7 @@ def test_a_jump_costs_no_accuracy_and_no_steps(ts, mode):
         solver=keras_node.RungeKutta("tsit5", rtol=1e-6, atol=1e-6),
     )
     assert int(blind.stats.num_rejected) > 5
-    assert np.max(np.abs(blind.ys[:, 0, 0] - (solution(ts) - solution(ts[0])))) > 1e-9
+    assert np.max(np.abs(blind.ys[:, 0, 0] - (integral(ts) - integral(ts[0])))) > 1e-9
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
@@ -59,15 +59,84 @@ def test_samples_with_times_of_their_own(per_sample):
             ).ys
         )
     )()
-    np.testing.assert_allclose(ys[1, :, 0], solution(OWN[1]) - solution(OWN[0]), atol=1e-12)
+    np.testing.assert_allclose(ys[1, :, 0], integral(OWN[1]) - integral(OWN[0]), atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{"step_size": 0.3}, {}], ids=str)
-def test_times_outside_and_twice_do_no_harm(options):
-    method = "rk4" if options else "tsit5"
-    solver = keras_node.RungeKutta(method, step_at=[-1.0, 1.0, 1.0, 0.0, 7.0], **options)
-    ys = keras_node.odeint(switched, tf.zeros((1, 1)), [0.0, 1.0, 2.0], args=tf.constant([3.0, -5.0]), solver=solver).ys
-    np.testing.assert_allclose(ys[:, 0, 0], solution([0.0, 1.0, 2.0]), rtol=1e-5, atol=1e-5)
+OUTSIDE = [-3.0, -1.0, 0.0, 1.0, 1.0, 2.0, 2.0, 7.0, 9.0]
+
+
+def value_and_gradients(ts, args, solver, gradient):
+    with tf.GradientTape() as tape:
+        tape.watch([ts, args])
+        y0 = tf.zeros((2, 1), args.dtype)
+        solution = keras_node.odeint(switched, y0, ts, args=args, solver=solver, gradient=gradient, throw=False)
+        value = tf.reduce_sum(solution.ys[-1])
+    return solution, *tape.gradient(value, [ts, args])
+
+
+@pytest.mark.parametrize("options", [{"step_size": 0.3}, {}, {"per_sample": True}], ids=str)
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_times_outside_and_twice_do_no_harm(gradient, options):
+    """A schedule of doses is mostly outside a given solve: as many evaluations and the gradients of the one inside."""
+    method = "rk4" if "step_size" in options else "bosh3"
+    solver, expected = (
+        keras_node.RungeKutta(method, step_at=step_at, max_steps=100, **options) for step_at in (OUTSIDE, [1.0])
+    )
+    args = tf.constant([3.0, -5.0], tf.float64)
+    # Where a time is a kink itself, its gradient is that of one side or the other.
+    for ts in ([0.1, 1.0, 1.9], [1.9, 0.1], [0.1, 0.4, 0.4, 1.9]):
+        ts = tf.constant(ts, tf.float64)
+        solution, dts, dargs = value_and_gradients(ts, args, solver, gradient)
+        assert int(np.max(solution.status)) == 0
+        states = integral(ts) - integral(ts[0])
+        np.testing.assert_allclose(solution.ys[:, 0, 0], states, atol=1e-12)
+        before, after = np.minimum(ts, 1), np.maximum(ts - 1, 0)
+        np.testing.assert_allclose(dargs, [2 * (x[-1] - x[0]) for x in (before, after)], atol=1e-9)
+        rates = 2 * np.where(ts < 1, 3.0, -5.0)
+        np.testing.assert_allclose([dts[0], dts[-1]], [-rates[0], rates[-1]], atol=1e-9)
+        same, *_ = value_and_gradients(ts, args, expected, gradient)
+        np.testing.assert_array_equal(solution.stats.num_evaluations, same.stats.num_evaluations)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_all_kinks_outside_cost_nothing_in_any_mode(gradient):
+    args, calls = tf.constant([3.0, -5.0], tf.float64), []
+
+    def counted(t, y, args):
+        calls.append(t)
+        return switched(t, y, args)
+
+    def run(ts, solver):
+        with tf.GradientTape() as tape:
+            tape.watch(args)
+            y0 = tf.zeros((2, 1), tf.float64)
+            solution = keras_node.odeint(counted, y0, ts, args=args, solver=solver, gradient=gradient, throw=False)
+            value = tf.reduce_sum(solution.ys[-1])
+        number = len(calls)
+        return solution, tape.gradient(value, args), number
+
+    plain, outside = (
+        keras_node.RungeKutta("bosh3", step_at=step_at, max_steps=40) for step_at in ((), [-2.0, -1.0, 2.0, 3.0, 4.0])
+    )
+    own = np.array([[0.1, 0.3], [0.6, 0.9]])
+    for ts in ([0.1, 0.9], [0.9, 0.5, 0.1], own, tf.constant([0.1, 0.9], tf.float64)):
+        counts = []
+        for solver in (plain, outside):
+            calls.clear()
+            solution, dargs, forwards = run(ts, solver)
+            counts.append((forwards, len(calls)))
+            times = np.asarray(ts)
+            np.testing.assert_allclose(
+                dargs, [(2 if times.ndim == 1 else 1) * np.sum(times[-1] - times[0]), 0], atol=1e-9
+            )
+        assert counts[0] == counts[1]
+    for jit_compile in (False, True):
+        compiled = tf.function(lambda ts: run(ts, outside)[:2], jit_compile=jit_compile)
+        for ts in ([0.1, 0.9], [0.9, 0.1]):
+            solution, dargs = compiled(tf.constant(ts, tf.float64))
+            np.testing.assert_allclose(dargs, [2 * (ts[1] - ts[0]), 0], atol=1e-9)
+            expected = keras_node.odeint(switched, tf.zeros((2, 1), tf.float64), ts, args=args, solver=plain).stats
+            assert int(solution.stats.num_evaluations) == int(expected.num_evaluations)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import numpy as np
 import tensorflow as tf
 
 from keras_node import solvers, trees
-from keras_node.clock import make_clock, merge, pick, take
+from keras_node.clock import merge, pick, reorder
 from keras_node.gradients.custom_vjp import solve_with_gradient
 from keras_node.gradients.vjp import vjp
 from keras_node.integrate import integrate
 from keras_node.solution import Stats
-from keras_node.solve import Problem, Trajectory, per_sample_times, solve
+from keras_node.solve import Problem, Trajectory, adjoint_clock, solve
 from keras_node.solvers.step import Rates
 from keras_node.step_size import rms_norm
 from keras_node.trees import Nest
@@ -94,20 +94,27 @@ class BacksolveAdjoint:
             )
         # A state of the solution to start again from is what a time of `ts` has.
         parts = np.arange(1, self.num_checkpoints + 1) / (self.num_checkpoints + 1)
-        first, last = tf.stop_gradient(problem.ts[0]), tf.stop_gradient(problem.ts[-1])
-        ts, index = merge(problem.ts, tf.stack([first + part * (last - first) for part in parts]))
-        trajectory = solve_with_gradient(problem._replace(ts=ts), self._forward, self._backward)
-        wanted = tf.argsort(tf.where(index < 0, tf.size(index), index), axis=0, stable=True)[: tf.shape(problem.ts)[0]]
-        return trajectory._replace(ys=tf.nest.map_structure(lambda y: take(y, wanted), trajectory.ys))
+
+        def with_checkpoints(ts):
+            first, last = tf.stop_gradient(ts[0]), tf.stop_gradient(ts[-1])
+            return merge(ts, tf.stack([first + part * (last - first) for part in parts]))
+
+        ts, place = with_checkpoints(problem.ts)
+        numbers = problem.numbers
+        if numbers is not None:
+            with tf.init_scope():
+                numbers = with_checkpoints(tf.constant(numbers))[0].numpy()
+        extended = problem._replace(ts=ts, numbers=numbers)
+        trajectory = solve_with_gradient(extended, self._forward, self._backward)
+        return trajectory._replace(ys=tf.nest.map_structure(lambda y: reorder(y, place), trajectory.ys))
 
     def _forward(self, problem: Problem) -> tuple[Trajectory, tuple]:
         """Solves, and keeps the length of step with which the way back can begin."""
         solver = problem.solver
         if self.solver is not None or not solver.adaptive or solver.first_step is not None:
             return solve(problem)
-        ts = per_sample_times(problem.ts, solver, problem.y0)
-        observer = LastSteps(ts[0] if solver.per_sample else tf.zeros((), ts.dtype))
-        trajectory, ((last, before),) = solve(problem, [observer])
+        batch = tf.shape(tf.nest.flatten(problem.y0)[0])[:1] if solver.per_sample else []
+        trajectory, ((last, before),) = solve(problem, [LastSteps(tf.zeros(batch, problem.dtype))])
         # The last step is cut short at the end.
         return trajectory, (tf.maximum(last, before),)
 
@@ -120,30 +127,19 @@ class BacksolveAdjoint:
     def _backward(self, problem: Problem, memory: tuple, ys: Nest, dys: Nest) -> tuple[tuple, Stats, tf.Tensor]:
         """The gradients of `y0`, `ts` and `params`, from those of the states at `ts`, and how their solve went."""
         first_step = memory[0] if memory else None
-        vector_field, y0, ts, params, forward_solver = problem[:5]
-        solver = self.solver or forward_solver
-        times, stops_at = per_sample_times(ts, solver, y0)[::-1], None
-        kinks = sorted({*forward_solver.step_at, *solver.step_at})
-        if kinks:
-            times, stops_at = merge(times, tf.constant(kinks, times.dtype))
-        clock = make_clock(times, solver.per_sample, kinks=bool(kinks))
-
-        last = (ts.shape[0] or tf.shape(ts)[0]) - 1
-
-        def at(i, states):
-            """The states at `ts[-1 - i]`; `i` is one index, or one for each sample."""
-            return tf.nest.map_structure(lambda x: pick(x, last - i), states)
+        vector_field, params = problem.vector_field, problem.params
+        solver = self.solver or problem.solver
+        kinks = sorted({*problem.solver.step_at, *solver.step_at})
+        clock, stops = adjoint_clock(problem, solver, kinks)
+        one_each = not kinks and _tells_apart(problem)
+        state_at, arriving = _loss_by_stop(None if one_each else stops, clock, ys, dys)
 
         def jump(i, state):
-            i = i if stops_at is None else pick(stops_at, i)
-            _, adjoint = state
-            index = tf.maximum(i, 0)
-            behind = (at(index, ys), trees.add(adjoint, at(index, dys)))
-            # At a kink alone the state goes on as it is, and the field is evaluated afresh.
-            return behind if stops_at is None else trees.where(i >= 0, behind, state)
+            y, adjoint = state
+            return state_at(i, y), trees.add(adjoint, arriving(i))
 
-        state = (at(0, ys), at(0, dys))
-        gradients = _in_precision_of(y0, tf.nest.map_structure(tf.zeros_like, params))
+        state = (tf.nest.map_structure(lambda y: y[-1], ys), arriving(tf.zeros_like(clock.count)))
+        gradients = _in_precision_of(problem.y0, tf.nest.map_structure(tf.zeros_like, params))
         augmented = _augmented(vector_field, params)
         if solver.per_sample:
             observer = ParameterGradient(vector_field, params, clock, solver.tableau)
@@ -160,8 +156,8 @@ class BacksolveAdjoint:
             gradients = trees.poison(tf.reduce_any(integral.status != 0), gradients)
         elif self.norm == "full" and params:
 
-            def rates(t, state, rate):
-                dstate, dgradients = augmented(t, state[:2], rate)
+            def rates(t, state, speed):
+                dstate, dgradients = augmented(t, state[:2], speed)
                 return Rates((*dstate, dgradients))
 
             def full_jump(i, state):
@@ -181,12 +177,13 @@ class BacksolveAdjoint:
             )
             (_, adjoint), gradients = integral.y1, integral.quadrature
 
-        dts = tf.zeros_like(ts)
-        if problem.times_vary:
-            dts = _time_gradient(vector_field, params, ts, ys, dys, adjoint)
-            if clock.num_segments == 1:
-                at_rest = clock.end == 0
-                adjoint = tf.nest.map_structure(lambda a: a + _unknown_derivative(ts, at_rest, a), adjoint)
+        if not one_each:
+            # Those of times that equal the first; where all do, they are there already.
+            adjoint = trees.where(clock.count > 0, trees.add(adjoint, arriving(clock.count)), adjoint)
+        dts = tf.zeros_like(problem.ts)
+        if problem.numbers is None:
+            dts = tf.cast(_time_gradient(problem, ys, dys, adjoint), dts.dtype)
+            adjoint = tf.nest.map_structure(lambda a: a + _unknown_derivative(problem.ts, stops, a), adjoint)
         adjoint = trees.add(adjoint, tf.nest.map_structure(lambda d: d[0], dys))
         gradients = [tf.cast(g, p.dtype) for g, p in zip(gradients, params, strict=True)]
         return (adjoint, dts, gradients), integral.stats, integral.status
@@ -200,37 +197,94 @@ class BacksolveAdjoint:
         return cls(**config)
 
 
+def _loss_by_stop(stops, clock, ys, dys):
+    """What a backward solve meets at the stops of its clock.
+
+    Args:
+        stops: the stop at every time, from the last to the first, or `None` where each has one of its own.
+        clock: the clock.
+        ys: the states at `ts`.
+        dys: the gradients of a loss with respect to them.
+
+    Returns:
+        `state_at(i, y)`, the forward solution at the `i`-th stop, or `y` where there is no time of `ts`; and
+        `arriving(i)`, the sum of the gradients there, but for the one at the first time. `i` is one index, or one for
+        each sample.
+    """
+    last = tf.shape(tf.nest.flatten(ys)[0])[0] - 1
+    if stops is None:
+        return (
+            lambda i, y: tf.nest.map_structure(lambda a: pick(a, last - i), ys),
+            lambda i: tf.nest.map_structure(lambda d: pick(d, last - i), dys),
+        )
+    size = tf.shape(clock.stops)[0]
+    number = tf.reshape(tf.range(last + 1), [-1] + [1] * (stops.shape.rank - 1)) + tf.zeros_like(stops)
+    which = last - tf.maximum(_sum_by_stop(tf.math.unsorted_segment_max, number, stops, size), -1)
+    later = tf.nest.map_structure(lambda d: tf.concat([d[:0:-1], tf.zeros_like(d[:1])], axis=0), dys)
+    sums = tf.nest.map_structure(lambda d: _sum_by_stop(tf.math.unsorted_segment_sum, d, stops, size), later)
+
+    def state_at(i, y):
+        index = pick(which, i)
+        known = tf.nest.map_structure(lambda a: pick(a, tf.minimum(index, last)), ys)
+        return trees.where(index <= last, known, y)
+
+    return state_at, lambda i: tf.nest.map_structure(lambda d: pick(d, i), sums)
+
+
+def _tells_apart(problem):
+    """Whether no two of several times coincide, so far as that is known before the solve; two ends need no care."""
+    if problem.numbers is None or problem.ts.shape[0] == 2:
+        return problem.ts.shape[0] == 2
+    elapsed = (problem.numbers - problem.numbers[0]).astype(problem.dtype.as_numpy_dtype)
+    return bool(np.all(np.diff(elapsed, axis=0) != 0))
+
+
+def _sum_by_stop(segment_sum, x, stops, size):
+    """The sums, or the like, of `x` over the times at every stop, in order; samples may have stops of their own."""
+    if stops.shape.rank == 1:
+        return segment_sum(x, stops, size)
+    batch = tf.shape(stops)[1]
+    sums = segment_sum(x, stops * batch + tf.range(batch), size * batch)
+    return tf.reshape(sums, tf.concat([[size, batch], tf.shape(x)[2:]], axis=0))
+
+
 def _augmented(vector_field, params):
     """The rates of `(y, adjoint)` and, as a quadrature, of the parameters' gradient."""
     sources = vector_field.sources(params)
 
-    def augmented(t, state, rate):
+    def augmented(t, state, speed):
         y, adjoint = state
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(tf.nest.flatten(y) + sources)
             dy = vector_field(t, y, params)
-        if rate.shape.rank == 0:
+        if speed.shape.rank == 0:
             dadjoint, dgradients = vjp(tape, dy, (y, sources), trees.scale(-1.0, adjoint))
             return Rates((dy, dadjoint), _in_precision_of(adjoint, dgradients))
-        # The product sums over samples, each of which must count at its own rate. One at rest has no say, but for a
-        # share below rounding: its adjoint has a rate, which a second derivative with respect to its times asks for.
-        rate = rate + tf.where(rate == 0, tf.cast(1e-20, rate.dtype), 0)
-        dadjoint, dgradients = vjp(tape, dy, (y, sources), trees.scale(-rate, adjoint))
-        return Rates((dy, trees.scale(1 / rate, dadjoint)), _in_precision_of(adjoint, dgradients))
+        # The product sums over samples, each of which must count at its own speed. A sample at rest must not count,
+        # yet a second derivative with respect to its times needs its adjoint's rate: a negligible speed gives both.
+        speed = tf.where(speed == 0, tf.cast(1e-20, speed.dtype), speed)
+        dadjoint, dgradients = vjp(tape, dy, (y, sources), trees.scale(-speed, adjoint))
+        return Rates((dy, trees.scale(1 / speed, dadjoint)), _in_precision_of(adjoint, dgradients))
 
     return augmented
 
 
 @tf.custom_gradient
-def _unknown_derivative(ts, at_rest, like):
-    """Zeros, with the derivative NaN with respect to times between which no step is taken.
+def _unknown_derivative(ts, stops, like):
+    """Zeros, with the derivative NaN with respect to times that coincide, between which no step is taken.
 
     A second derivative would miss there what moving one of the times does to the adjoint.
     """
 
     def gradient(upstream):
         del upstream
-        unknown = at_rest if ts.shape.rank == 2 else tf.reduce_any(at_rest)
+        coincide = stops[:0:-1] == stops[-2::-1]
+        if stops.shape.rank > ts.shape.rank:
+            coincide = tf.reduce_any(coincide, axis=1)
+        elif stops.shape.rank < ts.shape.rank:
+            coincide = coincide[:, None]
+        none = tf.zeros_like(coincide[:1])
+        unknown = tf.concat([none, coincide], axis=0) | tf.concat([coincide, none], axis=0)
         return tf.where(unknown, tf.constant(float("nan"), ts.dtype), tf.zeros_like(ts)), None, tf.zeros_like(like)
 
     return tf.zeros_like(like), gradient
@@ -292,21 +346,22 @@ class ParameterGradient:
         return trees.add(gradients, _in_precision_of(step.y0, vjp(tape, rates, sources, weights)))
 
 
-def _time_gradient(vector_field, params, ts, ys, dys, adjoint):
+def _time_gradient(problem, ys, dys, adjoint):
     """`dL/dts`: a later time moves its state along the field, the first time moves the whole path."""
+    times = problem.times
 
     def along_field(t, y, dy):
-        rate = vector_field(t, y, params)
+        rate = problem.vector_field(t, y, problem.params)
         products = tf.nest.map_structure(tf.multiply, dy, rate)
-        axes = 1 if ts.shape.rank == 2 else 0
+        axes = 1 if times.shape.rank == 2 else 0
         return tf.add_n([tf.reduce_sum(p, list(range(axes, p.shape.rank))) for p in tf.nest.flatten(products)])
 
     def at(i, states):
         return tf.nest.map_structure(lambda x: pick(x, i), states)
 
     later = tf.map_fn(
-        lambda i: along_field(pick(ts, i), at(i, ys), at(i, dys)),
-        tf.range(1, tf.shape(ts)[0]),
-        fn_output_signature=tf.TensorSpec(ts.shape[1:], ts.dtype),
+        lambda i: along_field(pick(times, i), at(i, ys), at(i, dys)),
+        tf.range(1, tf.shape(times)[0]),
+        fn_output_signature=tf.TensorSpec(times.shape[1:], times.dtype),
     )
-    return tf.concat([-along_field(ts[0], at(0, ys), adjoint)[None], later], axis=0)
+    return tf.concat([-along_field(times[0], at(0, ys), adjoint)[None], later], axis=0)

@@ -56,7 +56,7 @@ class CheckpointedAdjoint:
         self.num_checkpoints = num_checkpoints
 
     def __call__(self, problem: Problem) -> Trajectory:
-        clock, _ = solve_clock(tf.stop_gradient(problem.ts), problem.solver, problem.y0)
+        clock, _ = solve_clock(problem._replace(ts=tf.stop_gradient(problem.ts)))
         max_steps = step_limit(problem.solver, clock)
         slots = self.num_checkpoints or _square_root(max_steps)
         recorder = Recorder(clock, max_steps, slots)
@@ -115,7 +115,7 @@ def _replay_stats(problem: Problem, record: Record) -> Stats:
     tableau = problem.solver.tableau
     kept = (record.count + record.stride - 1) // record.stride
     stages = tableau.num_stages - 1 if tableau.fsal and problem.ts.shape[0] == 2 else tableau.num_stages
-    # The state behind the last step of a stretch is not needed.
+    # The state after the last step of a stretch is not needed.
     return Stats(stages * (2 * record.count - kept), record.count, tf.constant(0))
 
 

@@ -48,7 +48,7 @@ class Recorder:
     def start(self, y0: Nest):
         nothing = tf.zeros_like(self.clock.end)
         none = tf.zeros_like(nothing, dtype=tf.int32)
-        step = Progress(none, nothing, nothing, nothing, tf.zeros_like(none, dtype=tf.bool))
+        step = Progress(none, nothing, nothing, tf.zeros_like(none, dtype=tf.bool))
         steps = tf.nest.map_structure(lambda x: new_buffer(self.max_steps, x), step)
         states = tf.nest.map_structure(lambda y: new_buffer(self.slots + 1, y), y0)
         return Record(tf.constant(0), tf.constant(1), steps, states)
@@ -58,7 +58,6 @@ class Recorder:
         # A sample that rejects its step stands still while others go on.
         seen = progress._replace(
             segment=tf.broadcast_to(progress.segment, tf.shape(progress.start)),
-            length=tf.where(progress.accepted, progress.length, 0),
             end=tf.where(progress.accepted, progress.end, progress.start),
         )
         steps = tf.nest.map_structure(lambda buffer, x: write(buffer, count, x), steps, seen)
@@ -104,7 +103,7 @@ class Replay:
             self.tableau,
             lambda t, y: Rates(self.problem.vector_field(segment.inside(t), y, params)),
             t=segment.time(progress.start),
-            dt=segment.duration(progress.length),
+            dt=tf.multiply(progress.length, segment.speed),
             y0=y,
             last_rate=self.dense,
         )
@@ -112,8 +111,8 @@ class Replay:
 
     def states(self, y0: Nest, ts: tf.Tensor, params: list[tf.Tensor]) -> Nest:
         """The states at `ts`, by all steps at once; differentiable by ordinary backpropagation."""
-        clock, readings = solve_clock(ts, self.problem.solver, y0)
-        output = DenseOutput(self.tableau, readings)
+        clock, readings = solve_clock(self.problem._replace(y0=y0, ts=ts))
+        output = DenseOutput(self.tableau, readings) if self.dense else None
         limit = step_limit(self.problem.solver, clock)
 
         def body(n, y, memory):
@@ -137,11 +136,12 @@ class Replay:
 
     def gradient(self, dys: Nest) -> tuple[Nest, tf.Tensor, list[tf.Tensor]]:
         """The gradients of `y0`, `ts` and `params`, step by step from the last to the first."""
-        _, y0, ts, params, solver, _, times_vary = self.problem[:7]
+        ts, params = self.problem.ts, self.problem.params
+        times_vary = self.problem.numbers is None
         with tf.GradientTape(watch_accessed_variables=False) as clock_tape:
             clock_tape.watch(ts)
-            clock, readings = solve_clock(ts, solver, y0)
-        timing = (clock.times, clock.rate, readings) if times_vary else ()
+            clock, readings = solve_clock(self.problem)
+        timing = (clock.times, clock.speed, readings) if times_vary else ()
         sources = self.problem.vector_field.sources(params)
 
         def through_step(n, y, total):
@@ -193,7 +193,7 @@ class Replay:
 
         at_start = readings <= 0 if self.dense else tf.constant([True, False])
         adjoint = tf.nest.map_structure(lambda a, d: a + tf.reduce_sum(_select(at_start, d), 0), adjoint, dys)
-        dts = vjp(clock_tape, (clock.times, clock.rate, readings), ts, dtiming) if times_vary else tf.zeros_like(ts)
+        dts = vjp(clock_tape, (clock.times, clock.speed, readings), ts, dtiming) if times_vary else tf.zeros_like(ts)
         return adjoint, dts, dparams
 
     def _through_outputs(self, step, progress, readings, dys, cotangent, direct, dreadings, written):
@@ -204,7 +204,7 @@ class Replay:
 
         def body(cotangent, direct, dreadings, i):
             now, index = due(i), tf.maximum(i, 0)
-            theta = tf.math.divide_no_nan(pick(readings, index) - progress.start, progress.length)
+            theta = progress.fraction(pick(readings, index))
             parts = (step.y1, [rates.y for rates in step.k], step.dt)
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(tf.nest.flatten((parts, step.y0, theta)))

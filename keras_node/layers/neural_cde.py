@@ -11,6 +11,7 @@ from keras_node.layers.irregular_times import check_order
 from keras_node.layers.series import SeriesRNN, for_short_intervals
 from keras_node.odeint import odeint
 from keras_node.statistics import SolverStatistics
+from keras_node.times import prepare_times
 from keras_node.vector_field import build, call_arguments
 
 
@@ -154,8 +155,7 @@ class NeuralCDE(keras.layers.Layer):
         self.initial.build((None, x_shape[-1]))
 
     def call(self, x, times, mask=None, training=None, x_mask=None):
-        low_precision = keras.backend.standardize_dtype(times.dtype) in ("float16", "bfloat16", "float32")
-        times = ops.cast(times, self.variable_dtype if low_precision else "float64")
+        times = prepare_times(times, self.variable_dtype)
         x = ops.cast(x, times.dtype)
         knots, coefficients, ordered = pieces(times, x, x_mask if mask is None else mask, self.interpolation)
         with tf.control_dependencies(check_order(ordered, times, self)):

@@ -10,6 +10,7 @@ from keras_node.gradients.direct import DirectGradient
 from keras_node.jit_compile import check_jit_compile
 from keras_node.odeint import odeint
 from keras_node.statistics import SolverStatistics
+from keras_node.times import as_numbers, prepare_times
 from keras_node.vector_field import build, call_arguments
 
 
@@ -46,6 +47,7 @@ class ODELayer(keras.layers.Layer):
     Call arguments:
         inputs: the state at `t0`, a float tensor `(batch, ...)`, or a nest (tuple, list, dict) of them.
         ts: times of the output, `(T,)`, or `(batch, T)` where every sample has its own; monotonic, from `t0` on.
+            Numbers and arrays are constants, tensors and variables have gradients; for their precision see `odeint`.
         args: nest of tensors for a field `f(t, y, args)`.
         training: Python boolean, handed on to the field.
 
@@ -113,6 +115,13 @@ class ODELayer(keras.layers.Layer):
         if isinstance(self.vector_field, keras.Layer) and call_arguments(self.vector_field)[0] < 3:
             self._build_field(inputs_shape, ts_shape is not None and len(ts_shape) == 2, None)
 
+    def __call__(self, inputs, *args, **kwargs):
+        kwargs.update(zip(("ts", "args", "training"), args, strict=False))
+        if isinstance(kwargs.get("ts"), np.ndarray):
+            # Keras would make a tensor of it, and nothing would tell that no gradient is wanted for these times.
+            kwargs["ts"] = kwargs["ts"].tolist()
+        return super().__call__(inputs, **kwargs)
+
     def call(self, inputs, ts=None, args=None, training=None):
         y0 = tf.nest.map_structure(self._initial_state, inputs)
         times = [self.t0, self.t1] if ts is None else self._times(ts)
@@ -137,7 +146,7 @@ class ODELayer(keras.layers.Layer):
     def compute_output_spec(self, inputs, ts=None, args=None, training=None):
         del training
         shapes = tf.nest.map_structure(lambda x: tf.TensorShape(x.shape), inputs)
-        ts_shape = None if ts is None else np.shape(ts) if isinstance(ts, list | tuple) else tuple(ts.shape)
+        ts_shape = None if ts is None else tuple(ts.shape) if hasattr(ts, "shape") else np.shape(ts)
         if args is not None and isinstance(self.vector_field, keras.Layer):
             own_times = ts_shape is not None and len(ts_shape) == 2
             self._build_field(tf.nest.map_structure(lambda x: tuple(x.shape), inputs), own_times, args)
@@ -191,9 +200,14 @@ class ODELayer(keras.layers.Layer):
 
     def _times(self, ts):
         """The times of a solve, `t0` first: `(T + 1,)` or `(T + 1, batch)`."""
-        ts = ops.transpose(ops.cast(ts, self.variable_dtype))
-        first = ops.zeros_like(ts[:1]) + self.t0
-        return ops.concatenate([first, ts], axis=0)
+        known = as_numbers(ts)
+        if known is not None and known.ndim in (1, 2):
+            return np.concatenate([np.full_like(known.T[:1], self.t0), known.T], axis=0)
+        ts = prepare_times(ts, self.variable_dtype)
+        if len(ts.shape) not in (1, 2):
+            raise ValueError(f"`ts` must be of shape (T,) or (batch, T). Received: ts.shape={tuple(ts.shape)}")
+        ts = ops.transpose(ts)
+        return ops.concatenate([ops.full_like(ts[:1], self.t0), ts], axis=0)
 
     def _augmented_shape(self, shape):
         if len(shape) < 2 and self.augment_dims:

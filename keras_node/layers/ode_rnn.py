@@ -7,6 +7,7 @@ from keras import ops
 from keras_node.layers.irregular_times import check_order, elapsed_times
 from keras_node.layers.ode_rnn_cell import ODERNNCell
 from keras_node.layers.series import SeriesRNN
+from keras_node.times import prepare_times
 
 _RNN_OPTIONS = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll", "zero_output_for_mask")
 
@@ -192,15 +193,13 @@ class ODERNN(keras.layers.Layer):
             )
         if self.time_feature:
             x, times = x[..., :-1], x[..., -1]
+        times = prepare_times(times, self.variable_dtype)
         expected = tf.TensorShape(x.shape[:2])
         if len(times.shape) != 2 or not expected.is_compatible_with(times.shape):
             raise ValueError(
                 "`times` must be (batch, T), one time for every step of `x`. "
                 f"Received: times.shape={tuple(times.shape)} with x.shape={tuple(x.shape)}"
             )
-        dtype = keras.backend.standardize_dtype(times.dtype)
-        low_precision = dtype in ("float16", "bfloat16", "float32")
-        times = ops.cast(times, self.variable_dtype if low_precision else "float64")
         return ops.cast(x, self.variable_dtype), times
 
     def compute_output_shape(self, x_shape):

@@ -9,6 +9,7 @@ from keras_node.control import last_valid
 from keras_node.layers.irregular_times import check_order, elapsed_times, with_start
 from keras_node.layers.ode_layer import ODELayer
 from keras_node.models.likelihood_model import LikelihoodModel
+from keras_node.times import prepare_times
 
 _SMALLEST_SCALE = 1e-5  # softplus underflows to zero, where the KL divergence is infinite
 
@@ -155,7 +156,7 @@ class LatentODE(LikelihoodModel):
     def call(self, inputs, training=None):
         times, values, _ = self._series(inputs)
         # Also at times when nothing was observed, unless they go back, as in padding.
-        given = ops.cast(inputs[0], values.dtype)
+        given = prepare_times(inputs[0], values.dtype)
         times = ops.maximum(ops.where(ops.isfinite(given), given, times), times)
         return self.decode(self.posterior(inputs, training).mean(), times, training)
 
@@ -192,7 +193,7 @@ class LatentODE(LikelihoodModel):
         elapsed, _ = elapsed_times(times, valid, None, backwards=True)
         ordered = ops.all(ops.isfinite(elapsed) & (elapsed <= 0), axis=1, keepdims=True)
         with tf.control_dependencies(check_order(ordered[:, 0], times, self)):
-            elapsed = ops.where(ordered, -elapsed, 0)
+            elapsed = ops.cast(ops.where(ordered, -elapsed, 0), values.dtype)
         marks = ops.cast(observed, values.dtype)
         steps = ops.pad(ops.concatenate([values, marks], axis=-1), [*front, (0, 0)])
         steps = ops.concatenate([steps, elapsed[..., None]], axis=-1)
@@ -297,7 +298,8 @@ class LatentODE(LikelihoodModel):
         """Times for a solve, values with zeros where none was observed, and where one was."""
         if not isinstance(series, list | tuple) or len(series) != 3:
             raise ValueError(f"A batch of series is a tuple `(times, values, mask)`. Received: {series!r}")
-        times, values, mask = (ops.convert_to_tensor(x) for x in series)
+        times = prepare_times(series[0], self.variable_dtype)
+        values, mask = (ops.convert_to_tensor(x) for x in series[1:])
         if len(values.shape) != 3 or len(mask.shape) != 3 or len(times.shape) not in (1, 2):
             raise ValueError(
                 "`times` must be (batch, T) or (T,), and `values` and `mask` (batch, T, features). Received: shapes "
@@ -305,7 +307,7 @@ class LatentODE(LikelihoodModel):
             )
         if not self.built:
             self.build(tuple(tuple(x.shape) for x in (times, values, mask)))
-        times, observed = ops.cast(times, self.variable_dtype), ops.cast(mask, "bool")
+        observed = ops.cast(mask, "bool")
         values = ops.where(observed, ops.cast(values, self.variable_dtype), 0)
         if len(times.shape) == 2:
             # A solve must not turn back for the time of a step without observations, which may be anything.

@@ -41,7 +41,10 @@ class RungeKutta:
         max_steps: attempted steps after which a solve fails with status 1. Defaults to `4096`. Under XLA
             `DirectGradient` reserves memory for this many.
         per_sample: whether every sample of the batch has a time, a step size and an error of its own, so that its
-            solution does not depend on the others in its batch. The state's first axis is then the batch.
+            solution does not depend on the others in its batch. The state's first axis is then the batch. Without it
+            the error is a mean over the batch, in which a single hard sample hides: one that moves among 999 that
+            rest may be wrong by 400 % at the default tolerances. Results then also depend on the batch, below the
+            tolerance: on the smaller last batch of `predict`, for one. Defaults to `False`.
         step_at: times at which a step ends and the field is evaluated afresh, for a field that has a jump or a kink
             there: a switch, a dose, a change of control. Up to such a time the field is seen as it is before, and
             from it on as it is after. Not with `num_steps`.

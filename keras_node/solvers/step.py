@@ -16,7 +16,7 @@ class Rates(NamedTuple):
 
     A quadrature is a state that the right-hand side does not read. Its stage values are never formed and it does
     not enter the error estimate; only its weighted sum over an accepted step is. It is integrated over time, or over
-    the clock where samples run through time at rates of their own: it is shared by them.
+    the clock where every sample runs through time at its own speed: it is shared by them.
     """
 
     y: Nest
