@@ -1,14 +1,17 @@
 """Dynamics that conserve an energy, as a vector field."""
 
+from typing import ClassVar
+
 import keras
 import tensorflow as tf
 
-from keras_node.layers.second_order import halves, joined
-from keras_node.vector_field import call_arguments, field_inputs
+from keras_node.layers.second_order_field import halves, joined
+from keras_node.nested_layers import NestedLayers
+from keras_node.signatures import FieldCall
 
 
 @keras.saving.register_keras_serializable(package="keras_node")
-class HamiltonianField(keras.layers.Layer):
+class HamiltonianField(NestedLayers, keras.layers.Layer):
     """The vector field of Hamilton's equations: a scalar energy `H(q, p)` gives all rates of change.
 
     `dq/dt = dH/dp`
@@ -47,17 +50,19 @@ class HamiltonianField(keras.layers.Layer):
     - Greydanus, Dzamba & Yosinski (2019), "Hamiltonian Neural Networks".
     """
 
+    nested: ClassVar = {"energy": "energy"}
+
     def __init__(self, energy, **kwargs):
         super().__init__(autocast=False, **kwargs)
-        if call_arguments(energy)[0] == 3:
+        if FieldCall(energy).num_arguments == 3:
             raise ValueError(f"An energy takes `(y)` or `(t, y)`. Received: energy={energy!r}")
         self.energy = energy
 
     def call(self, t, y):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(y)
-            energy = self.energy(*field_inputs(call_arguments(self.energy)[0], t, y, None))
-        if len(energy.shape) != 1 and energy.shape[-1] != 1:
+            energy = FieldCall(self.energy, y)(t, y)
+        if len(energy.shape) != 1 and (not energy.shape or energy.shape[-1] != 1):
             raise ValueError(
                 "An energy is one number for each sample, (batch,) or (batch, ..., 1). "
                 f"Received: shape={tuple(energy.shape)} from {self.energy!r}"
@@ -65,14 +70,3 @@ class HamiltonianField(keras.layers.Layer):
         slopes = tape.gradient(energy, y, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         dq, dp = halves(slopes)
         return joined(dp, -dq, y)
-
-    def get_config(self):
-        config = super().get_config()
-        config["energy"] = keras.saving.serialize_keras_object(self.energy)
-        return config
-
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        config["energy"] = keras.saving.deserialize_keras_object(config["energy"])
-        return cls(**config)
