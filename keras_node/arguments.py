@@ -1,7 +1,9 @@
 """Checks of numbers that a user passes as options."""
 
+import difflib
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -28,6 +30,16 @@ def positive_number(name: str, value: Any) -> float:
     if not number(name, value) > 0:
         raise ValueError(f"`{name}` must be positive. Received: {name}={value!r}")
     return float(value)
+
+
+def one_of(name: str, value: Any, choices: Iterable[str]) -> str:
+    """`value`, if it is one of the choices."""
+    choices = list(choices)
+    if isinstance(value, str) and value in choices:
+        return value
+    near = difflib.get_close_matches(str(value).lower(), choices, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"`{name}` must be one of {', '.join(choices)}.{hint} Received: {name}={value!r}")
 
 
 def _integer(name, value, least, what):

@@ -168,3 +168,14 @@ def test_what_does_not_fit_is_refused():
         SecondOrderField(lambda y: y)(T, Y)
     with pytest.raises(ValueError, match=r"one number for each sample.*Received: shape=\(3, 4\)"):
         HamiltonianField(lambda y: y)(T, Y)
+
+
+@pytest.mark.parametrize("name", ["SecondOrder", "TimeConcatenation"])
+def test_former_names_work_with_a_warning(name):
+    former, current = getattr(keras_node, name), getattr(keras_node, f"{name}Field")
+    layer = layers.Dense(4 if name == "TimeConcatenation" else 2)
+    with pytest.warns(DeprecationWarning, match=f"keras_node.{name} is now called keras_node.{name}Field") as record:
+        field = former(layer)
+    assert record[0].filename == __file__
+    assert isinstance(field, current)
+    np.testing.assert_array_equal(field(T, Y), current(layer)(T, Y))

@@ -30,6 +30,7 @@ class HamiltonianField(NestedLayers, keras.layers.Layer):
     Call arguments:
         t: the time, which an energy `(y)` does not see.
         y: the state, `(batch, ..., 2 * n)`, or a tuple of two tensors of the same shape.
+        y_mask: the mask of the state, handed on to an energy that takes `mask`.
 
     Input shape:
         `t` a scalar or `(batch, 1, ..., 1)`, `y` as above.
@@ -58,11 +59,12 @@ class HamiltonianField(NestedLayers, keras.layers.Layer):
             raise ValueError(f"An energy takes `(y)` or `(t, y)`. Received: energy={energy!r}")
         self.energy = energy
 
-    def call(self, t, y):
+    def call(self, t, y, y_mask=None):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(y)
-            energy = FieldCall(self.energy, y)(t, y)
-        if len(energy.shape) != 1 and (not energy.shape or energy.shape[-1] != 1):
+            energy = FieldCall(self.energy, y)(t, y, mask=y_mask)
+        rank = len(energy.shape)
+        if rank == 0 or (rank > 1 and energy.shape[-1] != 1):
             raise ValueError(
                 "An energy is one number for each sample, (batch,) or (batch, ..., 1). "
                 f"Received: shape={tuple(energy.shape)} from {self.energy!r}"

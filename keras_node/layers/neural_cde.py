@@ -6,7 +6,7 @@ from keras import ops
 
 from keras_node.arguments import positive_integer
 from keras_node.control import INTERPOLATIONS, differentiate, increments, pieces, polynomial
-from keras_node.layers.irregular_times import check_order
+from keras_node.layers.irregular_times import as_array, check_order, check_steps
 from keras_node.layers.series import SeriesRNN, for_short_intervals
 from keras_node.signatures import build, call_arguments
 from keras_node.solve_options import SolvingLayer
@@ -109,6 +109,10 @@ class NeuralCDE(SolvingLayer, keras.layers.Layer):
         self.return_sequences = return_sequences
         self.set_options(solver, gradient, jit_compile, track_stats, counts_backward=False)
         self.supports_masking = True
+
+    def __call__(self, x, times, *args, **kwargs):
+        check_steps(x, self)
+        return super().__call__(x, as_array(times), *args, **kwargs)
 
     def build(self, x_shape):
         if len(x_shape) != 3 or x_shape[-1] is None:

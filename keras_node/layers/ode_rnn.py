@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from keras_node.layers.irregular_times import check_order, elapsed_times
+from keras_node.layers.irregular_times import as_array, check_order, check_steps, elapsed_times
 from keras_node.layers.ode_rnn_cell import ODERNNCell
 from keras_node.layers.series import SeriesRNN
 from keras_node.solve_options import SolvingLayer
@@ -146,6 +146,10 @@ class ODERNN(SolvingLayer, keras.layers.Layer):
             dtype=self.dtype_policy,
             name="rnn",
         )
+
+    def __call__(self, x, times=None, *args, **kwargs):
+        check_steps(x, self)
+        return super().__call__(x, as_array(times), *args, **kwargs)
 
     def build(self, x_shape):
         if len(x_shape) != 3 or x_shape[-1] <= self.time_feature:

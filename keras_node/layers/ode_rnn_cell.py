@@ -51,6 +51,9 @@ class ODERNNCell(SolvingLayer, keras.layers.Layer, _DropoutRNNCell):
         states: the states of the wrapped cell.
         training: Python boolean, handed on to the field and the cell.
 
+    Masks of steps are the concern of the layer around the cell: `keras.layers.RNN` leaves the states of a masked step
+    as they were, and its interval is lost; `keras_node.ODERNN` adds it to the next one.
+
     Input shape:
         `(batch, features)`, or `(batch, features + 1)` with `time_feature`.
 

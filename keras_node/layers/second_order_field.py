@@ -27,6 +27,7 @@ class SecondOrderField(NestedLayers, keras.layers.Layer):
     Call arguments:
         t: the time, which an acceleration `(y)` does not see.
         y: the state, `(batch, ..., 2 * n)`, or a tuple of two tensors of the same shape.
+        y_mask: the mask of the state, handed on to an acceleration that takes `mask`.
 
     Input shape:
         `t` a scalar or `(batch, 1, ..., 1)`, `y` as above.
@@ -53,9 +54,9 @@ class SecondOrderField(NestedLayers, keras.layers.Layer):
             raise ValueError(f"An acceleration takes `(y)` or `(t, y)`. Received: acceleration={acceleration!r}")
         self.acceleration = acceleration
 
-    def call(self, t, y):
+    def call(self, t, y, y_mask=None):
         _, v = halves(y)
-        a = FieldCall(self.acceleration, y)(t, y)
+        a = FieldCall(self.acceleration, y)(t, y, mask=y_mask)
         return joined(v, like_state(a, v, self.acceleration), y)
 
 

@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_node.nested_layers import NestedLayers
+from keras_node.signatures import FieldCall
 
 
 @keras.saving.register_keras_serializable(package="keras_node")
@@ -21,6 +22,7 @@ class TimeConcatenationField(NestedLayers, keras.layers.Layer):
     Call arguments:
         t: the time, a scalar, or `(batch, 1, ..., 1)` where samples have times of their own.
         y: the state.
+        y_mask: the mask of the state, handed on to a layer that takes `mask`.
 
     Input shape:
         `t` as above, `y` `(batch, ..., features)`.
@@ -48,6 +50,6 @@ class TimeConcatenationField(NestedLayers, keras.layers.Layer):
             raise TypeError(f"`layer` must be a Keras layer or model. Received: layer={layer!r}")
         self.layer = layer
 
-    def call(self, t, y):
+    def call(self, t, y, y_mask=None):
         t = ops.cast(t, y.dtype) + ops.zeros_like(y[..., :1])
-        return self.layer(ops.concatenate([y, t], axis=-1))
+        return FieldCall(self.layer)(t, ops.concatenate([y, t], axis=-1), mask=y_mask)

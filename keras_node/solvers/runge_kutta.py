@@ -1,13 +1,12 @@
 """The solver that a user chooses: an explicit Runge-Kutta method and the control of its step size."""
 
 import dataclasses
-import difflib
 import math
 from typing import Any
 
 import keras
 
-from keras_node.arguments import number, positive_integer, positive_number
+from keras_node.arguments import number, one_of, positive_integer, positive_number
 from keras_node.solvers.tableaus import TABLEAUS, ButcherTableau
 from keras_node.step_size import ConstantSteps, PIDController
 
@@ -153,14 +152,6 @@ class RungeKutta:
 _CONTROLLER = tuple(field.name for field in dataclasses.fields(PIDController) if field.name != "error_order")
 
 
-def _method(name: str, value: Any) -> str:
-    if isinstance(value, str) and value in TABLEAUS:
-        return value
-    near = difflib.get_close_matches(str(value).lower(), TABLEAUS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"`{name}` must be one of {', '.join(TABLEAUS)}.{hint} Received: {name}={value!r}")
-
-
 def _times(name: str, value: Any) -> tuple[float, ...]:
     try:
         times = tuple(float(t) for t in value)
@@ -172,7 +163,7 @@ def _times(name: str, value: Any) -> tuple[float, ...]:
 
 
 _CHECKS = {
-    "method": _method,
+    "method": lambda name, value: one_of(name, value, TABLEAUS),
     "rtol": positive_number,
     "atol": positive_number,
     "step_size": positive_number,
