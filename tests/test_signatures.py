@@ -142,12 +142,6 @@ def test_fields_hand_a_mask_on_to_their_layers():
     np.testing.assert_allclose(y, x + np.array([3.0, 1.0])[:, None, None], rtol=1e-5)
 
 
-def test_a_layer_that_takes_no_mask_is_no_cause_for_a_warning(recwarn):
-    x, _ = masked_series()
-    ODELayer(keras.Sequential([layers.Dense(8, "tanh"), layers.Dense(4)]), solver="euler")(x)
-    assert not [w for w in recwarn if "mask" in str(w.message)]
-
-
 def test_the_output_is_masked_once_for_each_asked_time(tmp_path):
     x, mask = masked_series()
     layer = ODELayer(Masked(), solver="euler")
