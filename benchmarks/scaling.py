@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 import keras_node
-from keras_node.statistics import SolverStatistics
+from keras_node.metrics import SolverMetrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -95,7 +95,7 @@ def backward_evaluations(norm: str, rtol: float) -> float:
     y0 = tf.constant(np.random.default_rng(0).uniform(-1, 1, (32, 4)))
     solver = keras_node.RungeKutta("dopri5", rtol=rtol, atol=1e-3 * rtol)
     gradient = keras_node.BacksolveAdjoint(norm=norm)
-    statistics = SolverStatistics("pendulums", backward=True)
+    statistics = SolverMetrics("pendulums", backward=True)
 
     @tf.function
     def step():

@@ -22,8 +22,9 @@ from keras_node.layers.neural_cde import NeuralCDE
 from keras_node.layers.ode_layer import ODELayer
 from keras_node.layers.ode_rnn import ODERNN
 from keras_node.layers.ode_rnn_cell import ODERNNCell
-from keras_node.layers.second_order import SecondOrder
-from keras_node.layers.time_concatenation import TimeConcatenation
+from keras_node.layers.renamed import SecondOrder, TimeConcatenation
+from keras_node.layers.second_order_field import SecondOrderField
+from keras_node.layers.time_concatenation_field import TimeConcatenationField
 from keras_node.models.continuous_flow import ContinuousFlow
 from keras_node.models.latent_ode import LatentODE
 from keras_node.odeint import odeint
@@ -50,11 +51,13 @@ __all__ = [
     "ODERNNCell",
     "RungeKutta",
     "SecondOrder",
+    "SecondOrderField",
     "Solution",
     "SolverMonitor",
     "Stats",
     "Status",
     "TimeConcatenation",
+    "TimeConcatenationField",
     "control_path",
     "gradcheck",
     "odeint",

@@ -1,22 +1,49 @@
-"""Checks of arguments that several layers and models share."""
+"""Checks of numbers that a user passes as options."""
 
+import difflib
 import math
 import numbers
+from collections.abc import Iterable
 from typing import Any
 
 
 def positive_integer(name: str, value: Any) -> int:
-    """Returns `value` as an `int`, also from a float such as `2.0`. Raises where it is no integer of 1 or more."""
-    return _integer(name, value, least=1)
+    """`value` as an integer of at least 1; `3.0` counts as one, `True` does not."""
+    return _integer(name, value, 1, "a positive integer")
 
 
 def non_negative_integer(name: str, value: Any) -> int:
-    """Returns `value` as an `int`, also from a float such as `2.0`. Raises where it is no integer of 0 or more."""
-    return _integer(name, value, least=0)
+    """`value` as an integer of at least 0; `3.0` counts as one, `True` does not."""
+    return _integer(name, value, 0, "an integer, 0 or more")
 
 
-def _integer(name, value, least):
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or value != int(value) or value < least:
-        raise ValueError(f"`{name}` must be an integer of {least} or more. Received: {name}={value!r}")
+def number(name: str, value: Any) -> float:
+    """`value` as a Python float that is not NaN."""
+    usable = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not usable or math.isnan(value):
+        raise ValueError(f"`{name}` must be a number. Received: {name}={value!r}")
+    return float(value)
+
+
+def positive_number(name: str, value: Any) -> float:
+    """`value` as a positive Python float; it may be infinite."""
+    if not number(name, value) > 0:
+        raise ValueError(f"`{name}` must be positive. Received: {name}={value!r}")
+    return float(value)
+
+
+def one_of(name: str, value: Any, choices: Iterable[str]) -> str:
+    """`value`, if it is one of the choices."""
+    choices = list(choices)
+    if isinstance(value, str) and value in choices:
+        return value
+    near = difflib.get_close_matches(str(value).lower(), choices, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"`{name}` must be one of {', '.join(choices)}.{hint} Received: {name}={value!r}")
+
+
+def _integer(name, value, least, what):
+    usable = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not usable or not math.isfinite(value) or value != int(value) or value < least:
+        raise ValueError(f"`{name}` must be {what}. Received: {name}={value!r}")
     return int(value)

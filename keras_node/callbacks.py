@@ -4,7 +4,7 @@ import warnings
 
 import keras
 
-from keras_node.statistics import SolverStatistic
+from keras_node.metrics import SolverMetric
 
 
 class SolverMonitor(keras.callbacks.Callback):
@@ -20,7 +20,7 @@ class SolverMonitor(keras.callbacks.Callback):
         stop: whether to stop training, rather than only warn. Defaults to `False`.
 
     Raises:
-        ValueError: when training begins and no layer of the model tracks its statistics.
+        ValueError: when training begins and no layer of the model tracks its statistics, or several of one name do.
 
     Example:
     >>> layer = keras_node.ODELayer(keras.layers.Dense(2), track_stats=True)
@@ -44,28 +44,35 @@ class SolverMonitor(keras.callbacks.Callback):
         self.stop = stop
 
     def on_train_begin(self, logs=None):
-        if not self._statistics():
+        if not self._metrics():
             raise ValueError(
                 "SolverMonitor finds no statistics: give `track_stats=True` to an ODELayer, ODERNN or ODERNNCell. "
                 f"Received: model={self.model.name!r}"
             )
+        names = [metric.name for metric in self._metrics()]
+        shared = next((metric.layer for metric in self._metrics() if names.count(metric.name) > 1), None)
+        if shared is not None:
+            raise ValueError(
+                "Layers of one name share their entries in the logs, of which only the last layer's are seen: give "
+                f"layers with `track_stats=True` different names. Received: several layers {shared!r}"
+            )
 
     def on_epoch_end(self, epoch, logs=None):
         complaints = []
-        for statistic in self._statistics():
-            value = (logs or {}).get(statistic.name)
-            kind = statistic.kind.removeprefix("backward_")
-            way = "Backward solves" if statistic.kind != kind else "Solves"
+        for metric in self._metrics():
+            value = (logs or {}).get(metric.name)
+            kind = metric.kind.removeprefix("backward_")
+            way = "Backward solves" if metric.kind != kind else "Solves"
             if value is None:
                 continue
             if kind == "failed" and value > self.max_failed:
                 complaints.append(
-                    f"{way} of layer {statistic.layer!r} failed ({value:.1%} of them). Lower the learning rate, clip "
+                    f"{way} of layer {metric.layer!r} failed ({value:.1%} of them). Lower the learning rate, clip "
                     "gradients, raise `max_steps`, or loosen `rtol` and `atol`."
                 )
             if kind == "evaluations" and value > self.max_evaluations:
                 complaints.append(
-                    f"{way} of layer {statistic.layer!r} take {value:.0f} evaluations. The field grows stiff: loosen "
+                    f"{way} of layer {metric.layer!r} take {value:.0f} evaluations. The field grows stiff: loosen "
                     "`rtol` and `atol`, regularize its weights, or bound its output, e.g. by a tanh."
                 )
         for complaint in complaints:
@@ -73,5 +80,5 @@ class SolverMonitor(keras.callbacks.Callback):
         if complaints and self.stop:
             self.model.stop_training = True
 
-    def _statistics(self):
-        return [metric for metric in self.model.metrics if isinstance(metric, SolverStatistic)]
+    def _metrics(self):
+        return [metric for metric in self.model.metrics if isinstance(metric, SolverMetric)]

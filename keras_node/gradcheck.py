@@ -9,9 +9,9 @@ import tensorflow as tf
 
 from keras_node import gradients, solvers
 from keras_node.odeint import odeint
+from keras_node.signatures import build
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.trees import Nest
-from keras_node.vector_field import build
 
 
 class GradientCheck(NamedTuple):

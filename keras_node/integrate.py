@@ -20,6 +20,8 @@ from keras_node.solvers.step import Rates, Step, quadrature_rate, rk_step
 from keras_node.step_size import Norm, first_step_size, rms_norm
 from keras_node.trees import Nest
 
+_LONGER_THAN_ALL = 1e30  # infinity times zero, as a converter may write a selection, would be no number
+
 
 class Observer(Protocol):
     """Looks at every attempted step and keeps a memory of what it saw, a nest of tensors of fixed shapes."""
@@ -249,8 +251,8 @@ def _first_evaluations(vector_field, y0, segment, clock, solver, sample_shape, n
     if first_step is not None:
         return k1, first_step, evaluations
     if not adaptive_start:
-        given = solver.first_step if solver.adaptive else solver.step_size or 0.0
-        return k1, tf.fill(sample_shape, tf.cast(given, clock.stops.dtype)), evaluations
+        given = min(solver.first_step, _LONGER_THAN_ALL) if solver.adaptive else solver.step_size or 0.0
+        return k1, tf.fill(sample_shape, tf.constant(given, clock.stops.dtype)), evaluations
 
     def rate_of_change(reading, y):
         return trees.scale(speed, vector_field(segment.time(reading), y, speed).y)

@@ -1,4 +1,4 @@
-"""Whether a solve is an XLA program of its own, in a graph that as a whole is none."""
+"""Whether to compile a solve with XLA inside a graph that is not compiled as a whole."""
 
 from typing import Any
 

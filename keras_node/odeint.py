@@ -11,9 +11,9 @@ import tensorflow as tf
 from keras_node import gradients, solvers
 from keras_node.call_context import CallContext
 from keras_node.jit_compile import check_jit_compile, compiles
+from keras_node.metrics import SolverMetrics
 from keras_node.solution import Solution, Status, check_status
 from keras_node.solve import Problem
-from keras_node.statistics import SolverStatistics
 from keras_node.times import as_numbers, prepare_times
 from keras_node.trees import Nest
 from keras_node.vector_field import VectorField
@@ -29,9 +29,10 @@ def odeint(
     solver="tsit5",
     gradient="backsolve",
     training: bool | None = None,
+    mask: Nest = None,
     throw: bool = True,
     jit_compile: bool | str = "auto",
-    statistics: SolverStatistics | None = None,
+    statistics: SolverMetrics | None = None,
 ) -> Solution:
     """Solves the initial value problem `dy/dt = f(t, y)`, `y(ts[0]) = y0`, for the states at `ts`.
 
@@ -59,6 +60,8 @@ def odeint(
         gradient: `"backsolve"` (default), `"direct"`, or an object such as `keras_node.BacksolveAdjoint()`.
         training: whether the field, and every layer in it, is in training mode. By default what Keras' call context
             says: that of the layer or model from whose `call` this function is called, else `False`.
+        mask: that of the state, in its structure; passed to a field that takes it, as `mask` or by the name of its
+            argument for the state, such as `y_mask`.
         throw: whether a failed solve raises `tf.errors.InvalidArgumentError`. Under XLA nothing raises. Whatever
             the mode, the states that a failed solve did not reach are NaN, and its `status` tells why.
         jit_compile: whether the solve and its gradient are XLA programs of their own, as parts of a graph (in a
@@ -67,7 +70,8 @@ def odeint(
             field with convolutions where there is no device but a CPU, nor one that draws noise, which would be other
             noise in an XLA program than outside of it, nor one that closes over tensors of a graph or TensorFlow
             variables: pass these through `args`.
-        statistics: what a layer that tracks its solves hands in to be told how they went, there and back.
+        statistics: the metrics of a layer with `track_stats`, which are updated with the work of the solve and of its
+            gradient.
 
     Returns:
         A `keras_node.Solution`: `ts`; `ys`, the structure of `y0` with a new first axis of length `T`; `stats`;
@@ -89,11 +93,11 @@ def odeint(
     here = CallContext.current()
     training = here.training if training is None else training
     return CallContext(training).run(
-        lambda: _odeint(vector_field, y0, ts, args, solver, gradient, training, throw, jit_compile, statistics)
+        lambda: _odeint(vector_field, y0, ts, args, solver, gradient, training, mask, throw, jit_compile, statistics)
     )
 
 
-def _odeint(vector_field, y0, ts, args, solver, gradient, training, throw, jit_compile, statistics):
+def _odeint(vector_field, y0, ts, args, solver, gradient, training, mask, throw, jit_compile, statistics):
     """`odeint` in a call context that says whether it is `training`."""
     original, y0 = y0, _to_state(y0)
     dtype = tf.nest.flatten(y0)[0].dtype
@@ -102,7 +106,7 @@ def _odeint(vector_field, y0, ts, args, solver, gradient, training, throw, jit_c
     _check_batch(y0, ts, solver)
 
     t0 = tf.cast(ts[0], dtype)
-    field = VectorField(vector_field, t0, y0, args, training)
+    field = VectorField(vector_field, t0, y0, args, training, mask)
     jit_compile = compiles(jit_compile, gradient, training, field.pure)
     on_backward = None if statistics is None else functools.partial(statistics.backward, training=training)
     problem = Problem(field, y0, ts, field.params, solver, throw, numbers, jit_compile, on_backward)
@@ -119,11 +123,20 @@ def _odeint(vector_field, y0, ts, args, solver, gradient, training, throw, jit_c
     return Solution(ts, ys, stats, status)
 
 
-def _to_state(y0: Nest) -> Nest:
+def _to_state(original: Nest) -> Nest:
     """The state as tensors of one dtype: float32, or float64 where a leaf is."""
 
     def leaf(y):
+        if y is None or isinstance(y, tf.RaggedTensor | tf.SparseTensor):
+            raise TypeError(
+                "The state must be a dense tensor, or a nest (tuple, list, dict) of them; pad what is ragged, and mask "
+                f"it. Received: y0={original!r}"
+            )
         y = tf.convert_to_tensor(y, dtype=keras.config.floatx() if isinstance(y, float) else None)
+        if y.shape.rank is None:
+            raise ValueError(
+                "The state must have a known rank: `tf.ensure_shape` tells it. Received: y0 of unknown shape"
+            )
         if not y.dtype.is_floating:
             raise TypeError(
                 "The state must be floating-point; cast it first, e.g. with `keras.ops.cast(y0, 'float32')`. "
@@ -131,10 +144,10 @@ def _to_state(y0: Nest) -> Nest:
             )
         return y
 
-    state = tf.nest.map_structure(leaf, y0)
+    state = tf.nest.map_structure(leaf, original)
     leaves = tf.nest.flatten(state)
     if not leaves:
-        raise ValueError(f"The state must hold at least one tensor. Received: y0={y0!r}")
+        raise ValueError(f"The state must hold at least one tensor. Received: y0={original!r}")
     dtype = tf.float64 if any(y.dtype == tf.float64 for y in leaves) else tf.float32
     return tf.nest.map_structure(lambda y: tf.cast(y, dtype), state)
 

@@ -83,14 +83,14 @@ def first_step_size(
         return norm(trees.each(tf.realdiv, x, scale))
 
     d0, d1 = size(y0), size(k1)
-    h0 = tf.where((d0 < 1e-5) | (d1 < 1e-5), tf.cast(1e-6, d0.dtype), 0.01 * tf.math.divide_no_nan(d0, d1))
+    h0 = tf.where((d0 < 1e-5) | (d1 < 1e-5), tf.constant(1e-6, d0.dtype), 0.01 * tf.math.divide_no_nan(d0, d1))
     h0 = tf.minimum(h0, longest)
     k2 = rate_of_change(h0, trees.add(y0, trees.scale(h0, k1)))
     d2 = tf.math.divide_no_nan(size(tf.nest.map_structure(tf.subtract, k2, k1)), h0)
     steepest = tf.maximum(d1, d2)
     h1 = tf.where(
         steepest <= 1e-15,
-        tf.maximum(tf.cast(1e-6, h0.dtype), h0 * 1e-3),
+        tf.maximum(tf.constant(1e-6, h0.dtype), h0 * 1e-3),
         (0.01 / tf.maximum(steepest, 1e-15)) ** (1.0 / controller.error_order),
     )
     h = tf.minimum(tf.minimum(100 * h0, h1), longest)
@@ -120,15 +120,15 @@ class PIDController:
     `safety * e[n] ** -(p + i + d) * e[n-1] ** (p + 2 d) * e[n-2] ** -d`, exponents divided by `error_order`.
     """
 
+    error_order: float
     rtol: float
     atol: float
-    error_order: float
-    pcoeff: float = 0.0
-    icoeff: float = 1.0
-    dcoeff: float = 0.0
-    safety: float = 0.9
-    min_factor: float = 0.2
-    max_factor: float = 10.0
+    pcoeff: float
+    icoeff: float
+    dcoeff: float
+    safety: float
+    min_factor: float
+    max_factor: float
 
     def start(self, like: tf.Tensor) -> tuple[tf.Tensor, ...]:
         """The history before the first step: as many past error norms as the coefficients look at."""
@@ -149,7 +149,7 @@ class PIDController:
             factor = factor * past**exponent
         if history:
             # After a rejection the step must shrink, whatever the history says.
-            most = tf.where(accept, tf.cast(most, size.dtype), self.safety)
+            most = tf.where(accept, tf.constant(most, size.dtype), self.safety)
         factor = tf.maximum(tf.minimum(factor, most), self.min_factor)
         new_history = (size, *history)[: len(history)]
         history = tuple(tf.where(accept, new, old) for new, old in zip(new_history, history, strict=True))

@@ -5,7 +5,6 @@ the same weights and the same noise, and that the solve knows every tensor it mu
 """
 
 import copy
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,9 +13,8 @@ import tensorflow as tf
 
 from keras_node import trees
 from keras_node.pure_function import PureFunction, is_seed
+from keras_node.signatures import FieldCall, build, like_state
 from keras_node.trees import Nest
-
-_KEYWORDS = ("training", "mask")
 
 
 class VectorField:
@@ -28,6 +26,7 @@ class VectorField:
         y0: the initial state.
         args: nest of tensors handed to the field, or `None`.
         training: handed to a callable that takes it; layers take it from the call context.
+        mask: that of the state, handed to a field that takes it.
 
     Attributes:
         pure: the field as a `PureFunction`.
@@ -43,16 +42,17 @@ class VectorField:
         y0: Nest,
         args: Any = None,
         training: bool | None = None,
+        mask: Nest = None,
     ):
         self.function = function
-        self.num_arguments, takes_training = call_arguments(function)
-        if args is not None and self.num_arguments < 3:
+        self._call = FieldCall(function, y0)
+        if args is not None and self._call.num_arguments < 3:
             raise ValueError(
                 "`args` needs a vector field `f(t, y, args)`. "
-                f"Received: args={args!r} for {function!r}, which takes {self.num_arguments} argument(s)"
+                f"Received: args={args!r} for {function!r}, which takes {self._call.num_arguments} argument(s)"
             )
         is_layer = isinstance(function, keras.Layer)
-        self.keywords = {"training": training} if takes_training and not is_layer and training is not None else {}
+        self._keywords = {"training": None if is_layer else training, "mask": mask}
         self.args = tf.nest.map_structure(lambda a: _to_tensor(a, tf.nest.flatten(y0)[0].dtype), args)
         self._float_args = [a for a in tf.nest.flatten(self.args) if _is_float(a)]
         variables = []
@@ -89,7 +89,7 @@ class VectorField:
 
     def _evaluate(self, t, y, args):
         with tf.name_scope("vector_field"):  # a layer's name may begin with "_", a scope's at the root may not
-            dy = self.function(*field_inputs(self.num_arguments, t, y, args), **self.keywords)
+            dy = self._call(t, y, args, **self._keywords)
         self.computes_in_float16 = any(getattr(d, "dtype", None) == tf.float16 for d in tf.nest.flatten(dy))
         return like_state(dy, y, self.function)
 
@@ -126,53 +126,6 @@ class VectorField:
             variable.assign(value)
 
 
-def call_arguments(function: keras.Layer | Callable) -> tuple[int, bool]:
-    """How many of `t`, `y`, `args` a field takes, and whether it takes `training`."""
-    if not callable(function):
-        raise TypeError(
-            "A vector field must be a Keras layer or a callable `f(y)`, `f(t, y)` or `f(t, y, args)`. "
-            f"Received: {function!r} (of type {type(function).__name__})"
-        )
-    is_layer = isinstance(function, keras.Layer)
-    parameters = inspect.signature(function.call if is_layer else function).parameters.values()
-    positional = [
-        p
-        for p in parameters
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-        and p.name not in _KEYWORDS
-        and (p.default is p.empty or p.name == "args")
-    ]
-    # With a default, `args` is the third of `f(t, y, args=None)`; elsewhere it is an option like any other.
-    if len(positional) == 2 and positional[-1].default is not inspect.Parameter.empty:
-        positional.pop()
-    if not 1 <= len(positional) <= 3:
-        raise ValueError(
-            "A vector field takes `(y)`, `(t, y)` or `(t, y, args)`. "
-            f"Received: {function!r} with signature ({', '.join(p.name for p in parameters)})"
-        )
-    return len(positional), is_layer or any(p.name == "training" for p in parameters)
-
-
-def field_inputs(num_arguments: int, t: tf.Tensor, y: Nest, args: Any) -> tuple:
-    """What a field is called with; `t` broadcasts against the first leaf of the state."""
-    if num_arguments == 1:
-        return (y,)
-    t = trees.align(t, tf.nest.flatten(y)[0])
-    return (t, y) if num_arguments == 2 else (t, y, args)
-
-
-def build(layer: keras.Layer, t: Any, y: Nest, args: Any = None) -> None:
-    """Builds a layer for arguments of these shapes and checks that it returns a derivative of `y`."""
-    num_arguments, _ = call_arguments(layer)
-    t, y, args = (tf.nest.map_structure(_to_symbolic, x) for x in (t, y, args))
-    inputs = {1: (y,), 2: (t, y), 3: (t, y, args)}[num_arguments]
-    like_state(layer.compute_output_spec(*inputs) if layer.built else layer(*inputs), y, layer)
-
-
-def _to_symbolic(x):
-    return None if x is None else keras.KerasTensor(x.shape, dtype=keras.backend.standardize_dtype(x.dtype))
-
-
 def _to_tensor(x, dtype):
     if isinstance(x, keras.Variable | tf.Variable):  # which `tf.is_tensor` may take for a tensor
         return tf.convert_to_tensor(x)
@@ -185,40 +138,3 @@ def _to_tensor(x, dtype):
 
 def _is_float(x) -> bool:
     return tf.is_tensor(x) and x.dtype.is_floating
-
-
-def like_state(dy: Nest, y: Nest, function) -> Nest:
-    """Checks that a field's output is a derivative of `y` and gives it the dtypes of `y`."""
-    try:
-        tf.nest.assert_same_structure(y, dy)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            "A vector field must return the structure of the state. "
-            f"Received: {_shapes(dy)} for a state of {_shapes(y)}, from {function!r}"
-        ) from error
-
-    def leaf(d, a):
-        symbolic = isinstance(d, keras.KerasTensor)
-        d = d if symbolic else tf.convert_to_tensor(d)
-        if not tf.as_dtype(d.dtype).is_floating:
-            raise TypeError(
-                "A vector field must return floating-point values. "
-                f"Received: dtype={tf.as_dtype(d.dtype).name} for a state of dtype {tf.as_dtype(a.dtype).name}, "
-                f"from {function!r}"
-            )
-        if not tf.TensorShape(d.shape).is_compatible_with(a.shape):
-            raise ValueError(
-                "A vector field must return the shape of the state, since it is its rate of change. "
-                f"Received: shape={tuple(d.shape)} for a state of shape {tuple(a.shape)}, from {function!r}"
-            )
-        if symbolic:
-            return d
-        # What a layer forgets of the static shape, the loop needs.
-        d = tf.cast(d, a.dtype)
-        return d if d.shape.is_fully_defined() else tf.ensure_shape(d, a.shape)
-
-    return trees.each(leaf, dy, y)
-
-
-def _shapes(nest) -> str:
-    return str(tf.nest.map_structure(lambda x: tuple(getattr(x, "shape", ())), nest))

@@ -8,7 +8,7 @@ from keras import layers
 from scipy.special import ellipk
 
 import keras_node
-from keras_node import HamiltonianField, ODELayer, RungeKutta, SecondOrder, TimeConcatenation, odeint
+from keras_node import HamiltonianField, ODELayer, RungeKutta, SecondOrderField, TimeConcatenationField, odeint
 
 PRECISE = RungeKutta("tsit5", rtol=1e-9, atol=1e-10)
 FIXED = RungeKutta("rk4", num_steps=4)
@@ -26,9 +26,9 @@ def mlp(units, activation="tanh"):
 
 
 FIELDS = {
-    "time": lambda: TimeConcatenation(mlp(4)),
-    "second order": lambda: SecondOrder(TimeConcatenation(mlp(2))),
-    "energy": lambda: HamiltonianField(TimeConcatenation(mlp(1))),
+    "time": lambda: TimeConcatenationField(mlp(4)),
+    "second order": lambda: SecondOrderField(TimeConcatenationField(mlp(2))),
+    "energy": lambda: HamiltonianField(TimeConcatenationField(mlp(1))),
 }
 
 
@@ -57,7 +57,7 @@ def test_time_is_a_channel(own_times):
     network.kernel.assign([[0, 0], [0, 0], [2, 6]])  # dy/dt = (2 t, 6 t)
     ends = np.array([1.0, 2.0, 3.0])
     ts = np.stack([np.zeros(3), ends]).astype("float32") if own_times else [0.0, 3.0]
-    moved = odeint(TimeConcatenation(network), tf.zeros((3, 2)), ts, solver=FIXED).ys[-1]
+    moved = odeint(TimeConcatenationField(network), tf.zeros((3, 2)), ts, solver=FIXED).ys[-1]
     squares = ends**2 if own_times else np.full(3, 9.0)
     np.testing.assert_allclose(moved, squares[:, None] * [1, 3], rtol=1e-6)
 
@@ -67,14 +67,14 @@ def test_it_sees_time_behind_the_state_whatever_its_rank():
     y = tf.reshape(Y, (3, 1, 4)) * tf.ones((1, 2, 1))
     expected = network(tf.concat([y, tf.fill((3, 2, 1), 5.0)], axis=-1))
     for t in (tf.constant(5.0), tf.fill((3, 1, 1), 5.0)):
-        np.testing.assert_allclose(TimeConcatenation(network)(t, y), expected, rtol=1e-6)
+        np.testing.assert_allclose(TimeConcatenationField(network)(t, y), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_spring_swings_as_cosine_and_sine(nested):
     y0, ts = tf.constant(Y, tf.float64), np.linspace(0, 3, 5)
     state = tuple(tf.split(y0, 2, axis=-1)) if nested else y0
-    ys = path(SecondOrder(spring, dtype="float64"), state, ts)
+    ys = path(SecondOrderField(spring, dtype="float64"), state, ts)
     ys = tf.concat(ys, axis=-1) if nested else ys
     q, v = np.split(Y, 2, axis=-1)
     for y, t in zip(ys, ts, strict=True):
@@ -136,7 +136,7 @@ def test_it_trains_in_a_layer_under_xla_and_is_saved_and_exported(name, tmp_path
     np.testing.assert_allclose(served.serve(Y[:2]), model(Y[:2]), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [TimeConcatenation, SecondOrder, HamiltonianField])
+@pytest.mark.parametrize("kind", [TimeConcatenationField, SecondOrderField, HamiltonianField])
 def test_its_config_makes_an_equal_layer(kind):
     field = kind(layers.Dense(4), name="field")
     clone = kind.from_config(field.get_config())
@@ -157,14 +157,25 @@ def test_under_a_mixed_policy_the_state_keeps_its_precision():
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(TypeError, match="must be a Keras layer"):
-        TimeConcatenation(lambda y: y)
+        TimeConcatenationField(lambda y: y)
     with pytest.raises(ValueError, match=r"`\(y\)` or `\(t, y\)`"):
-        SecondOrder(lambda t, y, args: y)
+        SecondOrderField(lambda t, y, args: y)
     with pytest.raises(ValueError, match=r"`\(y\)` or `\(t, y\)`"):
         HamiltonianField(lambda t, y, args: y)
     with pytest.raises(ValueError, match=r"halves of its last axis.*Received: \(3, 3\)"):
-        SecondOrder(spring)(T, Y[:, :3])
+        SecondOrderField(spring)(T, Y[:, :3])
     with pytest.raises(ValueError, match=r"must return the shape.*shape=\(3, 4\) for a state of shape \(3, 2\)"):
-        SecondOrder(lambda y: y)(T, Y)
+        SecondOrderField(lambda y: y)(T, Y)
     with pytest.raises(ValueError, match=r"one number for each sample.*Received: shape=\(3, 4\)"):
         HamiltonianField(lambda y: y)(T, Y)
+
+
+@pytest.mark.parametrize("name", ["SecondOrder", "TimeConcatenation"])
+def test_former_names_work_with_a_warning(name):
+    former, current = getattr(keras_node, name), getattr(keras_node, f"{name}Field")
+    layer = layers.Dense(4 if name == "TimeConcatenation" else 2)
+    with pytest.warns(DeprecationWarning, match=f"keras_node.{name} is now called keras_node.{name}Field") as record:
+        field = former(layer)
+    assert record[0].filename == __file__
+    assert isinstance(field, current)
+    np.testing.assert_array_equal(field(T, Y), current(layer)(T, Y))

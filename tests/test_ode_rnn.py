@@ -324,3 +324,47 @@ def test_missing_channels_are_masked_out():
     y = run(x)
     np.testing.assert_array_equal(run(np.where(observed, x, 99.0)), y)
     np.testing.assert_array_equal(y[:, 2], y[:, 1])
+
+
+@pytest.mark.parametrize("make", [ode_gru, lambda: keras_node.NeuralCDE(UNITS, layers.Dense(UNITS * (1 + FEATURES)))])
+def test_times_may_be_a_list_and_a_series_has_a_step(make):
+    layer, (x, times) = make(), series()
+    np.testing.assert_allclose(layer(x, times.tolist()), layer(x, times), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(layer(x, times=times.tolist()), layer(x, times), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"needs one step or more.*received: x.shape=\(2, 0, 3\)"):
+        layer(x[:, :0], times[:, :0])
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        ode_gru,
+        lambda **options: ODERNNCell(layers.GRUCell(UNITS), mlp(), **options),
+        lambda **options: keras_node.NeuralCDE(UNITS, mlp(), **options),
+        lambda **options: keras_node.ODELayer(mlp(), **options),
+        lambda **options: keras_node.LatentODE(UNITS, **options),
+        lambda **options: keras_node.ContinuousFlow(UNITS, mlp(), **options),
+    ],
+)
+def test_every_layer_has_the_options_of_a_solve(layer):
+    options = {"solver": COARSE, "gradient": "checkpointed", "jit_compile": False, "track_stats": True}
+    made = layer(**options)
+    again = type(made).from_config(made.get_config())
+    for copy in (made, again):
+        solving = getattr(copy, "dynamics", copy)
+        assert solving.solver == COARSE and solving.track_stats
+        assert isinstance(solving.gradient, keras_node.CheckpointedAdjoint)
+        assert solving.options.jit_compile is False
+    solving = getattr(again, "dynamics", again)
+    solving.solver = "dopri5"
+    assert again.get_config()["solver"]["config"]["method"] == "dopri5"
+    with pytest.raises(ValueError, match='`jit_compile` must be `True`, `False` or "auto"'):
+        layer(**{**options, "jit_compile": "always"})
+    with pytest.raises(ValueError, match='With gradient="direct" a solve cannot be compiled by itself'):
+        layer(gradient="direct", jit_compile=True)
+
+
+def test_an_error_shows_the_solver_that_was_given():
+    layer = ODERNN(layers.GRUCell(UNITS), mlp(), gradient=keras_node.BacksolveAdjoint(norm="full"))
+    with pytest.raises(ValueError, match=r"solver=RungeKutta\('tsit5', first_step=inf\)"):
+        layer(*series())

@@ -127,3 +127,30 @@ def test_odeint_takes_no_part_unless_asked():
         .get_concrete_function()
         .variables
     )
+
+
+def test_layers_of_one_name_are_refused_by_the_monitor():
+    parts = [ode_model(solver="euler"), ode_model(solver="euler")]
+    model = keras.Sequential([keras.Input((3,)), *parts])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match=r"different names\. Received: several layers 'ode'"):
+        model.fit(X, X, verbose=0, callbacks=[keras_node.SolverMonitor()])
+
+
+@pytest.mark.parametrize("training", [None, True])
+def test_a_layer_inside_a_field_cannot_count(training):
+    inner = keras.Sequential([keras_node.ODELayer(keras.layers.Dense(3), track_stats=True, name="inner")])
+    with pytest.raises(ValueError, match=r"leave out its `track_stats`.*layer 'inner'"):
+        keras_node.ODELayer(inner)(X, training=training)
+
+
+def test_names_in_the_logs_begin_with_that_of_the_layer():
+    options = {"track_stats": True, "name": "mine"}
+    rnn = keras_node.ODERNN(keras.layers.GRUCell(3), keras.layers.Dense(3), **options)
+    flow = keras_node.ContinuousFlow(2, solver="euler", **options)
+    for layer in (keras_node.NeuralCDE(3, **options), keras_node.ODELayer(keras.layers.Dense(3), **options), flow):
+        assert "mine_steps" in {metric.name for metric in layer.metrics}
+    kinds = ("evaluations", "steps", "rejected", "failed")
+    assert {metric.name for metric in rnn.metrics} == {f"mine_cell_{kind}" for kind in kinds}
+    flow.compile("sgd")
+    assert flow.fit(X[:, :2], verbose=0).history["mine_steps"] == [10]

@@ -2,6 +2,7 @@
 
 import keras
 
+from keras_node.arguments import one_of
 from keras_node.gradients.backsolve import BacksolveAdjoint
 from keras_node.gradients.checkpointed import CheckpointedAdjoint
 from keras_node.gradients.direct import DirectGradient
@@ -21,9 +22,7 @@ def get(identifier):
     if isinstance(identifier, dict):
         return keras.saving.deserialize_keras_object(identifier)
     if isinstance(identifier, str):
-        if identifier not in GRADIENTS:
-            raise ValueError(f"`gradient` must be one of {', '.join(GRADIENTS)}. Received: gradient={identifier!r}")
-        return GRADIENTS[identifier]()
+        return GRADIENTS[one_of("gradient", identifier, GRADIENTS)]()
     raise TypeError(
         f"`gradient` must be one of {', '.join(GRADIENTS)}, or an object such as `keras_node.BacksolveAdjoint()`. "
         f"Received: gradient={identifier!r} (of type {type(identifier).__name__})"

@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_node import solvers, trees
+from keras_node.arguments import positive_integer
 from keras_node.clock import merge, pick, reorder
 from keras_node.gradients.custom_vjp import solve_with_gradient
 from keras_node.gradients.vjp import vjp
@@ -57,11 +58,9 @@ class BacksolveAdjoint:
         if norm not in ("state", "full"):
             raise ValueError(f'`norm` must be "state" or "full". Received: norm={norm!r}')
         self.solver = None if solver is None else solvers.get(solver)
-        if num_checkpoints is not None and (num_checkpoints != int(num_checkpoints) or num_checkpoints < 1):
-            raise ValueError(
-                f"`num_checkpoints` must be a positive integer. Received: num_checkpoints={num_checkpoints}"
-            )
         self.norm = norm
+        if num_checkpoints is not None:
+            num_checkpoints = positive_integer("num_checkpoints", num_checkpoints)
         self.num_checkpoints = num_checkpoints
         self._known = None
 

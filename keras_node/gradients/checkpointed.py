@@ -6,6 +6,7 @@ import keras
 import tensorflow as tf
 
 from keras_node import trees
+from keras_node.arguments import positive_integer
 from keras_node.gradients.custom_vjp import differentiated_as, solve_with_gradient
 from keras_node.gradients.replay import Record, Recorder, Replay
 from keras_node.gradients.vjp import vjp
@@ -49,10 +50,8 @@ class CheckpointedAdjoint:
     """
 
     def __init__(self, num_checkpoints: int | None = None):
-        if num_checkpoints is not None and (num_checkpoints != int(num_checkpoints) or num_checkpoints < 1):
-            raise ValueError(
-                f"`num_checkpoints` must be a positive integer. Received: num_checkpoints={num_checkpoints}"
-            )
+        if num_checkpoints is not None:
+            num_checkpoints = positive_integer("num_checkpoints", num_checkpoints)
         self.num_checkpoints = num_checkpoints
 
     def __call__(self, problem: Problem) -> Trajectory:

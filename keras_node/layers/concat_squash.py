@@ -17,7 +17,7 @@ class ConcatSquash(keras.layers.Layer):
 
     Call arguments:
         t: the time, a scalar tensor, or `(batch, 1)` where samples have times of their own.
-        inputs: the state `x`.
+        inputs: the state `x`. A mask has no effect on it.
         condition: what else gates and shifts, `(batch, features)`. Defaults to `None`.
 
     Input shape:
@@ -77,7 +77,7 @@ class ConcatSquashField(keras.layers.Layer):
 
     Call arguments:
         t: the time, a scalar tensor, or `(batch, 1)` where samples have times of their own.
-        inputs: the state.
+        inputs: the state. A mask has no effect on it.
         condition: `(batch, features)`, or `None`.
 
     Input shape:

@@ -25,7 +25,7 @@ class GRUODEField(keras.layers.Layer):
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
-        inputs: the state `h`.
+        inputs: the state `h`. A mask has no effect on it.
 
     Input shape:
         `(batch, ..., units)`.

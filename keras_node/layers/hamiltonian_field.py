@@ -1,14 +1,17 @@
 """Dynamics that conserve an energy, as a vector field."""
 
+from typing import ClassVar
+
 import keras
 import tensorflow as tf
 
-from keras_node.layers.second_order import halves, joined
-from keras_node.vector_field import call_arguments, field_inputs
+from keras_node.layers.second_order_field import halves, joined
+from keras_node.nested_layers import NestedLayers
+from keras_node.signatures import FieldCall
 
 
 @keras.saving.register_keras_serializable(package="keras_node")
-class HamiltonianField(keras.layers.Layer):
+class HamiltonianField(NestedLayers, keras.layers.Layer):
     """The vector field of Hamilton's equations: a scalar energy `H(q, p)` gives all rates of change.
 
     `dq/dt = dH/dp`
@@ -27,6 +30,7 @@ class HamiltonianField(keras.layers.Layer):
     Call arguments:
         t: the time, which an energy `(y)` does not see.
         y: the state, `(batch, ..., 2 * n)`, or a tuple of two tensors of the same shape.
+        y_mask: the mask of the state, handed on to an energy that takes `mask`.
 
     Input shape:
         `t` a scalar or `(batch, 1, ..., 1)`, `y` as above.
@@ -47,17 +51,20 @@ class HamiltonianField(keras.layers.Layer):
     - Greydanus, Dzamba & Yosinski (2019), "Hamiltonian Neural Networks".
     """
 
+    nested: ClassVar = {"energy": "energy"}
+
     def __init__(self, energy, **kwargs):
         super().__init__(autocast=False, **kwargs)
-        if call_arguments(energy)[0] == 3:
+        if FieldCall(energy).num_arguments == 3:
             raise ValueError(f"An energy takes `(y)` or `(t, y)`. Received: energy={energy!r}")
         self.energy = energy
 
-    def call(self, t, y):
+    def call(self, t, y, y_mask=None):
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(y)
-            energy = self.energy(*field_inputs(call_arguments(self.energy)[0], t, y, None))
-        if len(energy.shape) != 1 and energy.shape[-1] != 1:
+            energy = FieldCall(self.energy, y)(t, y, mask=y_mask)
+        rank = len(energy.shape)
+        if rank == 0 or (rank > 1 and energy.shape[-1] != 1):
             raise ValueError(
                 "An energy is one number for each sample, (batch,) or (batch, ..., 1). "
                 f"Received: shape={tuple(energy.shape)} from {self.energy!r}"
@@ -65,14 +72,3 @@ class HamiltonianField(keras.layers.Layer):
         slopes = tape.gradient(energy, y, unconnected_gradients=tf.UnconnectedGradients.ZERO)
         dq, dp = halves(slopes)
         return joined(dp, -dq, y)
-
-    def get_config(self):
-        config = super().get_config()
-        config["energy"] = keras.saving.serialize_keras_object(self.energy)
-        return config
-
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        config["energy"] = keras.saving.deserialize_keras_object(config["energy"])
-        return cls(**config)

@@ -1,5 +1,8 @@
 """Times of observations: what passed since the last valid one, and whether they are in order."""
 
+from typing import Any
+
+import numpy as np
 import tensorflow as tf
 from keras import ops
 
@@ -43,3 +46,15 @@ def check_order(ordered, times, layer):
         received = "" if received is None else f": times={received[sample].tolist()}"
         raise ValueError(f"{must}. Layer {layer.name!r} received{received} for sample {sample}")
     return []
+
+
+def as_array(times: Any) -> Any:
+    """Times in a list as an array, in which Keras takes them; what has a shape stays as it is."""
+    return np.asarray(times, "float64") if isinstance(times, list | tuple) else times
+
+
+def check_steps(x, layer):
+    """Refuses a series without steps, which has no last state."""
+    shape = tf.TensorShape(getattr(x, "shape", None))
+    if shape.rank is not None and shape.rank > 1 and shape[1] == 0:
+        raise ValueError(f"A series needs one step or more. Layer {layer.name!r} received: x.shape={tuple(shape)}")

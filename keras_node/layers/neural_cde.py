@@ -4,19 +4,17 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from keras_node import gradients, solvers
+from keras_node.arguments import positive_integer
 from keras_node.control import INTERPOLATIONS, differentiate, increments, pieces, polynomial
-from keras_node.jit_compile import check_jit_compile
-from keras_node.layers.irregular_times import check_order
+from keras_node.layers.irregular_times import as_array, check_order, check_steps
 from keras_node.layers.series import SeriesRNN, for_short_intervals
-from keras_node.odeint import odeint
-from keras_node.statistics import SolverStatistics
+from keras_node.signatures import build, call_arguments
+from keras_node.solve_options import SolvingLayer
 from keras_node.times import prepare_times
-from keras_node.vector_field import build, call_arguments
 
 
 @keras.saving.register_keras_serializable(package="keras_node")
-class NeuralCDE(keras.layers.Layer):
+class NeuralCDE(SolvingLayer, keras.layers.Layer):
     """A neural controlled differential equation: a state that moves as the path through the observations does.
 
     `z(t0) = dense(x(t0))`
@@ -37,15 +35,12 @@ class NeuralCDE(keras.layers.Layer):
         interpolation: `"hermite"` (default), `"linear"` or `"rectilinear"` (see `keras_node.control_path`). With
             `"rectilinear"`, at twice the number of solves, no state depends on later observations, even where values
             are missing: the state moves with time while `x` stays, and then with `x` while time stays.
-        solver: a `keras_node.RungeKutta`, or the name of a method. Its unit of time is the interval between two
-            observations. Defaults to `"tsit5"`. An adaptive one starts as that of `keras_node.ODERNNCell` does.
-        gradient: `"backsolve"` (default), `"direct"`, or an object such as `keras_node.BacksolveAdjoint()`.
+        solver: as in `keras_node.ODELayer`; its unit of time is the interval between two observations. An adaptive one
+            starts as that of `keras_node.ODERNNCell` does.
+        gradient: as in `keras_node.ODELayer`.
         return_sequences: whether to return the state at every step, or the last one. Defaults to `False`.
-        jit_compile: whether the loop over the steps, its solves included, is an XLA program of its own where the model
-            as a whole is none, and its gradient another: `"auto"` (default) in training, not with `"direct"` and not
-            with convolutions on a CPU; or `True` or `False`.
-        track_stats: whether evaluations, steps, rejected steps and failures of the solves forwards are metrics of
-            the model, in the logs of `fit` and `evaluate` (see `keras_node.SolverMonitor`). Defaults to `False`.
+        jit_compile: as in `keras_node.ODELayer`, for the loop over the steps with all its solves.
+        track_stats: as in `keras_node.ODELayer`, of the forward solves. Defaults to `False`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
@@ -102,8 +97,6 @@ class NeuralCDE(keras.layers.Layer):
     ):
         # The input is not cast: times must not lose their digits under a mixed policy.
         super().__init__(autocast=False, **kwargs)
-        if units != int(units) or units < 1:
-            raise ValueError(f"`units` must be a positive integer. Received: units={units}")
         if interpolation not in INTERPOLATIONS:
             raise ValueError(f"`interpolation` must be one of {INTERPOLATIONS}. Received: {interpolation!r}")
         if vector_field is not None and call_arguments(vector_field)[0] != 1:
@@ -111,21 +104,16 @@ class NeuralCDE(keras.layers.Layer):
                 "The field of a controlled equation takes the state alone, `(z)`: time is a channel of its path. "
                 f"Received: vector_field={vector_field!r}"
             )
-        self.units = int(units)
+        self.units = positive_integer("units", units)
         self.vector_field = vector_field
         self.interpolation = interpolation
-        self.solver = solvers.get(solver)
-        self.gradient = gradients.get(gradient)
         self.return_sequences = return_sequences
-        check_jit_compile(jit_compile, self.gradient)
-        self.jit_compile = jit_compile
-        self.track_stats = track_stats
-        self.statistics = None
-        if track_stats:
-            # TensorFlow cannot update a variable in the gradient of the loop over the steps.
-            self.statistics = SolverStatistics(self.name, backward=False)
-            self.statistic_metrics = self.statistics.metrics  # for Keras to find
+        self.set_options(solver, gradient, jit_compile, track_stats, counts_backward=False)
         self.supports_masking = True
+
+    def __call__(self, x, times, *args, **kwargs):
+        check_steps(x, self)
+        return super().__call__(x, as_array(times), *args, **kwargs)
 
     def build(self, x_shape):
         if len(x_shape) != 3 or x_shape[-1] is None:
@@ -140,13 +128,7 @@ class NeuralCDE(keras.layers.Layer):
         degree = 3 if self.interpolation == "hermite" else 1
         shapes = (None, 1) if self.solver.per_sample else (), (None, self.units), (None, degree, channels)
         build(controlled, *(keras.KerasTensor(shape, dtype=self.variable_dtype) for shape in shapes))
-        options = {
-            "solver": for_short_intervals(self.solver, self.gradient),
-            "gradient": self.gradient,
-            "jit_compile": self.jit_compile,
-            "statistics": self.statistics,
-        }
-        cell = _Cell(controlled, self.units, options, dtype=self.variable_dtype, autocast=False, name="cell")
+        cell = _Cell(controlled, self.units, self.options, dtype=self.variable_dtype, autocast=False, name="cell")
         self.rnn = SeriesRNN(
             cell, return_sequences=self.return_sequences, autocast=False, dtype=self.variable_dtype, name="rnn"
         )
@@ -187,21 +169,10 @@ class NeuralCDE(keras.layers.Layer):
         config = super().get_config()
         config.update(
             units=self.units,
-            vector_field=keras.saving.serialize_keras_object(self.vector_field),
             interpolation=self.interpolation,
-            solver=keras.saving.serialize_keras_object(self.solver),
-            gradient=keras.saving.serialize_keras_object(self.gradient),
             return_sequences=self.return_sequences,
-            jit_compile=self.jit_compile,
-            track_stats=self.track_stats,
         )
         return config
-
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        config["vector_field"] = keras.saving.deserialize_keras_object(config["vector_field"])
-        return cls(**config)
 
 
 class _Controlled(keras.layers.Layer):
@@ -237,9 +208,7 @@ class _Cell(keras.layers.Layer):
         self.field = field
         self.state_size = units
         self.options = options
-        self.gradient = options["gradient"]
-        self.jit_compile = options["jit_compile"]
-        self.statistics = options["statistics"]
+        self.gradient, self.jit_compile, self.statistics = options.gradient, options.jit_compile, options.metrics
 
     def call(self, rates, states, training=None):
         return self.advance(rates, states, training, lambda *args, **options: self.solve(*args, **options).ys[-1])
@@ -249,4 +218,5 @@ class _Cell(keras.layers.Layer):
         return z, [z]
 
     def solve(self, y0, ts, **options):
-        return odeint(self.field, y0, ts, **{**self.options, **options})
+        own = {"solver": for_short_intervals(self.options.solver, self.gradient)}
+        return self.options.solve(self.field, y0, ts, **{**own, **options})

@@ -1,19 +1,22 @@
 """A recurrent layer for series observed at irregular times."""
 
+from typing import ClassVar
+
 import keras
 import tensorflow as tf
 from keras import ops
 
-from keras_node.layers.irregular_times import check_order, elapsed_times
+from keras_node.layers.irregular_times import as_array, check_order, check_steps, elapsed_times
 from keras_node.layers.ode_rnn_cell import ODERNNCell
 from keras_node.layers.series import SeriesRNN
+from keras_node.solve_options import SolvingLayer
 from keras_node.times import prepare_times
 
 _RNN_OPTIONS = ("return_sequences", "return_state", "go_backwards", "stateful", "unroll", "zero_output_for_mask")
 
 
 @keras.saving.register_keras_serializable(package="keras_node")
-class ODERNN(keras.layers.Layer):
+class ODERNN(SolvingLayer, keras.layers.Layer):
     """Runs a recurrent cell over a series whose observations come at times of their own.
 
     Between two observations the state follows an ODE, and the cell takes in each observation `x[i]`, made at `t[i]`:
@@ -30,9 +33,9 @@ class ODERNN(keras.layers.Layer):
             a list of them to be stacked.
         vector_field: what moves the state: a Keras layer or model, or a registered callable, `(h)` or `(t, h)`. `t` is
             the time since the last observation.
-        solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`. An adaptive one attempts the
-            whole way to an observation first, unless it has a `first_step` or the gradient is `"direct"`.
-        gradient: `"backsolve"` (default), `"direct"`, or an object such as `keras_node.BacksolveAdjoint()`.
+        solver: as in `keras_node.ODELayer`. An adaptive one attempts the whole way to an observation first, unless it
+            has a `first_step` or the gradient is `"direct"`.
+        gradient: as in `keras_node.ODELayer`.
         evolve: which of the cell's states move, an index or several (see `keras_node.ODERNNCell`). Defaults to the
             first: `h` of an `LSTMCell` moves and its memory `c` stays (ODE-LSTM).
         time_feature: whether the times are the last channel of `x`, which the cell does not see, rather than `times`.
@@ -47,11 +50,8 @@ class ODERNN(keras.layers.Layer):
         unroll: whether to unroll the loop over steps. Defaults to `False`.
         zero_output_for_mask: whether the output of a masked step is zero, or that of the step before. Defaults to
             `False`.
-        jit_compile: whether the loop over the steps, its solves included, is an XLA program of its own where the model
-            as a whole is none, and its gradient another: `"auto"` (default) in training, not with `"direct"` and not
-            with convolutions on a CPU; or `True` or `False`.
-        track_stats: whether evaluations, steps, rejected steps and failures of the solves forwards are metrics of
-            the model, in the logs of `fit` and `evaluate` (see `keras_node.SolverMonitor`). Defaults to `False`.
+        jit_compile: as in `keras_node.ODELayer`, for the loop over the steps with all its solves.
+        track_stats: as in `keras_node.ODELayer`, of the forward solves. Defaults to `False`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name`. `dtype` defaults to the cell's.
 
     Call arguments:
@@ -99,6 +99,8 @@ class ODERNN(keras.layers.Layer):
     - Lechner & Hasani (2020), "Learning Long-Term Dependencies in Irregularly-Sampled Time Series".
     """
 
+    nested: ClassVar = {"cell": "cell.cell", "vector_field": "cell.vector_field"}
+
     def __init__(
         self,
         cell,
@@ -119,6 +121,8 @@ class ODERNN(keras.layers.Layer):
         **kwargs,
     ):
         cell = keras.layers.StackedRNNCells(cell) if isinstance(cell, list | tuple) else cell
+        # The input is not cast: times must not lose their digits under a mixed policy.
+        super().__init__(autocast=False, **{"dtype": getattr(cell, "dtype_policy", None), **kwargs})
         cell = ODERNNCell(
             cell,
             vector_field,
@@ -127,9 +131,8 @@ class ODERNN(keras.layers.Layer):
             evolve=evolve,
             jit_compile=jit_compile,
             track_stats=track_stats,
+            name=f"{self.name}_cell",
         )
-        # The input is not cast: times must not lose their digits under a mixed policy.
-        super().__init__(autocast=False, **{"dtype": cell.dtype_policy, **kwargs})
         self.time_feature = time_feature
         self.supports_masking = True
         self.rnn = SeriesRNN(
@@ -144,6 +147,10 @@ class ODERNN(keras.layers.Layer):
             dtype=self.dtype_policy,
             name="rnn",
         )
+
+    def __call__(self, x, times=None, *args, **kwargs):
+        check_steps(x, self)
+        return super().__call__(x, as_array(times), *args, **kwargs)
 
     def build(self, x_shape):
         if len(x_shape) != 3 or x_shape[-1] <= self.time_feature:
@@ -215,6 +222,10 @@ class ODERNN(keras.layers.Layer):
         return self.rnn.cell
 
     @property
+    def options(self):
+        return self.rnn.cell.options
+
+    @property
     def states(self):
         return self.rnn.states
 
@@ -253,20 +264,11 @@ class ODERNN(keras.layers.Layer):
 
     def get_config(self):
         config = super().get_config()
-        cell, rnn = self.cell.get_config(), self.rnn.get_config()
-        for name in ("cell", "vector_field", "solver", "gradient", "evolve", "jit_compile", "track_stats"):
-            config[name] = cell[name]
+        rnn = self.rnn.get_config()
         for name in _RNN_OPTIONS:
             config[name] = rnn[name]
-        config["time_feature"] = self.time_feature
+        config.update(evolve=self.cell.evolve, time_feature=self.time_feature)
         return config
-
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        for name in ("cell", "vector_field"):
-            config[name] = keras.saving.deserialize_keras_object(config[name])
-        return cls(**config)
 
 
 def _not_a_number(shape, dtype=None):

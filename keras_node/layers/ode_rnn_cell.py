@@ -1,23 +1,21 @@
 """A recurrent cell whose state keeps moving between observations."""
 
 import inspect
+from typing import ClassVar
 
 import keras
 from keras import ops
 
-from keras_node import gradients, solvers
-from keras_node.jit_compile import check_jit_compile
 from keras_node.layers.series import for_short_intervals
-from keras_node.odeint import odeint
-from keras_node.statistics import SolverStatistics
-from keras_node.vector_field import build, call_arguments
+from keras_node.signatures import build, call_arguments
+from keras_node.solve_options import SolvingLayer
 
 # `keras.layers.RNN` renews the dropout masks of cells of this class, which has no public name of its own.
 (_DropoutRNNCell,) = (base for base in keras.layers.GRUCell.__bases__ if hasattr(base, "reset_dropout_mask"))
 
 
 @keras.saving.register_keras_serializable(package="keras_node")
-class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
+class ODERNNCell(SolvingLayer, keras.layers.Layer, _DropoutRNNCell):
     """Wraps a recurrent cell: its state follows an ODE until the observation comes, which the cell then takes in.
 
     From the observation at `t[i - 1]` to that at `t[i]`,
@@ -38,22 +36,23 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
             observation; the cell does not see that channel. An interval of zero leaves the state exactly as it was,
             a negative one moves it backwards. Defaults to `True`.
         interval: without `time_feature`, the interval before every observation. Defaults to `1.0`.
-        solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`. An adaptive one attempts the
-            whole interval first, unless it has a `first_step` or the gradient is `"direct"`.
-        gradient: `"backsolve"` (default), `"direct"`, or an object such as `keras_node.BacksolveAdjoint()`.
+        solver: as in `keras_node.ODELayer`. An adaptive one attempts the whole interval first, unless it has a
+            `first_step` or the gradient is `"direct"`.
+        gradient: as in `keras_node.ODELayer`.
         evolve: which of the cell's states move, an index or several; of several, the field sees and moves the
             concatenation. Defaults to `0`, the first: `h` of an `LSTMCell` moves and its memory `c` stays (ODE-LSTM).
             `(0, 1)` moves both. States of stacked cells are counted through.
-        jit_compile: whether the solve is an XLA program of its own where the model as a whole is none: `"auto"`
-            (default) in training, not with `"direct"` and not with convolutions on a CPU; or `True` or `False`.
-        track_stats: whether evaluations, steps, rejected steps and failures of the solves forwards are metrics of
-            the model, in the logs of `fit` and `evaluate` (see `keras_node.SolverMonitor`). Defaults to `False`.
+        jit_compile: as in `keras_node.ODELayer`.
+        track_stats: as in `keras_node.ODELayer`, of the forward solves. Defaults to `False`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name`. `dtype` defaults to the cell's.
 
     Call arguments:
         inputs: the observation, `(batch, features)`, with `time_feature` `(batch, features + 1)`.
         states: the states of the wrapped cell.
         training: Python boolean, handed on to the field and the cell.
+
+    Masks of steps are the concern of the layer around the cell: `keras.layers.RNN` leaves the states of a masked step
+    as they were, and its interval is lost; `keras_node.ODERNN` adds it to the next one.
 
     Input shape:
         `(batch, features)`, or `(batch, features + 1)` with `time_feature`.
@@ -76,6 +75,8 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
     - Rubanova, Chen & Duvenaud (2019), "Latent ODEs for Irregularly-Sampled Time Series".
     - Lechner & Hasani (2020), "Learning Long-Term Dependencies in Irregularly-Sampled Time Series".
     """
+
+    nested: ClassVar = {"cell": "cell", "vector_field": "vector_field"}
 
     def __init__(
         self,
@@ -109,16 +110,7 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
         self.vector_field = vector_field
         self.time_feature = time_feature
         self.interval = float(interval)
-        self.solver = solvers.get(solver)
-        self.gradient = gradients.get(gradient)
-        check_jit_compile(jit_compile, self.gradient)
-        self.jit_compile = jit_compile
-        self.track_stats = track_stats
-        self.statistics = None
-        if track_stats:
-            # TensorFlow cannot update a variable in the gradient of the loop over the steps.
-            self.statistics = SolverStatistics(self.name, backward=False)
-            self.statistic_metrics = self.statistics.metrics  # for Keras to find
+        self.set_options(solver, gradient, jit_compile, track_stats, counts_backward=False)
         self.evolve = _indices(evolve, len(self._state_sizes()))
 
     @property
@@ -174,13 +166,12 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
 
     def solve(self, y0, ts, **options):
         """`keras_node.odeint` with the field and the options of this cell."""
-        own = {
-            "solver": for_short_intervals(self.solver, self.gradient),
-            "gradient": self.gradient,
-            "jit_compile": self.jit_compile,
-            "statistics": self.statistics,
-        }
-        return odeint(self.vector_field, y0, ts, **{**own, **options})
+        own = {"solver": for_short_intervals(self.solver, self.gradient)}
+        return self.options.solve(self.vector_field, y0, ts, **{**own, **options})
+
+    @property
+    def statistics(self):
+        return self.options.metrics
 
     @property
     def is_nested(self):
@@ -213,25 +204,8 @@ class ODERNNCell(keras.layers.Layer, _DropoutRNNCell):
 
     def get_config(self):
         config = super().get_config()
-        config.update(
-            cell=keras.saving.serialize_keras_object(self.cell),
-            vector_field=keras.saving.serialize_keras_object(self.vector_field),
-            time_feature=self.time_feature,
-            interval=self.interval,
-            solver=keras.saving.serialize_keras_object(self.solver),
-            gradient=keras.saving.serialize_keras_object(self.gradient),
-            evolve=self.evolve,
-            jit_compile=self.jit_compile,
-            track_stats=self.track_stats,
-        )
+        config.update(time_feature=self.time_feature, interval=self.interval, evolve=self.evolve)
         return config
-
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        for name in ("cell", "vector_field"):
-            config[name] = keras.saving.deserialize_keras_object(config[name])
-        return cls(**config)
 
 
 def _indices(evolve, num_states):

@@ -1,6 +1,8 @@
 """The recurrent layer of cells that solve an ODE at every step."""
 
 import contextlib
+import dataclasses
+import math
 
 import keras
 import tensorflow as tf
@@ -11,9 +13,6 @@ from keras_node.gradients.scan import Scan
 from keras_node.jit_compile import compiles
 from keras_node.pure_function import PureFunction, RecordingScope, is_seed
 from keras_node.solution import check_status
-from keras_node.solvers.runge_kutta import RungeKutta
-
-_LONGER_THAN_ALL = 1e30  # infinity times zero, as a converter may write a selection, would be no number
 
 
 class SeriesRNN(keras.layers.RNN):
@@ -117,7 +116,7 @@ def for_short_intervals(solver, gradient):
     # TensorFlow's own gradient goes through rejected steps too: under XLA it is NaN if one has left the field's domain.
     if not solver.adaptive or solver.first_step is not None or isinstance(gradient, DirectGradient):
         return solver
-    return RungeKutta(**{**solver.get_config(), "first_step": _LONGER_THAN_ALL})
+    return dataclasses.replace(solver, first_step=math.inf)
 
 
 def _conclude(gradients, worst, dys):

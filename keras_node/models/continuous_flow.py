@@ -8,23 +8,21 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from keras_node import gradients, solvers
 from keras_node.arguments import positive_integer
-from keras_node.jit_compile import check_jit_compile
 from keras_node.layers.concat_squash import ConcatSquashField
 from keras_node.models.density_field import DensityField
 from keras_node.models.likelihood_model import LikelihoodModel
 from keras_node.models.probability import make_bijector, make_distribution
-from keras_node.odeint import odeint
+from keras_node.signatures import build, call_arguments
+from keras_node.solve_options import SolvingLayer
 from keras_node.solvers.runge_kutta import RungeKutta
-from keras_node.vector_field import build, call_arguments
 
 _TRACES = ("exact", "hutchinson")
 _NOISES = ("rademacher", "gaussian")
 
 
 @keras.saving.register_keras_serializable(package="keras_node")
-class ContinuousFlow(LikelihoodModel):
+class ContinuousFlow(SolvingLayer, LikelihoodModel):
     """A probability density of vectors (FFJORD): an ODE moves normally distributed noise to where the data are.
 
     A sample starts as `z`, drawn from the standard normal distribution, at time 0 and follows `dx/dt = f(t, x)` until
@@ -61,6 +59,7 @@ class ContinuousFlow(LikelihoodModel):
         steer: where training solves end: at a time drawn uniformly from `(-steer, steer)` for every batch, and not
             at 0 (STEER). Less than `t1`. Defaults to `0.0`.
         jit_compile: as in `keras_node.ODELayer`. Defaults to `"auto"`.
+        track_stats: as in `keras_node.ODELayer`. Defaults to `False`.
         seed: of the noise, the end times and the samples; an integer or a `keras.random.SeedGenerator`.
         **kwargs: arguments of `keras.Model`, such as `name` and `dtype`.
 
@@ -108,6 +107,7 @@ class ContinuousFlow(LikelihoodModel):
         jacobian_norm: float = 0.0,
         steer: float = 0.0,
         jit_compile: bool | str = "auto",
+        track_stats: bool = False,
         seed=None,
         **kwargs,
     ):
@@ -128,17 +128,21 @@ class ContinuousFlow(LikelihoodModel):
         self.vector_field = ConcatSquashField(dtype=self.dtype_policy) if vector_field is None else vector_field
         self.num_arguments, _ = call_arguments(self.vector_field)
         self.t1 = float(t1)
-        self.solver = RungeKutta("tsit5", rtol=1e-5, atol=1e-5) if solver is None else solvers.get(solver)
-        self.gradient = gradients.get(gradient)
+        solver = RungeKutta("tsit5", rtol=1e-5, atol=1e-5) if solver is None else solver
+        self.set_options(solver, gradient, jit_compile, track_stats)
         self.trace = trace
         self.noise = noise
         self.kinetic_energy = kinetic_energy
         self.jacobian_norm = jacobian_norm
         self.steer = steer
-        check_jit_compile(jit_compile, self.gradient)
-        self.jit_compile_solves = jit_compile
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
+
+    jit_compile = keras.Model.jit_compile  # what `compile` was told of the model as a whole
+
+    @property
+    def jit_compile_solves(self):
+        return self.options.jit_compile
 
     def build(self, input_shape):
         x, condition = _parts(input_shape) if _is_nest_of_shapes(input_shape) else (input_shape, None)
@@ -196,15 +200,7 @@ class ContinuousFlow(LikelihoodModel):
         seed = self.seed_generator if seed is None else seed
         z = keras.random.normal((n, *batch, self.event_dim), dtype=self.variable_dtype, seed=seed)
         rows, condition = self._rows(z, condition)
-        solution = odeint(
-            self.vector_field,
-            rows,
-            [0.0, self.t1],
-            args=condition,
-            solver=self.solver,
-            gradient=self.gradient,
-            jit_compile=self.jit_compile_solves,
-        )
+        solution = self.options.solve(self.vector_field, rows, [0.0, self.t1], args=condition)
         return tf.reshape(solution.ys[-1], tf.shape(z))
 
     def forward(self, z: Any, condition: Any = None) -> tuple[tf.Tensor, tf.Tensor]:
@@ -240,39 +236,26 @@ class ContinuousFlow(LikelihoodModel):
         config = super().get_config()
         config.update(
             event_dim=self.event_dim,
-            vector_field=keras.saving.serialize_keras_object(self.vector_field),
             t1=self.t1,
-            solver=keras.saving.serialize_keras_object(self.solver),
-            gradient=keras.saving.serialize_keras_object(self.gradient),
             trace=self.trace,
             noise=self.noise,
             kinetic_energy=self.kinetic_energy,
             jacobian_norm=self.jacobian_norm,
             steer=self.steer,
-            jit_compile=self.jit_compile_solves,
             seed=self.seed,
         )
         return config
-
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        config["vector_field"] = keras.saving.deserialize_keras_object(config["vector_field"])
-        return cls(**config)
 
     def _solve(self, x, condition, ts, energies=False, training=None):
         """The states at the end, and the integrals of `DensityField` over time, one tensor each."""
         rows, condition = self._rows(x, condition)
         field = DensityField(self.vector_field, energies)
-        solution = odeint(
+        solution = self.options.solve(
             field,
             (rows, tf.zeros((tf.shape(rows)[0], 3 if energies else 1), rows.dtype)),
             ts,
             args=(condition, self._noise(rows)),
-            solver=self.solver,
-            gradient=self.gradient,
             training=training,
-            jit_compile=self.jit_compile_solves,
         )
         rows, integrals = (y[-1] for y in solution.ys)
         shape = tf.shape(x)

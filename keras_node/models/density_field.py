@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_node.vector_field import call_arguments, field_inputs, like_state
+from keras_node.signatures import FieldCall, like_state
 
 # How many rows of the Jacobian come from one copy of the batch, by a vector-Jacobian product each on one evaluation.
 # A training step in 6 dimensions (XLA, batch 256, a busy machine) took 46 ms with one row on a copy, 29 ms with four
@@ -33,7 +33,7 @@ class DensityField:
     def __init__(self, function: keras.Layer | Callable, energies: bool):
         self.function = function
         self.energies = energies
-        self.num_arguments, self.takes_training = call_arguments(function)
+        self._call = FieldCall(function)
 
     def __call__(self, t: tf.Tensor, state: tuple, args: tuple, training: bool | None = None) -> tuple:
         (x, _), (condition, noise) = state, args
@@ -68,10 +68,7 @@ class DensityField:
         return dx, tf.stack(rates, axis=1)
 
     def _evaluate(self, t: tf.Tensor, x: tf.Tensor, condition: Any, training: bool | None) -> tf.Tensor:
-        keywords = {"training": training} if self.takes_training and training is not None else {}
-        return like_state(
-            self.function(*field_inputs(self.num_arguments, t, x, condition), **keywords), x, self.function
-        )
+        return like_state(self._call(t, x, condition, training), x, self.function)
 
     def __repr__(self) -> str:
         return repr(self.function)

@@ -1,5 +1,7 @@
 """A variational autoencoder for irregular series, whose latent state follows an ODE."""
 
+from typing import ClassVar
+
 import keras
 import tensorflow as tf
 from keras import ops
@@ -9,13 +11,14 @@ from keras_node.control import last_valid
 from keras_node.layers.irregular_times import check_order, elapsed_times, with_start
 from keras_node.layers.ode_layer import ODELayer
 from keras_node.models.likelihood_model import LikelihoodModel
+from keras_node.nested_layers import NestedLayers
 from keras_node.times import prepare_times
 
 _SMALLEST_SCALE = 1e-5  # softplus underflows to zero, where the KL divergence is infinite
 
 
 @keras.saving.register_keras_serializable(package="keras_node")
-class LatentODE(LikelihoodModel):
+class LatentODE(NestedLayers, LikelihoodModel):
     """A generative model of series observed at irregular times: each is one path of an ODE in a latent space.
 
     `z(t0) ~ Normal(0, I)`
@@ -47,10 +50,10 @@ class LatentODE(LikelihoodModel):
         kl_annealing_steps: number of steps of the optimizer over which the weight of the KL divergence in the training
             loss rises from 0 to 1, linearly. Defaults to `0`: it is 1 throughout, as it always is in `evaluate`.
         t0: time of the latent state's distribution, a number, at or before all observations. Defaults to `0.0`.
-        solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`.
-        gradient: `"backsolve"` (default), `"direct"`, or an object such as `keras_node.BacksolveAdjoint()`.
-        track_stats: whether the work of the solves is in the logs of `fit` and `evaluate` (see
-            `keras_node.SolverMonitor`). Defaults to `False`.
+        solver: as in `keras_node.ODELayer`.
+        gradient: as in `keras_node.ODELayer`.
+        jit_compile: as in `keras_node.ODELayer`. Defaults to `"auto"`.
+        track_stats: as in `keras_node.ODELayer`. Defaults to `False`.
         **kwargs: arguments of `keras.Model`, such as `name` and `dtype`.
 
     Call arguments:
@@ -99,6 +102,7 @@ class LatentODE(LikelihoodModel):
     """
 
     measures = ("nll", "kl", "mse")
+    nested: ClassVar = {"encoder_cell": "encoder.cell", "vector_field": "dynamics.vector_field", "decoder": "decoder"}
 
     def __init__(
         self,
@@ -113,6 +117,7 @@ class LatentODE(LikelihoodModel):
         t0: float = 0.0,
         solver="tsit5",
         gradient="backsolve",
+        jit_compile: bool | str = "auto",
         track_stats: bool = False,
         **kwargs,
     ):
@@ -131,7 +136,14 @@ class LatentODE(LikelihoodModel):
         self.posterior_parameters = keras.layers.Dense(2 * latent_dim, dtype=dtype, name="posterior_parameters")
         field = _network(units, latent_dim, dtype, "vector_field") if vector_field is None else vector_field
         self.dynamics = ODELayer(
-            field, t0, solver=solver, gradient=gradient, track_stats=track_stats, dtype=dtype, name="dynamics"
+            field,
+            t0,
+            solver=solver,
+            gradient=gradient,
+            jit_compile=jit_compile,
+            track_stats=track_stats,
+            dtype=dtype,
+            name="dynamics",
         )
         self.decoder = decoder
         self.seed_generator = keras.random.SeedGenerator()
@@ -275,24 +287,11 @@ class LatentODE(LikelihoodModel):
         config.update(
             latent_dim=self.latent_dim,
             units=self.units,
-            encoder_cell=keras.saving.serialize_keras_object(self.encoder.cell),
-            vector_field=keras.saving.serialize_keras_object(self.dynamics.vector_field),
-            decoder=keras.saving.serialize_keras_object(self.decoder),
             noise_scale=self.noise_scale,
             kl_annealing_steps=self.kl_annealing_steps,
             t0=self.dynamics.t0,
-            solver=keras.saving.serialize_keras_object(self.dynamics.solver),
-            gradient=keras.saving.serialize_keras_object(self.dynamics.gradient),
-            track_stats=self.dynamics.track_stats,
         )
-        return config
-
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        for name in ("encoder_cell", "vector_field", "decoder"):
-            config[name] = keras.saving.deserialize_keras_object(config[name])
-        return cls(**config)
+        return {**config, **self.dynamics.options.get_config()}
 
     def _series(self, series):
         """Times for a solve, values with zeros where none was observed, and where one was."""

@@ -1,27 +1,18 @@
 """The solver that a user chooses: an explicit Runge-Kutta method and the control of its step size."""
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import keras
 
+from keras_node.arguments import number, one_of, positive_integer, positive_number
 from keras_node.solvers.tableaus import TABLEAUS, ButcherTableau
 from keras_node.step_size import ConstantSteps, PIDController
 
-_CONTROLLER_DEFAULTS = {
-    "rtol": 1e-3,
-    "atol": 1e-6,
-    "first_step": None,
-    "pcoeff": 0.0,
-    "icoeff": 1.0,
-    "dcoeff": 0.0,
-    "safety": 0.9,
-    "min_factor": 0.2,
-    "max_factor": 10.0,
-}
-
 
 @keras.saving.register_keras_serializable(package="keras_node")
+@dataclasses.dataclass(frozen=True, repr=False)
 class RungeKutta:
     """An explicit Runge-Kutta method, with adaptive or constant steps.
 
@@ -48,14 +39,17 @@ class RungeKutta:
         step_at: times at which a step ends and the field is evaluated afresh, for a field that has a jump or a kink
             there: a switch, a dose, a change of control. Up to such a time the field is seen as it is before, and
             from it on as it is after. Not with `num_steps`.
-        first_step: length of the first attempted step of an adaptive solve, in units of time. By default it is
-            chosen at the cost of one evaluation.
+        first_step: length of the first attempted step of an adaptive solve, in units of time; `math.inf` attempts the
+            whole way to the end. By default it is chosen at the cost of one evaluation.
         pcoeff: proportional coefficient of the PID step size controller. Defaults to `0.0`.
         icoeff: integral coefficient. Defaults to `1.0`: an I-controller.
         dcoeff: derivative coefficient. Defaults to `0.0`.
         safety: factor by which the next step is shorter than the estimate asks for. Defaults to `0.9`.
         min_factor: the least factor between two consecutive steps. Defaults to `0.2`.
         max_factor: the largest factor between two consecutive steps. Defaults to `10.0`.
+
+    A solver cannot be changed; `dataclasses.replace(solver, rtol=1e-6)` makes another one. Solvers are equal if their
+    options are.
 
     Raises:
         ValueError: for an unknown method, for a method without an error estimate that is asked to adapt, for
@@ -73,41 +67,29 @@ class RungeKutta:
     - Soderlind (2003), "Digital filters in adaptive time-stepping".
     """
 
-    def __init__(
-        self,
-        method: str = "tsit5",
-        *,
-        rtol: float = 1e-3,
-        atol: float = 1e-6,
-        step_size: float | None = None,
-        num_steps: int | None = None,
-        max_steps: int = 4096,
-        per_sample: bool = False,
-        step_at: Sequence[float] = (),
-        first_step: float | None = None,
-        pcoeff: float = 0.0,
-        icoeff: float = 1.0,
-        dcoeff: float = 0.0,
-        safety: float = 0.9,
-        min_factor: float = 0.2,
-        max_factor: float = 10.0,
-    ):
-        self.method = method
-        self.rtol = rtol
-        self.atol = atol
-        self.step_size = step_size
-        self.num_steps = num_steps
-        self.max_steps = max_steps
-        self.per_sample = per_sample
-        self.step_at = tuple(float(t) for t in step_at)
-        self.first_step = first_step
-        self.pcoeff = pcoeff
-        self.icoeff = icoeff
-        self.dcoeff = dcoeff
-        self.safety = safety
-        self.min_factor = min_factor
-        self.max_factor = max_factor
-        self._check()
+    method: str = "tsit5"
+    _: dataclasses.KW_ONLY
+    rtol: float = 1e-3
+    atol: float = 1e-6
+    step_size: float | None = None
+    num_steps: int | None = None
+    max_steps: int = 4096
+    per_sample: bool = False
+    step_at: tuple[float, ...] = ()
+    first_step: float | None = None
+    pcoeff: float = 0.0
+    icoeff: float = 1.0
+    dcoeff: float = 0.0
+    safety: float = 0.9
+    min_factor: float = 0.2
+    max_factor: float = 10.0
+
+    def __post_init__(self):
+        for name, check in _CHECKS.items():
+            value = getattr(self, name)
+            if value is not None or getattr(type(self), name) is not None:  # None only where it is the default
+                object.__setattr__(self, name, check(name, value))
+        self._check_together()
 
     @property
     def tableau(self) -> ButcherTableau:
@@ -121,66 +103,33 @@ class RungeKutta:
     def controller(self) -> ConstantSteps | PIDController:
         if not self.adaptive:
             return ConstantSteps()
-        return PIDController(
-            rtol=self.rtol,
-            atol=self.atol,
-            error_order=self.tableau.error_order,
-            pcoeff=self.pcoeff,
-            icoeff=self.icoeff,
-            dcoeff=self.dcoeff,
-            safety=self.safety,
-            min_factor=self.min_factor,
-            max_factor=self.max_factor,
-        )
+        return PIDController(self.tableau.error_order, **{name: getattr(self, name) for name in _CONTROLLER})
 
     def get_config(self) -> dict:
-        return {
-            "method": self.method,
-            "step_size": self.step_size,
-            "num_steps": self.num_steps,
-            "max_steps": self.max_steps,
-            "per_sample": self.per_sample,
-            "step_at": list(self.step_at),
-            **{name: getattr(self, name) for name in _CONTROLLER_DEFAULTS},
-        }
+        return {**self._options(), "step_at": list(self.step_at)}
 
     @classmethod
     def from_config(cls, config: dict) -> "RungeKutta":
         return cls(**config)
 
     def __repr__(self) -> str:
-        defaults = {"step_size": None, "num_steps": None, "max_steps": 4096, "per_sample": False, "step_at": []}
-        defaults |= _CONTROLLER_DEFAULTS
-        config = self.get_config()
-        changed = "".join(f", {k}={config[k]!r}" for k, v in defaults.items() if config[k] != v)
-        return f"RungeKutta({self.method!r}{changed})"
+        changed = [f"{name}={value!r}" for name, value in self._changed().items() if name != "method"]
+        return f"RungeKutta({', '.join([repr(self.method), *changed])})"
 
-    def _check(self) -> None:
-        if self.method not in TABLEAUS:
-            raise ValueError(f"`method` must be one of {', '.join(TABLEAUS)}. Received: method={self.method!r}")
+    def _options(self) -> dict:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def _changed(self) -> dict:
+        """The options that are not the default."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: value for name, value in self._options().items() if value != defaults[name]}
+
+    def _check_together(self) -> None:
         if self.step_size is not None and self.num_steps is not None:
             raise ValueError(
                 "Give either `step_size` or `num_steps`, not both. "
                 f"Received: step_size={self.step_size}, num_steps={self.num_steps}"
             )
-        for name in (
-            "rtol",
-            "atol",
-            "step_size",
-            "first_step",
-            "safety",
-            "min_factor",
-            "max_factor",
-        ):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
-        for name in ("num_steps", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and (value != int(value) or value < 1):
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value}")
-        if not all(math.isfinite(t) for t in self.step_at):
-            raise ValueError(f"`step_at` must hold finite times. Received: step_at={self.step_at}")
         if self.safety > 1 or self.min_factor >= 1 or self.max_factor <= 1:
             raise ValueError(
                 "A controller needs `safety <= 1`, `min_factor < 1` and `max_factor > 1`. Received: "
@@ -193,14 +142,43 @@ class RungeKutta:
                 f"`step_size`, or choose one of {able}. Received: step_size=None, num_steps=None"
             )
         if not self.adaptive:
-            self._refuse_unused(_CONTROLLER_DEFAULTS, "constant steps")
+            self._refuse_unused((*_CONTROLLER, "first_step"), "constant steps")
         if self.num_steps is not None:
-            self._refuse_unused({"max_steps": 4096, "step_at": ()}, "`num_steps`")
+            self._refuse_unused(("max_steps", "step_at"), "`num_steps`")
 
-    def _refuse_unused(self, defaults: dict, mode: str) -> None:
-        unused = {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
+    def _refuse_unused(self, options: tuple[str, ...], mode: str) -> None:
+        unused = [f"{name}={value}" for name, value in self._changed().items() if name in options]
         if unused:
-            raise ValueError(
-                f"These options have no effect with {mode}; leave them out. Received: "
-                + ", ".join(f"{name}={value}" for name, value in unused.items())
-            )
+            raise ValueError(f"These options have no effect with {mode}; leave them out. Received: {', '.join(unused)}")
+
+
+_CONTROLLER = tuple(field.name for field in dataclasses.fields(PIDController) if field.name != "error_order")
+
+
+def _times(name: str, value: Any) -> tuple[float, ...]:
+    try:
+        times = tuple(float(t) for t in value)
+    except (TypeError, ValueError):
+        times = (math.nan,)
+    if not all(math.isfinite(t) for t in times):
+        raise ValueError(f"`{name}` must be a list of finite times, such as [0.5]. Received: {name}={value!r}")
+    return times
+
+
+_CHECKS = {
+    "method": lambda name, value: one_of(name, value, TABLEAUS),
+    "rtol": positive_number,
+    "atol": positive_number,
+    "step_size": positive_number,
+    "num_steps": positive_integer,
+    "max_steps": positive_integer,
+    "per_sample": lambda name, value: bool(value),
+    "step_at": _times,
+    "first_step": positive_number,
+    "pcoeff": number,
+    "icoeff": number,
+    "dcoeff": number,
+    "safety": positive_number,
+    "min_factor": positive_number,
+    "max_factor": positive_number,
+}

@@ -1,4 +1,4 @@
-"""Solver statistics where Keras users look: in the logs of `fit`, `evaluate` and their callbacks."""
+"""The work of solvers where Keras users look: metrics in the logs of `fit`, `evaluate` and their callbacks."""
 
 import keras
 import tensorflow as tf
@@ -8,9 +8,9 @@ from keras_node.solution import Stats
 _KINDS = ("evaluations", "steps", "rejected", "failed")
 
 
-@keras.saving.register_keras_serializable(package="keras_node")
-class SolverStatistic(keras.metrics.Mean):
-    """A statistic of the solves of a layer: a mean over solves and samples.
+@keras.saving.register_keras_serializable(package="keras_node", name="SolverStatistic")
+class SolverMetric(keras.metrics.Mean):
+    """One count of the work that the solves of a layer take: a mean over solves and samples.
 
     Args:
         layer: name of the layer.
@@ -28,11 +28,11 @@ class SolverStatistic(keras.metrics.Mean):
         return {**super().get_config(), "layer": self.layer, "kind": self.kind}
 
 
-class SolverStatistics:
-    """The statistics of a layer, forwards and backwards.
+class SolverMetrics:
+    """The metrics of the solves of a layer, forward and backward.
 
-    `fit`, `evaluate` and `predict` say whether they train. An export does not, or says no and traces the gradient all
-    the same, and must not take the counters along.
+    `fit`, `evaluate` and `predict` say whether they train. `model.export` does not, or passes `training=False` and
+    traces the gradient too; the counters must not become a part of the exported function.
 
     Args:
         layer: name of the layer.
@@ -42,7 +42,7 @@ class SolverStatistics:
     def __init__(self, layer: str, backward: bool):
         self._reports_backward = backward
         directions = ("", "backward_") if backward else ("",)
-        self.metrics = [SolverStatistic(layer, prefix + kind) for prefix in directions for kind in _KINDS]
+        self.metrics = [SolverMetric(layer, prefix + kind) for prefix in directions for kind in _KINDS]
 
     def forward(self, stats: Stats, status: tf.Tensor, training: bool | None) -> None:
         if training is not None:

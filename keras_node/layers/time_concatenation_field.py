@@ -1,11 +1,16 @@
 """A vector field that depends on time, from a layer that does not."""
 
+from typing import ClassVar
+
 import keras
 from keras import ops
 
+from keras_node.nested_layers import NestedLayers
+from keras_node.signatures import FieldCall
+
 
 @keras.saving.register_keras_serializable(package="keras_node")
-class TimeConcatenation(keras.layers.Layer):
+class TimeConcatenationField(NestedLayers, keras.layers.Layer):
     """Makes a vector field `f(t, y)` of an ordinary layer, which sees the time as one more channel.
 
     `f(t, y) = layer(concatenate([y, t]))`
@@ -17,6 +22,7 @@ class TimeConcatenation(keras.layers.Layer):
     Call arguments:
         t: the time, a scalar, or `(batch, 1, ..., 1)` where samples have times of their own.
         y: the state.
+        y_mask: the mask of the state, handed on to a layer that takes `mask`.
 
     Input shape:
         `t` as above, `y` `(batch, ..., features)`.
@@ -26,7 +32,7 @@ class TimeConcatenation(keras.layers.Layer):
 
     Example:
     >>> network = keras.Sequential([keras.layers.Dense(32, activation="tanh"), keras.layers.Dense(8)])
-    >>> layer = keras_node.ODELayer(keras_node.TimeConcatenation(network))
+    >>> layer = keras_node.ODELayer(keras_node.TimeConcatenationField(network))
     >>> layer(keras.random.normal((4, 8))).shape
     TensorShape([4, 8])
 
@@ -35,6 +41,8 @@ class TimeConcatenation(keras.layers.Layer):
     - Chen et al. (2018), "Neural Ordinary Differential Equations": the fields of its continuous normalizing flows.
     """
 
+    nested: ClassVar = {"layer": "layer"}
+
     def __init__(self, layer, **kwargs):
         # Time keeps its digits under a mixed policy up to the layer, which casts for itself.
         super().__init__(autocast=False, **kwargs)
@@ -42,17 +50,6 @@ class TimeConcatenation(keras.layers.Layer):
             raise TypeError(f"`layer` must be a Keras layer or model. Received: layer={layer!r}")
         self.layer = layer
 
-    def call(self, t, y):
+    def call(self, t, y, y_mask=None):
         t = ops.cast(t, y.dtype) + ops.zeros_like(y[..., :1])
-        return self.layer(ops.concatenate([y, t], axis=-1))
-
-    def get_config(self):
-        config = super().get_config()
-        config["layer"] = keras.saving.serialize_keras_object(self.layer)
-        return config
-
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        config["layer"] = keras.saving.deserialize_keras_object(config["layer"])
-        return cls(**config)
+        return FieldCall(self.layer)(t, ops.concatenate([y, t], axis=-1), mask=y_mask)

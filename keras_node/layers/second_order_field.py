@@ -1,13 +1,16 @@
 """Dynamics of second order as a vector field."""
 
+from typing import ClassVar
+
 import keras
 from keras import ops
 
-from keras_node.vector_field import call_arguments, field_inputs, like_state
+from keras_node.nested_layers import NestedLayers
+from keras_node.signatures import FieldCall, like_state
 
 
 @keras.saving.register_keras_serializable(package="keras_node")
-class SecondOrder(keras.layers.Layer):
+class SecondOrderField(NestedLayers, keras.layers.Layer):
     """The vector field of `q'' = f(q, q')`: positions that an acceleration moves.
 
     `dq/dt = v`
@@ -24,6 +27,7 @@ class SecondOrder(keras.layers.Layer):
     Call arguments:
         t: the time, which an acceleration `(y)` does not see.
         y: the state, `(batch, ..., 2 * n)`, or a tuple of two tensors of the same shape.
+        y_mask: the mask of the state, handed on to an acceleration that takes `mask`.
 
     Input shape:
         `t` a scalar or `(batch, 1, ..., 1)`, `y` as above.
@@ -32,7 +36,7 @@ class SecondOrder(keras.layers.Layer):
         That of `y`.
 
     Example:
-    >>> spring = keras_node.SecondOrder(lambda y: -y[..., :1])
+    >>> spring = keras_node.SecondOrderField(lambda y: -y[..., :1])
     >>> half_a_period = keras_node.ODELayer(spring, t1=3.14159, solver=keras_node.RungeKutta(rtol=1e-6))
     >>> [round(float(x), 3) for x in half_a_period(tf.constant([[1.0, 0.5]]))[0]]
     [-1.0, -0.5]
@@ -42,27 +46,18 @@ class SecondOrder(keras.layers.Layer):
     - Norcliffe et al. (2020), "On Second Order Behaviour in Augmented Neural ODEs".
     """
 
+    nested: ClassVar = {"acceleration": "acceleration"}
+
     def __init__(self, acceleration, **kwargs):
         super().__init__(autocast=False, **kwargs)
-        if call_arguments(acceleration)[0] == 3:
+        if FieldCall(acceleration).num_arguments == 3:
             raise ValueError(f"An acceleration takes `(y)` or `(t, y)`. Received: acceleration={acceleration!r}")
         self.acceleration = acceleration
 
-    def call(self, t, y):
+    def call(self, t, y, y_mask=None):
         _, v = halves(y)
-        a = self.acceleration(*field_inputs(call_arguments(self.acceleration)[0], t, y, None))
+        a = FieldCall(self.acceleration, y)(t, y, mask=y_mask)
         return joined(v, like_state(a, v, self.acceleration), y)
-
-    def get_config(self):
-        config = super().get_config()
-        config["acceleration"] = keras.saving.serialize_keras_object(self.acceleration)
-        return config
-
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        config["acceleration"] = keras.saving.deserialize_keras_object(config["acceleration"])
-        return cls(**config)
 
 
 def halves(y):

@@ -1,0 +1,187 @@
+"""How a vector field is called, and what it must return.
+
+A field is a callable, a Keras layer, or a functional model of several inputs. `FieldCall` gives all of them one form.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from keras_node import trees
+from keras_node.trees import Nest
+
+_KEYWORDS = ("training", "mask")
+
+
+class FieldCall:
+    """A field `f(y)`, `f(t, y)` or `f(t, y, args)`, called as `call(t, y, args, training, mask)` whatever it takes.
+
+    A functional model of several inputs is a field of `[t, y]` or `[t, y, args]`, or of a state that is a nest of as
+    many tensors. It receives the time in the shape of its input: of shape `(batch, 1)` for `keras.Input((1,))`.
+
+    Args:
+        function: a Keras layer or model, or a callable.
+        y: a state, by which to tell a functional model of `[t, y]` from one of a nest.
+
+    Attributes:
+        num_arguments: 1, 2 or 3 of `t`, `y` and `args`.
+        takes_training: whether it takes `training`.
+    """
+
+    def __init__(self, function: keras.Layer | Callable, y: Nest = None):
+        if not callable(function):
+            raise TypeError(
+                "A vector field must be a Keras layer or a callable `f(y)`, `f(t, y)` or `f(t, y, args)`. "
+                f"Received: {function!r} (of type {type(function).__name__})"
+            )
+        is_layer = isinstance(function, keras.Layer)
+        parameters = inspect.signature(function.call if is_layer else function).parameters
+        names = _positional(parameters)
+        if not 1 <= len(names) <= 3:
+            raise ValueError(
+                "A vector field takes `(y)`, `(t, y)` or `(t, y, args)`. "
+                f"Received: {function!r} with signature ({', '.join(parameters)})"
+            )
+        self.function = function
+        self.takes_training = is_layer or "training" in parameters
+        state = names[min(1, len(names) - 1)]
+        self._mask_name = next((name for name in ("mask", f"{state}_mask") if name in parameters), None)
+        self._inputs = _several_inputs(function, y) if len(names) == 1 else None
+        self.num_arguments = len(names) if self._inputs is None else len(self._inputs)
+
+    def __call__(
+        self, t: tf.Tensor, y: Nest, args: Any = None, training: bool | None = None, mask: Nest = None
+    ) -> Nest:
+        """The field's value; `t` is a scalar, or of shape `(batch,)` or `(batch, 1, ..., 1)`."""
+        like = tf.nest.flatten(y)[0]
+        if self._inputs is not None:
+            t = _time_for(self._inputs[0], t, like)
+        elif self.num_arguments > 1:
+            t = trees.align(t, like)
+        keywords = {}
+        if self.takes_training and training is not None:
+            keywords["training"] = training
+        if self._mask_name is not None and mask is not None:
+            keywords[self._mask_name] = mask
+        return self.function(*self._arguments(t, y, args), **keywords)
+
+    def build(self, t: Any, y: Nest, args: Any = None) -> None:
+        """Builds a layer for arguments of these shapes and checks that it returns a derivative of `y`."""
+        t, y, args = (tf.nest.map_structure(_to_symbolic, x) for x in (t, y, args))
+        if self._inputs is not None:
+            t = _to_symbolic(self._inputs[0])
+        layer, arguments = self.function, self._arguments(t, y, args)
+        like_state(layer.compute_output_spec(*arguments) if layer.built else layer(*arguments), y, layer)
+
+    def _arguments(self, t, y, args):
+        if self.num_arguments == 1:
+            return (y,)
+        arguments = (t, y) if self.num_arguments == 2 else (t, y, args)
+        return arguments if self._inputs is None else (list(arguments),)
+
+
+def call_arguments(function: keras.Layer | Callable) -> tuple[int, bool]:
+    """How many of `t`, `y`, `args` a field takes, and whether it takes `training`."""
+    call = FieldCall(function)
+    return call.num_arguments, call.takes_training
+
+
+def build(layer: keras.Layer, t: Any, y: Nest, args: Any = None) -> None:
+    """Builds a layer for arguments of these shapes and checks that it returns a derivative of `y`."""
+    FieldCall(layer, y).build(t, y, args)
+
+
+def like_state(dy: Nest, y: Nest, function) -> Nest:
+    """Checks that a field's output is a derivative of `y` and gives it the dtypes of `y`."""
+    if any(d is None for d in tf.nest.flatten(dy)):
+        raise ValueError(
+            "A vector field must return the rate of change of the state. "
+            f"Received: {dy!r} from {function!r}; look for a `return` that is missing"
+        )
+    try:
+        tf.nest.assert_same_structure(y, dy)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "A vector field must return the structure of the state. "
+            f"Received: {_shapes(dy)} for a state of {_shapes(y)}, from {function!r}"
+        ) from error
+
+    def leaf(d, a):
+        symbolic = isinstance(d, keras.KerasTensor)
+        if isinstance(d, tf.RaggedTensor | tf.SparseTensor):
+            raise TypeError(f"A vector field must return dense tensors. Received: {type(d).__name__} from {function!r}")
+        d = d if symbolic else tf.convert_to_tensor(d)
+        if not tf.as_dtype(d.dtype).is_floating:
+            raise TypeError(
+                "A vector field must return floating-point values. "
+                f"Received: dtype={tf.as_dtype(d.dtype).name} for a state of dtype {tf.as_dtype(a.dtype).name}, "
+                f"from {function!r}"
+            )
+        if not tf.TensorShape(d.shape).is_compatible_with(a.shape):
+            raise ValueError(
+                "A vector field must return the shape of the state, since it is its rate of change. "
+                f"Received: shape={tuple(d.shape)} for a state of shape {tuple(a.shape)}, from {function!r}"
+            )
+        if symbolic:
+            return d
+        # What a layer forgets of the static shape, the loop needs.
+        d = tf.cast(d, a.dtype)
+        return d if d.shape.is_fully_defined() else tf.ensure_shape(d, a.shape)
+
+    return trees.each(leaf, dy, y)
+
+
+def _positional(parameters) -> list[str]:
+    """The names of the parameters that `t`, `y` and `args` go to."""
+    positional = [
+        p
+        for p in parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        and p.name not in _KEYWORDS
+        and not p.name.endswith("_mask")
+        and (p.default is p.empty or p.name == "args")
+    ]
+    # With a default, `args` is the third of `f(t, y, args=None)`; elsewhere it is an option like any other.
+    if len(positional) == 2 and positional[-1].default is not inspect.Parameter.empty:
+        positional.pop()
+    return [p.name for p in positional]
+
+
+def _several_inputs(function: Any, y: Nest) -> list | None:
+    """The inputs of a functional model of `[t, y]` or `[t, y, args]`; `None` for all other fields."""
+    inputs = getattr(function, "inputs", None) if isinstance(function, keras.Model) else None
+    if inputs is None or len(inputs) < 2:
+        return None
+    known = function.input  # in the structure in which the model was given them
+    if y is not None and len(tf.nest.flatten(y)) == len(inputs):
+        return None
+    if isinstance(known, list | tuple) and len(known) in (2, 3):
+        return list(known)
+    if y is None:
+        return None
+    raise ValueError(
+        "As a vector field, a functional model has the inputs `[t, y]` or `[t, y, args]`, or those of the state. "
+        f"Received: {function!r} with inputs of shapes {_shapes(known)} for a state of {_shapes(y)}"
+    )
+
+
+def _time_for(spec: keras.KerasTensor, t: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+    """The time in the shape of a model's input: one value for each sample, on axes as long as those of the state."""
+    rank = len(spec.shape)
+    if rank == 0:
+        return t
+    shape = ops.shape(like)
+    axes = [size or shape[axis] for axis, size in enumerate(spec.shape[1:], start=1)]
+    return ops.broadcast_to(ops.reshape(t, (-1,) + (1,) * (rank - 1)), (shape[0], *axes))
+
+
+def _to_symbolic(x):
+    return None if x is None else keras.KerasTensor(x.shape, dtype=keras.backend.standardize_dtype(x.dtype))
+
+
+def _shapes(nest) -> str:
+    return str(tf.nest.map_structure(lambda x: tuple(getattr(x, "shape", ())), nest))
