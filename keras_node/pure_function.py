@@ -30,8 +30,9 @@ class RecordingScope(keras.StatelessScope):
 
     Attributes:
         read: the variables that were read, by their `id`.
-        unrecorded: those among them that were read while no tape recorded, as `tf.recompute_grad` reads them and with
-            it layers made in a `keras.RematScope`.
+        recorded: those among them that were read in the graph of the function itself, under the eyes of a tape.
+        unrecorded: those that were read there while no tape recorded, as `tf.recompute_grad` reads them and with it
+            layers made in a `keras.RematScope`.
     """
 
     def __init__(self):
@@ -43,7 +44,7 @@ class RecordingScope(keras.StatelessScope):
         self._tape = tf.GradientTape(persistent=True)
         self._mark = tf.constant(0.0)
         self._marks = {}
-        self.unrecorded = []
+        self.recorded, self.unrecorded = [], []
 
     def __enter__(self):
         self._tape.__enter__()
@@ -54,9 +55,9 @@ class RecordingScope(keras.StatelessScope):
         super().__exit__(*exception)
         self._tape.__exit__(*exception)
         # Here, since the marks may be tensors of a graph that nobody else can use.
-        self.unrecorded = [
-            self.read[i] for i, mark in self._marks.items() if self._tape.gradient(mark, self._mark) is None
-        ]
+        for i, mark in self._marks.items():
+            seen = self._tape.gradient(mark, self._mark) is not None
+            (self.recorded if seen else self.unrecorded).append(self.read[i])
 
     def get_current_value(self, variable):
         if self._is_reading:
@@ -120,10 +121,8 @@ class PureFunction:
         self.trace, scope, results, values = _evaluate_once(function, arguments)
         self.losses = scope.losses
         self._evaluated = {*scope.read, *map(id, scope.watched)}
-        by_keras = {id(c) for v in scope.read.values() for c in _local(v.value)} - {
-            id(v.value) for v in scope.unrecorded
-        }
-        reads_others = any(id(v) not in by_keras for v in scope.watched)
+        replaced = {id(component) for v in scope.recorded for component in _local(v.value)}
+        reads_others = any(id(v) not in replaced for v in scope.watched)
         updated = [variable for variable, _ in scope.updates]
         self.updates = list(zip(updated, values, strict=True))
 

@@ -115,7 +115,7 @@ def custom_vjp(
                     'gradient="direct" (eagerly, or with the accumulator around a `tf.function`), or reverse mode.'
                 )
 
-            if compiles and pure.closes_over:
+            if compiles and (variables or any(tf.is_symbolic_tensor(x) for x in pure.captured)):
                 raise ValueError(
                     "With `jit_compile=True` a gradient needs a field that closes over no tensor of the graph and no "
                     "TensorFlow variable: pass tensors through `args` to a field `f(t, y, args)`, make variables "
