@@ -83,7 +83,7 @@ def train(make, data, eagerly):
         results += model.fit(x, **options).history.values()
     return np.concatenate([np.ravel(a) for a in (*results, *model.get_weights())]).tolist()
 
-counts = json.loads(sys.argv[2])
+counts = [7, 9]  # in batches of 4: the last one leaves a replica with fewer samples, or with none
 case = {"flow": (flow, points), "latent_ode": (latent_ode, series)}[sys.argv[1]]
 one = train(*case, eagerly=True)
 with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
@@ -92,21 +92,10 @@ print(json.dumps([one, two]))
 """
 
 
-@pytest.mark.parametrize(
-    ("kind", "counts"),
-    [
-        ("flow", [7, 9]),
-        ("latent_ode", [7]),
-        pytest.param(
-            "latent_ode",
-            [9],
-            marks=pytest.mark.xfail(reason="A solve of no samples with times of their own fails.", strict=True),
-        ),
-    ],
-)
-def test_likelihoods_train_like_on_one_device_also_in_partial_batches(kind, counts):
+@pytest.mark.parametrize("kind", ["flow", "latent_ode"])
+def test_likelihoods_train_like_on_one_device_also_in_partial_batches(kind):
     """Losses, measures and weights, with sample weights, regularizers and energies."""
-    command = [sys.executable, "-c", LIKELIHOODS, kind, json.dumps(counts)]
+    command = [sys.executable, "-c", LIKELIHOODS, kind]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     one, two = json.loads(result.stdout.splitlines()[-1])

@@ -307,29 +307,6 @@ def test_a_callable_over_a_keras_variable_has_its_gradient(gradient):
     np.testing.assert_allclose(tape.gradient(value, rate.value), -2 * np.exp(-1.0), rtol=1e-6)
 
 
-def test_the_adjoint_runs_with_the_dropout_mask_of_the_solve():
-    inputs = tf.constant(np.random.default_rng(0).normal(size=(4, 8)))
-    results = {}
-    for gradient in GRADIENTS:
-        keras.utils.set_random_seed(0)
-        layer = keras.Sequential(
-            [
-                keras.layers.Dense(16, activation="tanh", dtype="float64"),
-                keras.layers.Dropout(0.5, seed=3, dtype="float64"),
-                keras.layers.Dense(8, dtype="float64"),
-            ]
-        )
-        solver = keras_node.RungeKutta("dopri5", rtol=1e-7, atol=1e-7)
-        with tf.GradientTape() as tape:
-            tape.watch(inputs)
-            ys = keras_node.odeint(layer, inputs, [0.0, 1.0], solver=solver, gradient=gradient, training=True).ys
-            value = tf.reduce_sum(ys[-1] ** 2)
-        results[gradient] = tape.gradient(value, [inputs, *[v.value for v in layer.trainable_variables]])
-    for gradient in GRADIENTS:
-        for a, b in zip(results[gradient], results["direct"], strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 def test_a_failed_backward_solve_gives_nan_rather_than_a_number(mode):
     backward = keras_node.BacksolveAdjoint(solver=keras_node.RungeKutta("tsit5", rtol=1e-9, atol=1e-9, max_steps=2))

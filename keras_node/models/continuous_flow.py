@@ -13,6 +13,7 @@ from keras_node.layers.concat_squash import ConcatSquashField
 from keras_node.models.density_field import DensityField
 from keras_node.models.likelihood_model import LikelihoodModel
 from keras_node.models.probability import make_bijector, make_distribution
+from keras_node.pure_function import is_seed
 from keras_node.signatures import build, call_arguments
 from keras_node.solve_options import SolvingLayer
 from keras_node.solvers.runge_kutta import RungeKutta
@@ -293,7 +294,7 @@ def _parts(inputs):
 def _draws(function):
     """Whether a field has a seed, and so may be noisy in training."""
     variables = function.non_trainable_variables if isinstance(function, keras.Layer) else []
-    return any(not tf.as_dtype(v.dtype).is_floating for v in variables)
+    return any(is_seed(v) for v in variables)
 
 
 def _is_nest_of_shapes(shape):
