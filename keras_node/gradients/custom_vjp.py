@@ -174,12 +174,12 @@ def differentiated_as(function: Callable, again: Callable, arguments: tuple, pur
                 floats = [i for i, x in enumerate(outputs) if x.dtype.is_floating]
                 return vjp(tape, [outputs[i] for i in floats], sources, [upstream[i] for i in floats])
 
-            # From one seed XLA draws other noise than TensorFlow: it must be XLA once more, at the price of memory for
-            # as many steps as there may be.
+            # From one seed XLA draws other noise than TensorFlow does. So a computation with noise must be compiled
+            # again, at the price of memory for as many steps as there may be.
+            compute = compiled(derivative) if compiles and pure.draws_noise else derivative
             # In the gradient of a `while_loop` the inputs belong to the forward graph and are replaced by captures.
             # Copy them first, so that the tape watches the tensors that are used.
-            here = [tf.identity(x) for x in flat[:count]]
-            gradients = (compiled(derivative) if compiles and pure.draws_noise else derivative)(here, upstream)
+            gradients = compute([tf.identity(x) for x in flat[:count]], upstream)
             return gradients if variables is None else (gradients[: len(flat)], gradients[len(flat) :])
 
         return tf.nest.flatten(results), gradient
