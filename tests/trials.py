@@ -187,7 +187,7 @@ def rates(p: Program, t, y, params, dropout: Callable | None):
     t = tf.cast(t, y.dtype)
     if p.equation == "driven":
         return b * tf.cos(3 * t) - a * y
-    return tf.where(t < tf.cast(p.step_at[0], y.dtype), a, b) * y
+    return tf.where(t < tf.constant(p.step_at[0], y.dtype), a, b) * y
 
 
 def solution(p: Program, y0, params, ts, mask=1.0):
@@ -245,7 +245,8 @@ class Caller(keras.layers.Layer):
         super().__init__(autocast=False)
         self.run = run
 
-    def call(self, y0):
+    def call(self, y0, training=None):
+        del training  # the solve learns it from the context
         return self.run(y0)
 
 
@@ -271,9 +272,12 @@ def make(p: Program) -> Callable[[Numbers], Outcome]:
 
     def solve(y0, ts, args):
         if layer is not None:
-            options = {"args": args} if args else {}
-            y = layer(y0, ts=tf.transpose(ts[1:]), training=training, **options)
-            ys = tf.nest.map_structure(lambda a, b: keras.ops.concatenate([a[None], keras.ops.moveaxis(b, 1, 0)]), y0, y)
+            # To Keras an argument of `None` is not the same as no argument, for which the context speaks.
+            options = {"args": args or None, "training": training}
+            y = layer(y0, ts=tf.transpose(ts[1:]), **{k: v for k, v in options.items() if v is not None})
+            ys = tf.nest.map_structure(
+                lambda a, b: keras.ops.concatenate([a[None], keras.ops.moveaxis(b, 1, 0)]), y0, y
+            )
             return ys, tf.constant(50), tf.constant(0)  # of its steps a layer tells nothing
         options = {"solver": solver, "gradient": p.gradient, "training": training, "throw": False}
         used = (lambda t, y: over_leaves(p, t, y, args)) if p.field == "closure" else field
@@ -295,7 +299,11 @@ def make(p: Program) -> Callable[[Numbers], Outcome]:
         return ys, tape.gradient(loss, sources), steps, status
 
     # Batches of any number go through one trace in a graph.
-    traced = run if p.mode == "eager" else tf.function(run, autograph=False, jit_compile=p.mode == "xla", reduce_retracing=True)
+    traced = (
+        run
+        if p.mode == "eager"
+        else tf.function(run, autograph=False, jit_compile=p.mode == "xla", reduce_retracing=True)
+    )
 
     def on_numbers(numbers: Numbers) -> Outcome:
         def tensors(arrays, dtype):
@@ -359,7 +367,7 @@ def check(p: Program, numbers: Numbers, outcome: Outcome) -> list[str]:
         masks = [_mask(*leaf, numbers.ts) for leaf in zip(numbers.y0, numbers.params, outcome.ys, strict=True)]
     for i, ys in enumerate(outcome.ys):
         expected = solution(p, numbers.y0[i], numbers.params[i], numbers.ts, masks[i])
-        wrong += _compare(f"state {i}", ys, expected, bound * np.max(np.abs(expected), initial=1))
+        wrong += compare(f"state {i}", ys, expected, bound * np.max(np.abs(expected), initial=1))
     names, expected, scales = _differences(p, numbers, masks)
     gradients = tf.nest.flatten(outcome.gradients)
     for name, gradient, value, scale in zip(names, gradients, expected, scales, strict=True):
@@ -367,11 +375,11 @@ def check(p: Program, numbers: Numbers, outcome: Outcome) -> list[str]:
             wrong.append(f"The gradient of {name} is None.")
         else:
             factor = 100 if name == "times" else 10
-            wrong += _compare(f"the gradient of {name}", gradient, value, factor * bound * scale + 1e-6 * scale)
+            wrong += compare(f"the gradient of {name}", gradient, value, factor * bound * scale + 1e-6 * scale)
     return wrong
 
 
-def _compare(name, value, expected, tolerance):
+def compare(name, value, expected, tolerance):
     if value.shape != expected.shape:
         return [f"The shape of {name} is {value.shape} and should be {expected.shape}."]
     error = np.abs(value - expected)
@@ -467,6 +475,25 @@ def _differences(p, numbers, masks):
         gradients.append(gradient)
         scales.append(scale)
     return names, gradients, scales
+
+
+def draw(rng, module, **fixed):
+    """A program of a module such as this that is possible, each option drawn by `rng` unless it is fixed."""
+    while True:
+        p = module.Program(**{name: fixed.get(name, rng.choice(values)) for name, values in module.OPTIONS.items()})
+        if module.possible(p):
+            return p
+
+
+def smallest(p, fails: Callable, module):
+    """The simplest program that can be reached from one that fails, an option at a time, and fails as well."""
+    for name, values in module.OPTIONS.items():
+        for value in values[: values.index(getattr(p, name))]:
+            simpler = dataclasses.replace(p, **{name: value})
+            if module.possible(simpler) and fails(simpler):
+                p = simpler
+                break
+    return p
 
 
 def try_out(p: Program, seeds=(0,), batch: int | None = None) -> tuple[int, list[str]]:
