@@ -1,4 +1,4 @@
-"""Random programs until a given number of problems is solved: `make stress`, or `make stress STRESS_ARGS="--problems 5000"`.
+"""Random programs until a given number of problems is solved: `make stress STRESS_ARGS="--problems 5000"`.
 
 A problem is an initial value problem with steps of its own: a program, times the samples of its batch where they step
 by themselves. Prints how many were solved, how long it took, and the smallest program of every failure. Then makes a
@@ -16,13 +16,13 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 
-import keras  # noqa: E402
-import recurrent_trials  # noqa: E402
-import tensorflow as tf  # noqa: E402
-import test_faults  # noqa: E402
-import trials  # noqa: E402
+import keras
+import recurrent_trials
+import tensorflow as tf
+import test_faults
+import trials
 
-import keras_node  # noqa: E402
+import keras_node
 
 
 def failures(module, program, seeds, batch):

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import keras
 import numpy as np
 import tensorflow as tf
+import trials
 
 import keras_node
-import trials
 
 UNITS, FEATURES, STEPS = 2, 2, 4
 

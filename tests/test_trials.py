@@ -5,10 +5,9 @@
 
 import hypothesis
 import pytest
-from hypothesis import strategies
-
 import recurrent_trials
 import trials
+from hypothesis import strategies
 
 # The same draws every time: a chance failure of CI would help nobody. `make stress` is there to find new ones.
 FEW = {
