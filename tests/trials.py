@@ -84,10 +84,7 @@ class Program:
 
 # What is known not to hold, and left out until it does. Each says so in a sentence.
 KNOWN = {
-    "The default gradient of kinks outside the solve raises or is NaN.": lambda p: p.kinks == "outside",
-    "An empty batch with times of its own is not solved.": lambda p: p.batch == 0 and (p.own_times or p.per_sample),
     "Gradients of times that coincide have one side only.": lambda p: p.times == "repeated" and p.learnable_times,
-    "A functional model of `t` and `y` is not called as a field.": lambda p: p.field == "functional",
 }
 
 
