@@ -71,7 +71,7 @@ def test_what_a_field_raises_comes_through(gradient):
 def test_an_explosion_ends_with_a_status(per_sample, dtype):
     # y = 1 / (1 / y0 - t): the second sample has a pole at 0.2.
     solver = RungeKutta("tsit5", per_sample=per_sample)
-    solution, dy0 = solve(lambda y: y**2, np.array([[0.1], [5.0]], dtype), solver=solver)
+    solution, dy0 = solve(lambda y: y**2, np.array([[0.1], [5.0]], dtype), solver=solver, mode="graph")
     status = np.broadcast_to(solution.status, 2)
     assert status[1] in (Status.MAX_STEPS, Status.NON_FINITE, Status.STEP_SIZE_UNDERFLOW)
     assert np.isnan(solution.ys[-1, 1]).all() and np.isnan(dy0[1]).all()
@@ -87,7 +87,7 @@ def test_a_field_that_is_not_lipschitz_is_solved_to_its_edge():
     solution, dy0 = solve(field, np.array([1.0]), [0.0, 1.0, 1.9], gradient="checkpointed")
     np.testing.assert_allclose(solution.ys[:, 0], [1, 0.25, 0.0025], rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(dy0, 0.05, rtol=0.05)
-    past, _ = solve(field, np.array([1.0]), [0.0, 3.0], gradient="checkpointed")
+    past, _ = solve(field, np.array([1.0]), [0.0, 3.0], gradient="checkpointed", mode="graph")
     assert np.isfinite(past.ys[-1]).all() == (int(past.status) == Status.SUCCESS)
 
 
