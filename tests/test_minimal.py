@@ -68,6 +68,6 @@ def test_models_without_targets_train():
     assert np.isfinite(flow.fit(X[:, 0, :2], verbose=0).history["loss"]).all()
     latent = keras_node.LatentODE(2)
     latent.compile("adam", jit_compile=False)
-    assert np.isfinite(latent.fit((TIMES, X, np.ones((16, 5), bool)), verbose=0).history["loss"]).all()
+    assert np.isfinite(latent.fit((TIMES, X, np.ones((16, 5, 3), bool)), verbose=0).history["loss"]).all()
     cde = keras_node.NeuralCDE(4)
     assert cde(X, TIMES).shape == (16, 4)

@@ -106,7 +106,7 @@ def outputs(model):
     if isinstance(model, keras_node.ContinuousFlow):
         return model.log_prob(numbers(3, 2), numbers(3, 1)).numpy()
     if isinstance(model, keras_node.LatentODE):
-        return model.reconstruct((np.cumsum(numbers(2, 5) ** 2, axis=1), numbers(2, 5, 3), np.ones((2, 5), bool)))
+        return model.reconstruct((np.cumsum(numbers(2, 5) ** 2, axis=1), numbers(2, 5, 3), np.ones((2, 5, 3), bool)))
     return model.predict(inputs(model), verbose=0)
 
 
