@@ -59,7 +59,9 @@ class Program:
     batch: int
 
 
-KNOWN = {}
+KNOWN = {
+    "Keras' own cells raise in a graph for a batch that is known to be empty.": lambda p: p.batch == 0,
+}
 
 
 def possible(p: Program) -> bool:
