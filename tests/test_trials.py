@@ -38,12 +38,12 @@ def check(module, number, seeds, **fixed):
     holds()
 
 
-@pytest.mark.parametrize(("mode", "number", "seeds"), [("eager", 16, [0]), ("graph", 5, [0, 1]), ("xla", 4, [0, 1])])
+@pytest.mark.parametrize(("mode", "number", "seeds"), [("eager", 12, [0]), ("graph", 4, [0, 1]), ("xla", 3, [0, 1])])
 def test_random_programs_give_the_closed_form_and_its_gradients(mode, number, seeds):
     check(trials, number, seeds, mode=[mode], method=METHODS if mode == "eager" else METHODS[1:])
 
 
-@pytest.mark.parametrize(("mode", "number", "seeds"), [("graph", 3, [0, 1]), ("xla", 2, [0, 1])])
+@pytest.mark.parametrize(("mode", "number", "seeds"), [("graph", 2, [0, 1]), ("xla", 1, [0, 1])])
 def test_random_recurrent_layers_are_loops_of_solves_and_cells(mode, number, seeds):
     check(recurrent_trials, number, seeds, mode=[mode])
 
