@@ -5,18 +5,21 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+STRESS_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help example examples test bench bench-more lint format clean
+.PHONY: help example examples test test-minimal stress bench bench-more lint format clean
 
 help:
 	@echo "make example   train a continuous-depth network on real data, beside a residual network"
 	@echo "make examples  run every example"
 	@echo "make test      run the tests; PYTEST_ARGS='-k solver' chooses some"
+	@echo "make test-minimal  run the core of the tests with the oldest TensorFlow and Keras that pyproject.toml allows"
+	@echo "make stress    random programs until 100,000 problems are solved; STRESS_ARGS='--problems 5000' for fewer"
 	@echo "make bench     compare with other libraries, in environments of their own; BENCH_ARGS=--quick for a first look"
 	@echo "make bench-more  error against time, numbers of steps, plain fit beside XLA, and how the time of a step grows"
 	@echo "make lint      check style and format"
@@ -32,6 +35,27 @@ examples: $(INSTALLED)
 # Every worker imports TensorFlow, so a few long-lived ones that steal work from each other.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --durations 10 $(PYTEST_ARGS)
+
+# The core of the suite on the lower bounds of pyproject.toml: solutions, gradients, layers, saving, export. The saved files
+# among the fixtures are of newer versions of Keras, whose configs older ones do not read.
+MINIMAL_TESTS := \
+	tests/test_minimal.py \
+	tests/test_saved_model.py \
+	tests/test_step_at.py \
+	tests/test_ode_rnn.py::test_it_is_a_solve_to_every_observation_and_a_call_of_the_cell \
+	tests/test_gradients.py::test_gradients_equal_finite_differences
+
+test-minimal: $(VENV)-minimal/.installed
+	$(VENV)-minimal/bin/python -m pytest $(MINIMAL_TESTS)
+
+$(VENV)-minimal/.installed: tests/requirements-minimal.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-minimal
+	$(VENV)-minimal/bin/python -m pip install --quiet --requirement $<
+	$(VENV)-minimal/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+stress: $(INSTALLED)
+	$(BIN)/python benchmarks/stress.py $(STRESS_ARGS)
 
 PEERS := --python $(BIN)/python --torch-python $(VENV)-torch/bin/python --jax-python $(VENV)-jax/bin/python
 
@@ -59,7 +83,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-torch $(VENV)-jax build dist *.egg-info .pytest_cache .ruff_cache *.png
+	rm -rf $(VENV) $(VENV)-minimal $(VENV)-torch $(VENV)-jax build dist *.egg-info .pytest_cache .ruff_cache *.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml

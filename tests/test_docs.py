@@ -3,9 +3,18 @@
 import pathlib
 import re
 
+import keras
+import numpy as np
 import pytest
 
-DOCS = sorted((pathlib.Path(__file__).parent.parent / "docs").glob("*.md"))
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def blocks(path):
+    return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+
+
+DOCS = [path for path in sorted((ROOT / "docs").glob("*.md")) if blocks(path)]
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
@@ -15,6 +24,17 @@ def test_the_python_in_a_page_runs(path, tmp_path, monkeypatch):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
-    assert blocks
-    exec(compile("\n".join(blocks), str(path), "exec"), {"__name__": path.stem})
+    code = "\n".join(blocks(path))
+    exec(compile(code, str(path), "exec"), {"__name__": path.stem})
+
+
+def test_the_python_in_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    # The data are the reader's.
+    names = {"x": rng.normal(size=(64, 8)), "y": rng.integers(10, size=64)}
+    code = "\n".join(blocks(ROOT / "README.md"))
+    exec(compile(code, "README.md", "exec"), names)
+    loaded = keras.models.load_model("m.keras")
+    np.testing.assert_allclose(loaded.predict(names["x"], verbose=0), names["model"].predict(names["x"], verbose=0))
+    assert pathlib.Path("served/saved_model.pb").exists()
