@@ -120,8 +120,8 @@ class VectorField:
                     f"A vector field cannot update state while it is integrated, and {variable.path!r} is "
                     "updated on every evaluation. For BatchNormalization, use LayerNormalization or "
                     "GroupNormalization inside the field, put the BatchNormalization before or after the ODE "
-                    "layer, or call the field with `training=False`. Update a metric outside the field, and set "
-                    f"`track_stats` on the outermost layer only. Received: {self.function!r}"
+                    "layer, or call the field with `training=False`. Update a metric outside the field. "
+                    f"Received: {self.function!r}"
                 )
             variable.assign(value)
 

@@ -167,7 +167,7 @@ def test_gradients_across_a_jump(gradient, ts, per_sample):
 def test_it_is_saved_and_refused_where_it_has_no_effect():
     solver = solver_at([0.5, 1.0])
     assert keras_node.RungeKutta.from_config(solver.get_config()).step_at == (0.5, 1.0)
-    assert "step_at=[0.5, 1.0]" in repr(solver)
+    assert "step_at=(0.5, 1.0)" in repr(solver)
     with pytest.raises(ValueError, match="no effect"):
         keras_node.RungeKutta("rk4", num_steps=3, step_at=[0.5])
     with pytest.raises(ValueError, match="finite"):
