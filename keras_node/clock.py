@@ -29,7 +29,7 @@ class Segment(NamedTuple):
         start, stop: the readings at its ends.
         first, last: the times there.
         speed: time per reading.
-        kinks: whether the field may jump at its ends.
+        kinks: if the field may jump at its ends, the precision in which it tells times apart; else `None`.
     """
 
     start: tf.Tensor
@@ -37,16 +37,18 @@ class Segment(NamedTuple):
     first: tf.Tensor
     last: tf.Tensor
     speed: tf.Tensor
-    kinks: bool
+    kinks: tf.DType | None
 
     def time(self, reading: tf.Tensor) -> tf.Tensor:
         return self.inside(tf.add(self.first, tf.multiply(tf.subtract(reading, self.start), self.speed)))
 
     def inside(self, time: tf.Tensor) -> tf.Tensor:
-        """`time`, kept off the ends of the segment by the least amount if they are kinks."""
-        if not self.kinks:
+        """`time`, kept off the ends of the segment by the least amount that the field can see if they are kinks."""
+        if self.kinks is None:
             return time
-        first, last = tf.math.nextafter(self.first, self.last), tf.math.nextafter(self.last, self.first)
+        first, last = tf.cast(self.first, self.kinks), tf.cast(self.last, self.kinks)
+        first, last = tf.math.nextafter(first, last), tf.math.nextafter(last, first)
+        first, last = tf.cast(first, time.dtype), tf.cast(last, time.dtype)
         return tf.clip_by_value(time, tf.minimum(first, last), tf.maximum(first, last))
 
 
@@ -60,7 +62,8 @@ class Clock(NamedTuple):
         elapsed: what has passed since the first of the times, with its sign, in the same shape.
         speed: time per reading in every segment, `(S,)` or `(S, batch)`.
         count: how many segments there are, `()`, or `(batch,)` with per-sample steps.
-        kinks: whether the field may jump at the stops, so that a segment must not look at its ends.
+        kinks: if the field may jump at the stops, so that a segment must not look at its ends, the precision in which
+            the field tells times apart; else `None`.
     """
 
     stops: tf.Tensor
@@ -68,7 +71,7 @@ class Clock(NamedTuple):
     elapsed: tf.Tensor
     speed: tf.Tensor
     count: tf.Tensor
-    kinks: bool = False
+    kinks: tf.DType | None = None
 
     @property
     def num_segments(self) -> int | None:
@@ -96,7 +99,7 @@ class Clock(NamedTuple):
 
     def inside(self, index: tf.Tensor | int, time: tf.Tensor) -> tf.Tensor:
         """`time`, kept off the ends of its segment if they are kinks."""
-        return self.segment(index).inside(time) if self.kinks else time
+        return time if self.kinks is None else self.segment(index).inside(time)
 
     def readings_at(self, elapsed: tf.Tensor, stops: tf.Tensor | None = None) -> tf.Tensor:
         """The readings when so much time has passed, `(T,)` or `(T, batch)`.
@@ -133,14 +136,16 @@ class Clock(NamedTuple):
         return self._replace(stops=stops, times=times, elapsed=elapsed, speed=self.speed[:last])
 
 
-def make_clock(times: tf.Tensor, dtype: tf.DType, per_sample: bool, kinks: bool = False) -> tuple[Clock, tf.Tensor]:
+def make_clock(
+    times: tf.Tensor, dtype: tf.DType, per_sample: bool, kinks: tf.DType | None = None
+) -> tuple[Clock, tf.Tensor]:
     """A clock that stops at every one of `times`, and the index of the stop of each.
 
     Args:
         times: `(N,)` or `(N, batch)`, monotonic along axis 0.
         dtype: the precision of the clock.
         per_sample: whether every sample has a clock of its own where times have a batch axis.
-        kinks: whether the field may jump at the stops.
+        kinks: if the field may jump at the stops, the precision in which it tells times apart.
     """
     elapsed = tf.cast(times - times[:1], dtype)
     times = tf.cast(times, dtype)

@@ -48,6 +48,11 @@ class Problem(NamedTuple):
         return tf.nest.flatten(self.y0)[0].dtype
 
     @property
+    def precision(self) -> tf.DType:
+        """That in which the field tells times apart: a float32 layer does not see all digits of a float64 time."""
+        return tf.float64 if tf.float64 == self.dtype == self.vector_field.precision else tf.float32
+
+    @property
     def times(self) -> tf.Tensor:
         """The times as the field sees them, in the precision of the state."""
         return tf.cast(self.ts, self.dtype)
@@ -75,7 +80,7 @@ def solve(problem: Problem, observers: Sequence[Observer] = ()) -> tuple[Traject
         return Rates(problem.vector_field(t, y, problem.params))
 
     # After a kink the state goes on as it is, and the field is evaluated afresh.
-    jump = (lambda i, y: y) if clock.kinks else None
+    jump = None if clock.kinks is None else lambda i, y: y
     output = None if problem.ts.shape[0] == 2 else DenseOutput(solver.tableau, readings)
     watching = observers if output is None else (*observers, output)
     integral = integrate(rates, y0, clock, solver, observers=watching, jump=jump)
@@ -117,7 +122,7 @@ def solve_clock(problem: Problem) -> tuple[Clock, tf.Tensor | tuple]:
         times = tf.stack([ts[0], ts[-1]])
         if solver.step_at:
             times, _ = merge(times, tf.constant(solver.step_at, ts.dtype))
-        clock, _ = make_clock(times, dtype, solver.per_sample, kinks=bool(solver.step_at))
+        clock, _ = make_clock(times, dtype, solver.per_sample, problem.precision if solver.step_at else None)
         return clock, () if ts.shape[0] == 2 else clock.readings_at(tf.cast(ts - ts[:1], dtype))
 
     return clock_of(problem, make, solver.per_sample)
@@ -130,7 +135,7 @@ def adjoint_clock(problem: Problem, solver: RungeKutta, kinks: Sequence[float]) 
         times, place = ts[::-1], None
         if kinks:
             times, place = merge(times, tf.constant(kinks, ts.dtype))
-        clock, stops = make_clock(times, problem.dtype, solver.per_sample, kinks=bool(kinks))
+        clock, stops = make_clock(times, problem.dtype, solver.per_sample, problem.precision if kinks else None)
         return clock, reorder(stops, place) if kinks else stops
 
     return clock_of(problem, make, solver.per_sample)

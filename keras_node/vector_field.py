@@ -32,7 +32,7 @@ class VectorField:
         pure: the field as a `PureFunction`.
         params: the tensors that the field reads and a gradient may be asked for: the float leaves of `args`, then the
             `params` of `pure`.
-        computes_in_float16: whether its rates, when last evaluated, came in a precision that overflows early.
+        precision: the lowest precision in which its rates came when it was last evaluated.
     """
 
     def __init__(
@@ -90,7 +90,8 @@ class VectorField:
     def _evaluate(self, t, y, args):
         with tf.name_scope("vector_field"):  # a layer's name may begin with "_", a scope's at the root may not
             dy = self._call(t, y, args, **self._keywords)
-        self.computes_in_float16 = any(getattr(d, "dtype", None) == tf.float16 for d in tf.nest.flatten(dy))
+        precisions = [d.dtype for d in tf.nest.flatten(dy) if _is_float(d)]
+        self.precision = min(precisions, key=lambda dtype: dtype.size, default=None)
         return like_state(dy, y, self.function)
 
     def _check_losses(self):

@@ -1,5 +1,6 @@
 """Jumps and kinks: a step ends at each, and neither side of it sees the other."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -172,3 +173,25 @@ def test_it_is_saved_and_refused_where_it_has_no_effect():
         keras_node.RungeKutta("rk4", num_steps=3, step_at=[0.5])
     with pytest.raises(ValueError, match="finite"):
         keras_node.RungeKutta("tsit5", step_at=[np.nan])
+
+
+@pytest.mark.parametrize("mode", ["eager", "xla"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_field_sees_its_side_of_a_kink_in_its_own_precision(dtype, mode):
+    """For a float32 layer the next float64 before 0.3 is 0.3 itself."""
+
+    class Field(keras.layers.Layer):
+        def call(self, t, y):
+            before = keras.ops.cast(t < keras.ops.cast(0.3, t.dtype), y.dtype)
+            return (8 * before - 5) * keras.ops.ones_like(y)
+
+    field = Field(dtype=dtype)
+
+    def solve(ts, solver):
+        run = lambda: keras_node.odeint(field, tf.zeros((2, 1), tf.float64), ts, solver=solver).ys[:, 0, 0]  # noqa: E731
+        return (run if mode == "eager" else tf.function(run, jit_compile=True))()
+
+    ys = solve([0.0, 0.5, 1.0], keras_node.RungeKutta("rk4", step_size=0.07, step_at=[0.3, 2.0]))
+    np.testing.assert_allclose(ys, [0.0, 0.9 - 1.0, 0.9 - 3.5], atol=1e-7)
+    ys = solve([1.0, 0.0], keras_node.RungeKutta("tsit5", step_at=[0.3]))
+    np.testing.assert_allclose(ys, [0.0, 3.5 - 0.9], atol=1e-7)

@@ -84,9 +84,6 @@ class Program:
 
 # What is known not to hold, and left out until it does. Each says so in a sentence.
 KNOWN = {
-    "A float32 layer over a float64 state cannot tell the two sides of a kink apart.": lambda p: (
-        p.equation == "switched" and p.weights != p.dtype
-    ),
     "Gradients of times that coincide have one side only.": lambda p: p.times == "repeated" and p.learnable_times,
 }
 

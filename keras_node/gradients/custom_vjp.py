@@ -57,7 +57,7 @@ def solve_with_gradient(
         # An upstream gradient that is not finite is the loss's own affair (a loss scaler skips that step), and so is
         # one so large that a field in float16 overflows on it.
         excused = ~tf.reduce_all([tf.reduce_all(tf.math.is_finite(d)) for d in tf.nest.flatten(dys)])
-        if field.computes_in_float16:
+        if field.precision == tf.float16:
             excused |= status == int(Status.NON_FINITE)
         if problem.on_backward is not None:
             problem.on_backward(stats, status, excused)
