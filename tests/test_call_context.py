@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import keras_node
 
-SOLVER = keras_node.RungeKutta("dopri5", rtol=1e-6, atol=1e-6)
+SOLVER = keras_node.RungeKutta("rk4", num_steps=6)
 X = tf.constant(np.random.default_rng(0).normal(size=(4, 3)), tf.float32)
 
 
