@@ -180,18 +180,18 @@ def test_what_a_field_closes_over_has_its_gradient():
     scale, weight = tf.constant(0.5), keras.Variable(0.5)
 
     @tf.function
-    def gradient(of, keras_variable):
+    def gradient(keras_variable):
         field = lambda h: -(weight if keras_variable else scale) * h  # noqa: E731
         with tf.GradientTape() as tape:
             tape.watch(scale)
             y = tf.reduce_sum(ODERNN(KEEP, field, solver=COARSE)(x, times) ** 2)
-        return tape.gradient(y, of)
+        return tape.gradient(y, weight.value if keras_variable else scale)
 
     with tf.GradientTape() as tape:
         y = tf.reduce_sum(ODERNN(KEEP, lambda h: -weight * h, solver=COARSE)(x, times) ** 2)
     expected = tape.gradient(y, weight.value)
-    np.testing.assert_allclose(gradient(weight.value, True), expected, rtol=1e-5)
-    np.testing.assert_allclose(gradient(scale, False), expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient(True), expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient(False), expected, rtol=1e-5)
 
 
 class Keep(keras.Layer):
