@@ -205,8 +205,8 @@ def times(y, t, args):
 
 @pytest.mark.parametrize("args", [np.array([[2.0]]), [np.array([[2.0]])], {"a": np.float64(2.0)}, 2.0], ids=repr)
 def test_numpy_arguments_of_a_layer_take_the_precision_of_the_state(args):
-    layer = ODELayer(lambda t, y, args: times(y, t, args))
-    expected = odeint(lambda t, y, args: times(y, t, args), X, [0.0, 1.0], args=args).ys[-1]
+    layer = ODELayer(lambda t, y, args: times(y, t, args), solver=RK4)
+    expected = odeint(lambda t, y, args: times(y, t, args), X, [0.0, 1.0], args=args, solver=RK4).ys[-1]
     np.testing.assert_array_equal(layer(X, args=args), expected)
     np.testing.assert_allclose(tf.function(lambda x: layer(x, args=args))(X), expected, rtol=1e-6)
     wide = ODELayer(lambda t, y, args: times(y, t, args), dtype="float64")
