@@ -441,7 +441,7 @@ def test_mixed_precision_keeps_the_density_in_single():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"event_dim": 0}, "`event_dim` must be an integer of 1 or more. Received: event_dim=0"),
+        ({"event_dim": 0}, "`event_dim` must be a positive integer. Received: event_dim=0"),
         ({"t1": 0.0}, "`0 <= steer < t1`.*Received: steer=0.0, t1=0.0"),
         ({"steer": 1.0}, "`0 <= steer < t1`.*Received: steer=1.0, t1=1.0"),
         ({"trace": "other"}, "`trace` must be one of exact, hutchinson. Received: trace='other'"),

@@ -221,7 +221,7 @@ def test_integers_may_come_as_floats(value):
 @pytest.mark.parametrize("value", [-1, 1.5, True, "2", None, float("nan"), float("inf"), np.ones(2)])
 def test_what_is_no_integer_is_refused(value):
     for check in (positive_integer, non_negative_integer):
-        with pytest.raises(ValueError, match=r"`n` must be an integer of \d or more. Received: n="):
+        with pytest.raises(ValueError, match=r"`n` must be (a positive integer|an integer, 0 or more)\. Received: n="):
             check("n", value)
     for make, name in (
         (lambda: ContinuousFlow(value), "event_dim"),
@@ -229,8 +229,8 @@ def test_what_is_no_integer_is_refused(value):
         (lambda: LatentODE(2, units=value), "units"),
         (lambda: LatentODE(2, kl_annealing_steps=value), "kl_annealing_steps"),
     ):
-        with pytest.raises(ValueError, match=f"`{name}` must be an integer"):
+        with pytest.raises(ValueError, match=rf"`{name}` must be (a positive integer|an integer, 0 or more)"):
             make()
-    with pytest.raises(ValueError, match="`n` must be an integer of 1 or more"):
+    with pytest.raises(ValueError, match="`n` must be a positive integer"):
         positive_integer("n", 0)
     assert non_negative_integer("n", 0) == 0
