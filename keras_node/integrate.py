@@ -266,7 +266,7 @@ def _spacing(segment, solver):
     length = segment.stop - segment.start
     if solver.num_steps is not None:
         return length / solver.num_steps, tf.cast(solver.num_steps, length.dtype)
-    spacing = tf.cast(solver.step_size, length.dtype)
+    spacing = tf.constant(solver.step_size, length.dtype)
     # The last step of constant ones, too, may be longer by 1 %.
     return spacing, tf.math.ceil(length / spacing - 0.01)
 

@@ -121,8 +121,8 @@ class PureFunction:
         self.trace, scope, results, values = _evaluate_once(function, arguments)
         self.losses = scope.losses
         self._evaluated = {*scope.read, *map(id, scope.watched)}
-        replaced = {id(component) for v in scope.recorded for component in _local(v.value)}
-        reads_others = any(id(v) not in replaced for v in scope.watched)
+        replaced = _components(scope.recorded)
+        others = {id(v) for v in scope.watched} - replaced
         updated = [variable for variable, _ in scope.updates]
         self.updates = list(zip(updated, values, strict=True))
 
@@ -140,13 +140,17 @@ class PureFunction:
         if self.trace is None:
             # With variables that it reads by itself, the value depends on these too, and their gradient is known.
             self.captured = []
-            self.hidden = [x for x in tf.nest.flatten(results) if _is_float(x) and not reads_others]
+            self.hidden = [x for x in tf.nest.flatten(results) if _is_float(x) and not others]
         else:
             known = {id(x) for x in tf.nest.flatten((arguments, [v.value for v in scope.read.values()]))}
             self.captured = [x for x in self.trace.captured_inputs if _is_float(x) and id(x) not in known]
             self.hidden = []
-        self.closes_over = reads_others or any(tf.is_symbolic_tensor(x) for x in self.captured)
         self.params = [*weights, *map(tf.identity, self.captured)]
+        if self.trace is not None and others and others <= _components(scope.read.values()):
+            # Read in a graph inside: of a `tf.cond`, which has them replaced as well, or of a `tf.function`.
+            again = tf.function(lambda: self(self.params, self.carried, *arguments)[0], autograph=False)
+            others = again.get_concrete_function().trainable_variables
+        self.closes_over = bool(others) or any(tf.is_symbolic_tensor(x) for x in self.captured)
         self._read_by_itself = self.captured
         self.context = CallContext.current(read)
 
@@ -218,9 +222,10 @@ def is_seed(variable: keras.Variable) -> bool:
     return not tf.as_dtype(variable.dtype).is_floating
 
 
-def _local(value):
-    """What stands for a variable's value on this device."""
-    return tf.distribute.get_strategy().experimental_local_results(value)
+def _components(variables):
+    """The `id`s of what stands for the values of variables on this device."""
+    strategy = tf.distribute.get_strategy()
+    return {id(component) for v in variables for component in strategy.experimental_local_results(v.value)}
 
 
 def _graph():

@@ -223,6 +223,7 @@ class _Masked(keras.layers.Layer):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.supports_masking = True
+        self.built = True  # which `quantize` asks of every layer
 
     def call(self, x, mask=None):
         return x
