@@ -8,8 +8,7 @@ How a solve and its gradient are computed depends on where they are:
 - A second derivative differentiates the gradient's own computation. What a loop in an XLA program keeps for its
   gradient cannot leave the program, so there `differentiated_as` computes the gradient again outside of it.
 
-`tf.vectorized_map` drops custom gradients and differentiates what is inside. In a graph that is possible, and right. An
-XLA program is closed to it: there the gradient is NaN.
+`tf.vectorized_map` drops custom gradients and differentiates what is inside. That is closed to it, and the gradient is NaN.
 """
 
 from collections.abc import Callable, Sequence
@@ -97,7 +96,7 @@ def custom_vjp(
     def differentiable(*flat):
         arguments = tf.nest.pack_sequence_as(inputs, flat)
         ys, others, memory = _undifferentiated(forward, arguments, compiles)
-        if compiles:
+        if not tf.executing_eagerly():
             ys = _without_gradient(flat, ys)
         structure.append((ys, others))
 
@@ -196,14 +195,12 @@ def compiled(function: Callable) -> Callable:
 
 def _undifferentiated(function, arguments, compiles):
     """`function(*arguments)`, of which a tape does not record what a custom gradient makes superfluous."""
-    if not compiles and not tf.executing_eagerly():
-        return function(*arguments)  # a graph costs nothing more, and `tf.vectorized_map` differentiates it
     constants = tf.nest.map_structure(tf.stop_gradient, arguments)
     return (compiled(function) if compiles else function)(*constants)
 
 
 def _without_gradient(inputs: Sequence[tf.Tensor], ys: Nest) -> Nest:
-    """`ys`, whose gradient by TensorFlow is NaN: of an XLA program it would be zero, for whoever drops our own."""
+    """`ys`, whose gradient is NaN for `tf.vectorized_map`, which drops our own; without this it would be zero."""
     total = tf.add_n([tf.reduce_sum(tf.cast(x, tf.float32)) for x in inputs])
     nothing = tf.sqrt(0 * tf.where(tf.math.is_finite(total), total, 0))
     return tf.nest.map_structure(lambda y: y + tf.cast(nothing, y.dtype), ys)
