@@ -8,7 +8,8 @@ How a solve and its gradient are computed depends on where they are:
 - A second derivative differentiates the gradient's own computation. What a loop in an XLA program keeps for its
   gradient cannot leave the program, so there `differentiated_as` computes the gradient again outside of it.
 
-`tf.vectorized_map` drops custom gradients and differentiates what is inside. That is closed to it, and the gradient is NaN.
+`tf.vectorized_map` drops custom gradients and differentiates what is inside. That is closed to it, and the gradient is
+NaN.
 """
 
 from collections.abc import Callable, Sequence
