@@ -261,7 +261,7 @@ def _augmented(vector_field, params):
             return Rates((dy, dadjoint), _in_precision_of(adjoint, dgradients))
         # The product sums over samples, each of which must count at its own speed. A sample at rest must not count,
         # yet a second derivative with respect to its times needs its adjoint's rate: a negligible speed gives both.
-        speed = tf.where(speed == 0, tf.cast(1e-20, speed.dtype), speed)
+        speed = speed + tf.where(speed == 0, tf.cast(1e-20, speed.dtype), 0)
         dadjoint, dgradients = vjp(tape, dy, (y, sources), trees.scale(-speed, adjoint))
         return Rates((dy, trees.scale(1 / speed, dadjoint)), _in_precision_of(adjoint, dgradients))
 
