@@ -43,7 +43,7 @@ def odeint(
             rate of change in the structure and shapes of `y`. `t` is a scalar, or `(batch, 1, ..., 1)` with the
             rank of `y` (of its first leaf) where samples have times of their own. A tensor that a gradient is
             wanted for goes in through `args`: of one that the field closes over the gradient is right in a graph, and
-            NaN eagerly, where nothing can find it.
+            NaN eagerly, where nothing can find it, or zero if the field reads a `tf.Variable` as well.
         y0: the initial state, a float tensor or a nest (tuple, list, dict) of them. A nested list is a nest of
             scalars; for a vector, pass an array or a tensor.
         ts: times, monotonic either way, `(T,)` or, where every sample has its own, `(T, batch)`; `T >= 2`. `ts[0]`

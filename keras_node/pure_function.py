@@ -230,7 +230,7 @@ def _components(variables):
 
 def _graph():
     """The graph that is being built, or `None` in eager mode."""
-    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    return None if tf.executing_eagerly() else tf.constant(0).graph
 
 
 def _is_float(x) -> bool:
