@@ -6,13 +6,14 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 STRESS_ARGS ?=
+DOCS_ARGS ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help example examples test test-minimal stress bench bench-more lint format clean
+.PHONY: help example examples test test-minimal stress bench bench-more docs docs-links dist lint types format clean
 
 help:
 	@echo "make example   train a continuous-depth network on real data, beside a residual network"
@@ -22,7 +23,11 @@ help:
 	@echo "make stress    random programs until 100,000 problems are solved; STRESS_ARGS='--problems 5000' for fewer"
 	@echo "make bench     compare with other libraries, in environments of their own; BENCH_ARGS=--quick for a first look"
 	@echo "make bench-more  error against time, numbers of steps, plain fit beside XLA, and how the time of a step grows"
+	@echo "make docs      build the site in docs/_build/html, run its code and check its links; any fault is an error"
+	@echo "make docs-links  check the links of the site to other sites, for which it needs a network"
+	@echo "make dist      build the wheel and the sdist, and try them in a fresh environment"
 	@echo "make lint      check style and format"
+	@echo "make types     check the types of the package"
 	@echo "make format    put both right where ruff can"
 	@echo "make clean     remove the virtual environment and every output"
 
@@ -74,6 +79,25 @@ $(VENV)-%/.installed: benchmarks/requirements-%.txt
 	$(VENV)-$*/bin/python -m pip install --quiet --requirement $<
 	@touch $@
 
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet $(DOCS_ARGS) docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+docs-links: $(INSTALLED)
+	$(BIN)/sphinx-build -b linkcheck -D nb_execution_mode=off --quiet docs docs/_build/links
+
+# A fresh environment with the wheel alone: what it needs must be among its dependencies.
+dist: $(INSTALLED)
+	rm -rf dist $(VENV)-dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --quiet dist/*.whl
+	cd dist && ../$(VENV)-dist/bin/python ../tests/try_wheel.py
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,7 +107,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VENV)-minimal $(VENV)-torch $(VENV)-jax build dist *.egg-info .pytest_cache .ruff_cache *.png
+	rm -rf $(VENV) $(VENV)-dist $(VENV)-minimal $(VENV)-torch $(VENV)-jax build dist docs/_build *.egg-info .pytest_cache .ruff_cache *.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml

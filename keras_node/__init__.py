@@ -8,7 +8,7 @@ if keras.backend.backend() != "tensorflow":
         f"Received: backend={keras.backend.backend()!r}"
     )
 
-from keras_node import plots
+from keras_node import plots, utils
 from keras_node.callbacks import SolverMonitor
 from keras_node.control import ControlPath, control_path
 from keras_node.gradcheck import GradientCheck, gradcheck
@@ -31,7 +31,7 @@ from keras_node.odeint import odeint
 from keras_node.solution import Solution, Stats, Status
 from keras_node.solvers.runge_kutta import RungeKutta
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ODERNN",
@@ -62,4 +62,5 @@ __all__ = [
     "gradcheck",
     "odeint",
     "plots",
+    "utils",
 ]

@@ -13,6 +13,8 @@ from keras_node.odeint import odeint
 from keras_node.solve import solve
 from keras_node.vector_field import VectorField
 
+__all__ = ["evaluations", "phase_portrait", "step_sizes", "trajectories"]
+
 
 def phase_portrait(
     vector_field: keras.Layer | Callable,

@@ -1,0 +1,106 @@
+"""The site: `make docs` builds it with Sphinx, and runs the code of every guide as a notebook."""
+
+import os
+
+from docutils import nodes
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx import addnodes
+
+import keras_node
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the kernels that run the guides inherit it
+
+project = "keras_node"
+author = "The keras_node authors"
+copyright = author
+release = version = keras_node.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+
+# Strict: what cannot be found, or fails when it is run, ends the build (`sphinx-build -W`).
+nitpicky = True
+nitpick_ignore_regex = [
+    # Types of packages whose references are not loaded, so that the build needs no network.
+    (r"py:.*", r"(tf|tensorflow|tfp|tfd|tfb|keras|np|numpy|pandas|pd|matplotlib|collections|typing|types|os|pathlib)\..*"),
+    (r"py:.*", r"(Any|Callable|Sequence|Iterable|Mapping|Axes|array-like|optional|callable|Path|PathLike)"),
+]
+suppress_warnings = ["mystnb.unknown_mime_type"]
+exclude_patterns = ["_build"]
+
+myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "force"
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+nb_execution_show_tb = True
+nb_merge_streams = True
+nb_output_stderr = "remove"  # TensorFlow's log
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_custom_sections = [
+    ("Call arguments", "params_style"),
+    "Input shape",
+    "Output shape",
+    "Masking",
+    "Reference",
+]
+
+html_theme = "furo"
+html_title = f"keras_node {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+html_theme_options = {"navigation_with_keys": True}
+html_math_renderer = "mathml"
+copybutton_exclude = ".linenos, .gp, .go"
+
+MODULES = {"plots": keras_node.plots, "utils": keras_node.utils}
+PUBLIC = {name for name in keras_node.__all__ if name not in MODULES} | {
+    f"{module}.{name}" for module, content in MODULES.items() for name in content.__all__
+}
+
+
+def code_or_link(role, rawtext, text, lineno, inliner, options=None, content=None):
+    """The default role: what stands in single backticks in a docstring is code, and links to what is public here."""
+    literal = nodes.literal(rawtext, text, classes=["code"])
+    name = text.removesuffix("()").removeprefix("keras_node.")
+    if name not in PUBLIC:
+        return [literal], []
+    reference = addnodes.pending_xref(
+        rawtext, literal, refdomain="py", reftype="obj", reftarget=f"keras_node.{name}", refexplicit=True
+    )
+    return [reference], []
+
+
+def visit_math(translator, node):
+    """Writes an equation as MathML, which browsers draw themselves: no script, no font and no network."""
+    block = isinstance(node, nodes.math_block)
+    source = node.astext()
+    try:
+        mathml = tex2mathml(source, as_block=block)
+    except MathError as error:
+        raise ValueError(f"docutils cannot write this equation as MathML: {source!r}") from error
+    translator.body.append(f'<div class="math">{mathml}</div>' if block else mathml)
+    raise nodes.SkipNode
+
+
+def setup(app):
+    """Adds the role and the writer of equations."""
+    from docutils.parsers.rst import roles
+
+    roles.register_local_role("code-or-link", code_or_link)
+    app.config.default_role = "code-or-link"
+    app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))
