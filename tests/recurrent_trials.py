@@ -1,6 +1,7 @@
 """Random recurrent layers beside a plain Python loop of solves and cells; drawn as in `trials.py`."""
 
 import dataclasses
+import functools
 import zlib
 from typing import NamedTuple
 
@@ -109,10 +110,11 @@ def _cells(p, dtype):
 
 
 def _network(p, dtype):
+    """A field whose Lipschitz constant is at most one, since errors of a solve grow with it, whoever solves."""
+    dense = functools.partial(keras.layers.Dense, kernel_initializer="orthogonal", dtype=dtype)
     if p.field == "linear":
-        return keras.layers.Dense(UNITS, use_bias=False, dtype=dtype)
-    layers = [keras.layers.Dense(3, activation="tanh", dtype=dtype), keras.layers.Dense(UNITS, dtype=dtype)]
-    return keras.Sequential(layers)
+        return dense(UNITS, use_bias=False)
+    return keras.Sequential([dense(3, activation="tanh"), dense(UNITS)])
 
 
 class Around(keras.layers.Layer):
