@@ -28,7 +28,10 @@ extensions = [
 nitpicky = True
 nitpick_ignore_regex = [
     # Types of packages whose references are not loaded, so that the build needs no network.
-    (r"py:.*", r"(tf|tensorflow|tfp|tfd|tfb|keras|np|numpy|pandas|pd|matplotlib|collections|typing|types|os|pathlib)\..*"),
+    (
+        r"py:.*",
+        r"(tf|tensorflow|tensorflow_probability|tfp|keras|np|numpy|matplotlib|collections|typing|os|pathlib)\..*",
+    ),
     (r"py:.*", r"(Any|Callable|Sequence|Iterable|Mapping|Axes|array-like|optional|callable|Path|PathLike)"),
 ]
 suppress_warnings = ["mystnb.unknown_mime_type"]

@@ -32,7 +32,7 @@ def series_from_frame(
     *,
     id: Hashable = "id",
     time: Hashable = "time",
-    value: Hashable | Sequence[Hashable] = "value",
+    value: Hashable | list[Any] = "value",
     variable: Hashable | None = None,
     channels: Sequence[Hashable] | None = None,
     unit: str | float = 1.0,
@@ -41,9 +41,9 @@ def series_from_frame(
 ) -> Series:
     """Makes padded arrays of a table of observations, for `keras_node.ODERNN`, `NeuralCDE` and `LatentODE`.
 
-    The table is long, with one row for every value and a column that names the variable, or wide, with one row for every
-    time and a column for every channel. Its rows may be in any order. Values of one series at one time become one
-    observation.
+    The table is long, with one row for every value and a column that names the variable, or wide, with one row for
+    every time and a column for every channel. Its rows may be in any order. Values of one series at one time become
+    one observation.
 
     Args:
         frame: a pandas or polars DataFrame, or a dict of columns.
@@ -88,53 +88,44 @@ def series_from_frame(
            [ True, False]])
     """
     names, rows = _distinct(_column(frame, id))
-    times = _elapsed(_column(frame, time), rows, len(names), unit, origin)
+    elapsed = _elapsed(_column(frame, time), rows, len(names), unit, origin)
     if variable is None:
-        columns = [value] if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
         if channels is not None:
             raise ValueError(
                 "`channels` is for long tables; in a wide table `value` lists the columns. "
                 f"Received: channels={list(channels)!r}, variable=None"
             )
-        table = np.stack([_numbers(frame, column) for column in columns], axis=-1)
-        channel_names = tuple(columns)
-        places = np.broadcast_to(np.arange(len(columns)), table.shape)
-        rows, times = (np.broadcast_to(x[:, None], table.shape).ravel() for x in (rows, times))
-        places, given = places.ravel(), table.ravel()
+        channel_names = tuple(value) if isinstance(value, list) else (value,)
+        table = np.stack([_numbers(frame, column) for column in channel_names], axis=-1)
+        rows, elapsed = (np.repeat(x, len(channel_names)) for x in (rows, elapsed))
+        places, given = np.tile(np.arange(len(channel_names)), len(table)), table.ravel()
     else:
         kinds = _column(frame, variable)
         channel_names = tuple(np.unique(kinds).tolist() if channels is None else channels)
         index = {name: i for i, name in enumerate(channel_names)}
         places = np.array([index.get(kind, -1) for kind in kinds.tolist()], int)
-        given = _numbers(frame, value)
         known = places >= 0
-        rows, times, places, given = rows[known], times[known], places[known], given[known]
+        rows, elapsed, places, given = (x[known] for x in (rows, elapsed, places, _numbers(frame, value)))
 
-    # One observation for every series and time, in order; `observation` says to which one a value belongs.
-    moments, observation = np.unique(np.stack([rows, times], axis=-1), axis=0, return_inverse=True)
-    observation = observation.reshape(-1)
-    counts = np.bincount(moments[:, 0].astype(int), minlength=len(names))
-    position = np.concatenate([np.arange(count) for count in counts]) if len(moments) else np.zeros(0, int)
-    longest = int(counts.max(initial=0))
-    if length is not None and longest > length:
-        raise ValueError(
-            f"Series {names.tolist()[counts.argmax()]!r} has {longest} observations, more than `length`. Cut it first, or give a "
-            f"greater `length`. Received: length={length}"
-        )
-    shape = (len(names), longest if length is None else length)
-    owner = moments[:, 0].astype(int)
-    mask = np.arange(shape[1]) < counts[:, None]
-    padded = np.zeros(shape)
-    padded[owner, position] = moments[:, 1]
-    last = np.maximum(counts - 1, 0)
-    padded = np.where(mask, padded, padded[np.arange(shape[0]), last][:, None] if shape[1] else 0)
+    # One observation for every series and time, in order; `observation` says to which of them a value belongs.
+    moments, observation = np.unique(np.stack([rows, elapsed], axis=-1), axis=0, return_inverse=True)
+    observation, owner = observation.reshape(-1), moments[:, 0].astype(int)
+    counts = np.bincount(owner, minlength=len(names))
+    position = np.arange(len(owner)) - np.searchsorted(owner, owner)
+    length = _length(length, counts, names)
+
+    mask = np.arange(length) < counts[:, None]
+    times = np.zeros(mask.shape)
+    times[owner, position] = moments[:, 1]
+    times = np.maximum.accumulate(np.where(mask, times, -np.inf), axis=1)
+    times = np.where(np.isfinite(times), times, 0)
 
     present = ~np.isnan(given)
     cells = np.stack([owner[observation], position[observation], places], axis=-1)[present]
-    _refuse_twice(cells, names, padded, channel_names)
-    values = np.full((*shape, len(channel_names)), np.nan, np.float32)
+    _refuse_twice(cells, names, times, channel_names)
+    values = np.full((*mask.shape, len(channel_names)), np.nan, np.float32)
     values[tuple(cells.T)] = given[present]
-    return Series(names, padded.astype(np.float32), values, mask, channel_names)
+    return Series(names, times.astype(np.float32), values, mask, channel_names)
 
 
 def _column(frame: Any, name: Hashable) -> np.ndarray:
@@ -145,7 +136,7 @@ def _column(frame: Any, name: Hashable) -> np.ndarray:
         raise ValueError(f"The table has no column {name!r}. Received: a table with the columns {columns}") from error
 
 
-def _numbers(frame: Any, name: Hashable) -> np.ndarray:
+def _numbers(frame: Any, name: Any) -> np.ndarray:
     column = _column(frame, name)
     try:
         return column.astype(np.float64)
@@ -175,12 +166,24 @@ def _elapsed(column: np.ndarray, rows: np.ndarray, count: int, unit: str | float
     if np.any(np.isnat(column) if dates else ~np.isfinite(column)):
         raise ValueError("Some times are missing or not finite. Drop these rows, or fill the times in first.")
     if isinstance(origin, str) and origin == "first":
-        start = np.full(count, column.max(initial=column.min()) if len(column) else 0, column.dtype)
+        start = np.full(count, column.max() if count else 0, column.dtype)
         np.minimum.at(start, rows, column)
         start = start[rows]
     else:
         start = np.asarray(origin, column.dtype)
-    return (column - start) / (np.timedelta64(1, unit) if dates else float(unit))
+    return (column - start) / (np.array(1, f"m8[{unit}]") if dates else float(unit))
+
+
+def _length(length: int | None, counts: np.ndarray, names: np.ndarray) -> int:
+    """The length to pad to."""
+    longest = int(counts.max(initial=0))
+    if length is not None and longest > length:
+        name = names.tolist()[counts.argmax()]
+        raise ValueError(
+            f"Series {name!r} has {longest} observations, more than `length`. Cut it first, or give a greater "
+            f"`length`. Received: length={length}"
+        )
+    return longest if length is None else length
 
 
 def _refuse_twice(cells: np.ndarray, names: np.ndarray, times: np.ndarray, channels: tuple[Hashable, ...]) -> None:
@@ -188,7 +191,7 @@ def _refuse_twice(cells: np.ndarray, names: np.ndarray, times: np.ndarray, chann
     if np.any(count > 1):
         row, position, place = cell[count.argmax()]
         raise ValueError(
-            f"Series {names.tolist()[row]!r} has {count.max()} values of {channels[place]!r} at one time. Average them, or keep "
-            "the last: with pandas, `frame.groupby([id, time, variable]).mean()`. "
+            f"Series {names.tolist()[row]!r} has {count.max()} values of {channels[place]!r} at one time. Average them "
+            "first; with pandas, `frame.groupby([id, time, variable]).mean()`. "
             f"Received: elapsed time {times[row, position]:g}"
         )

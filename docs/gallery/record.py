@@ -3,8 +3,8 @@
     python docs/gallery/record.py                   # all of them, about an hour on two cores
     python docs/gallery/record.py digits spiral     # these
 
-Each run writes `NAME.txt`, what the example printed and how long it took, and `NAME.png`, its picture in 256 colours. Both
-are kept with the code, since the site is built without running the examples.
+Each run writes `NAME.txt`, what the example printed and how long it took, and `NAME.png`, its picture in 256 colours.
+Both are kept with the code, since the site is built without running the examples.
 """
 
 import os
