@@ -1,4 +1,4 @@
-"""What is compared: the same fields, weights, data and tolerances for every library, as NumPy arrays."""
+"""The cases of the benchmarks: the same fields, weights, data and tolerances for every library, as NumPy arrays."""
 
 import dataclasses
 
@@ -7,22 +7,22 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A solve and, as a training step, the gradient of `mean(ys[-1] ** 2)`, or of the mean over all times.
+    """A solve and, in a training step, the gradient of `mean(ys[-1] ** 2)`, or of the mean over all times.
 
     Attributes:
-        name: what the table calls it.
+        name: the name in the table.
         kind: the field: `mlp`, `conv`, `linear` or `van_der_pol`; or `ode_rnn`, a recurrent network whose state follows
             an MLP between observations.
-        sizes: the shape of the state and, of an MLP, the number of hidden units; of an ODE-RNN the batch, the number of
-            features, of units and of hidden units of its field.
+        sizes: the shape of the state, followed by the number of hidden units for an MLP. For an ODE-RNN: the batch, the
+            number of features, the number of units, and the number of hidden units of its field.
         rtol: relative and absolute tolerance.
-        num_times: how many times the solution is asked for, the first included, or how many observations there are.
+        num_times: the number of times of the solution, including the first; or the number of observations.
         t1: the last time.
-        per_sample: whether every sample has steps of its own, where a library can.
-        dtype: of all arrays.
-        gradient: whether the step is a training step, or the solve alone.
-        mu: of Van der Pol's oscillator, from that of the first sample to that of the last.
-        start: where it starts: `near` one state, at `random`, or spread over one `cycle`.
+        per_sample: whether each sample has separate steps, if the library can do that.
+        dtype: the dtype of all arrays.
+        gradient: whether to measure a training step, or only the solve.
+        mu: the parameter of Van der Pol's oscillator, for the first and the last sample.
+        start: the initial states of the oscillator: `near` one state, at `random`, or spread over one `cycle`.
     """
 
     name: str
@@ -39,13 +39,13 @@ class Case:
 
     @property
     def unstable_backwards(self) -> bool:
-        """Whether the field contracts so strongly that a solve backwards in time has no end."""
+        """Whether the field contracts so strongly that a solve backward in time does not end."""
         return self.kind == "van_der_pol"
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The initial state `y0`, the times `ts` and the weights `w0`, `w1` and so on.
+        """Returns the initial state `y0`, the times `ts` and the weights `w0`, `w1` and so on.
 
-        Of an ODE-RNN the observations `y0`, their times and the weights, those of the cell as Keras has them.
+        For an ODE-RNN, `y0` are the observations and `ts` their times. The weights of the cell have the form of Keras.
         """
         rng = np.random.default_rng(0)
         ts = np.linspace(0, self.t1, self.num_times)
@@ -77,31 +77,31 @@ class Case:
 
 
 def dense(rng, width, hidden, scale=3) -> list[np.ndarray]:
-    """The weights of an MLP field."""
+    """Draws the weights of an MLP field."""
     w1 = scale * rng.normal(size=(width, hidden)) / np.sqrt(width)
     w2 = scale * rng.normal(size=(hidden, width)) / np.sqrt(hidden)
     return [w1, np.zeros(hidden), w2, np.zeros(width)]
 
 
 def near(rng, batch, mu):
-    """States of an oscillator near its turning point."""
+    """Draws states of an oscillator near its turning point."""
     del mu
     return np.stack([2.0 + 0.1 * rng.normal(size=batch), np.zeros(batch)], axis=-1)
 
 
 def random(rng, batch, mu):
-    """States from everywhere."""
+    """Draws normally distributed states."""
     del mu
     return rng.normal(size=(batch, 2))
 
 
 def cycle(rng, batch, mu, dt=1e-3):
-    """States at even distances in time over one cycle, from one turn of an oscillator that has settled on it."""
+    """Returns states at even time intervals over one cycle of an oscillator that has settled on it."""
     del rng
     y, v, path, turns = 2.0, 0.0, [], []
     while len(turns) < 3:
         before, points = y, []
-        for c in (0.0, 0.5, 0.5, 1.0):  # the classical method, each stage from the one before
+        for c in (0.0, 0.5, 0.5, 1.0):  # the classical Runge-Kutta method, in which each stage uses the one before
             a, b = (y + c * dt * points[-1][0], v + c * dt * points[-1][1]) if points else (y, v)
             points.append((b, mu * (1 - a * a) * b - a))
         y, v = np.array([y, v]) + dt / 6 * (np.array([1, 2, 2, 1]) @ np.array(points))
@@ -115,7 +115,7 @@ SIZES = [(128, 2, 50), (128, 64, 128), (512, 128, 256)]
 
 
 def mlp(sizes, rtol, **options) -> Case:
-    """A case of an MLP field."""
+    """Returns a case with an MLP field."""
     batch, width, hidden = sizes
     name = f"MLP {batch} x {width}, {hidden} hidden, {options.get('dtype', 'float32')}, {rtol:.0e}"
     return Case(name if options.get("gradient", True) else f"{name}, forward only", "mlp", sizes, rtol, **options)
@@ -133,12 +133,12 @@ CASES = [
     dataclasses.replace(OWN_STEPS, name=f"{OWN_STEPS.name}, forward only", gradient=False),
 ]
 QUICK = CASES[:1]
-# For the picture of error against time.
+# The cases in the picture of error against time.
 CURVES = [mlp(sizes, rtol, dtype="float64") for sizes in SIZES[:2] for rtol in (1e-2, 1e-4, 1e-6, 1e-8)]
 
 
 def counted(name, **options) -> Case:
-    """A case of which steps are counted, not timed; 26.83 is a period at `mu = 15`."""
+    """Returns a case in which steps are counted instead of timed. 26.83 is a period at `mu = 15`."""
     options = {"mu": (15.0, 15.0), "t1": 26.83} | options
     return Case(name, "van_der_pol", (256,), 1e-5, per_sample=True, dtype="float64", gradient=False, **options)
 
@@ -152,5 +152,5 @@ COUNTED = [
 
 
 def reference_of(case: Case) -> Case:
-    """The same in float64, at tolerances that make it next to exact beside it."""
+    """Returns the same case in float64, with much tighter tolerances, so that it is nearly exact in comparison."""
     return dataclasses.replace(case, rtol=max(1e-11, 1e-4 * case.rtol), dtype="float64")

@@ -1,11 +1,11 @@
-"""This project beside its peers: training steps with the same weights, data and tolerances, in one run.
+"""Compares training steps of this project and of similar libraries, with the same weights, data and tolerances.
 
-    make bench                                  # makes the environments and runs this
+    make bench                                  # creates the environments and runs this
     python benchmarks/compare.py --quick        # one case, for a first look
 
-Every library runs in a process of its own and is asked for a step in turn, so that what else the machine does falls on
-all alike. First all are held against a solve in float64 at tight tolerances. Writes comparison.md; RESULTS.md keeps
-what was measured, this and more.
+Each library runs in a separate process. The libraries take turns, so that other work on the machine affects all of them
+equally. Before that, all results are checked against a solve in float64 with tight tolerances. The script writes
+comparison.md. RESULTS.md keeps these and other measurements.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from report import Row, table, targets
 
 
 def reference(case, worker, folder):
-    """The last state and the gradients in float64 at tight tolerances."""
+    """Computes the last state and the gradients in float64 with tight tolerances."""
     out = f"{folder}/reference.npz"
     answer = worker.ask(limit=600, do="load", case=f"reference of {case.name}", method="reference", out=out)
     if "error" in answer:
@@ -32,12 +32,12 @@ def reference(case, worker, folder):
 
 
 def distance(a, b) -> float:
-    """Relative error of all arrays together."""
+    """Returns the relative error of all arrays together."""
     return float(np.sqrt(sum(np.sum((x - y) ** 2) for x, y in zip(a, b, strict=True)) / sum(np.sum(y**2) for y in b)))
 
 
 def load(case, worker, method, exact, folder) -> Row:
-    """A method on a case, its results checked and no times yet."""
+    """Runs a method on a case and checks its results. The row has no times yet."""
     answer = worker.ask(do="load", case=case.name, method=method, out=f"{folder}/result.npz")
     if "error" in answer:
         raise RuntimeError(answer["error"])
@@ -46,14 +46,17 @@ def load(case, worker, method, exact, folder) -> Row:
     errors = [distance([result["y1"]], [exact["y1"]]), 0.0]
     if names:
         errors[1] = distance([result[n] for n in names], [exact[n] for n in names])
-    # A local error of one tolerance grows on its way; what is further off solves another problem.
+    # Local errors of one tolerance grow during the solve. If the error is larger than this, it is another problem.
     if method != "floor" and not (errors[0] < 50 * case.rtol and errors[1] < 500 * case.rtol):
         raise RuntimeError(f"disagrees, errors {errors[0]:.0e} of the state and {errors[1]:.0e} of the gradient")
     return Row(worker.library, method, answer["evaluations"], answer["seconds"], *errors, [])
 
 
 def compare(case, workers, rounds, budget, folder) -> tuple[list[Row], list[str]]:
-    """Load a case everywhere, check the results, and time the steps in turn; the rows, and notes on what has none."""
+    """Runs a case in every library, checks the results and times the steps in turn.
+
+    Returns the rows, and notes on methods without a row.
+    """
     exact = reference(case, workers[0], folder)
     rows, notes = [], []
 
@@ -69,14 +72,14 @@ def compare(case, workers, rounds, budget, folder) -> tuple[list[Row], list[str]
             except RuntimeError as error:
                 note(worker, method, str(error))
                 continue
-            # One that is not counted, unless it alone takes a good part of what there is.
+            # A warm-up step. Its time counts only if this step alone takes a large part of the budget.
             answer = worker.ask(do="time", case=case.name, method=method, repeat=1)
             if "error" in answer:
                 note(worker, method, answer["error"])
                 continue
             once = answer["seconds"][0]
             row.seconds += [once] if once > 0.2 * budget else []
-            # As many steps in a turn as take about a tenth of a second, and as many turns as the budget has.
+            # A turn takes about a tenth of a second, and there are as many turns as fit into the budget.
             repeat = int(np.clip(0.1 / once, 1, 20))
             turns = int(np.clip(budget / (repeat * once), 0 if row.seconds else 1, rounds))
             rows.append((worker, row, repeat, turns))
@@ -92,20 +95,24 @@ def compare(case, workers, rounds, budget, folder) -> tuple[list[Row], list[str]
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """What all comparisons with other libraries are told."""
+    """Returns a parser with the options of all comparisons with other libraries."""
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--rounds", type=int, default=10)
-    result.add_argument("--limit", type=float, default=60, help="seconds that an answer of a library may take")
-    result.add_argument("--budget", type=float, default=10, help="seconds of timed steps of a method on a case")
-    result.add_argument("--python", default="python", help="with keras_node and TensorFlow Probability")
-    result.add_argument("--torch-python", help="with torchdiffeq and torchode; left out if not given")
-    result.add_argument("--jax-python", help="with diffrax; left out if not given")
-    result.add_argument("--out", type=pathlib.Path, help="a file for the results; by default one beside this file")
+    result.add_argument("--limit", type=float, default=60, help="time limit for one answer of a library, in seconds")
+    result.add_argument(
+        "--budget", type=float, default=10, help="time for the timed steps of one method on one case, in seconds"
+    )
+    result.add_argument("--python", default="python", help="interpreter with keras_node and TensorFlow Probability")
+    result.add_argument(
+        "--torch-python", help="interpreter with torchdiffeq and torchode; without it, these are left out"
+    )
+    result.add_argument("--jax-python", help="interpreter with diffrax; without it, diffrax is left out")
+    result.add_argument("--out", type=pathlib.Path, help="file for the results; by default next to this script")
     return result
 
 
 def start_workers(options) -> list[Worker]:
-    """A process for every library, ours first."""
+    """Starts a process for each library, ours first."""
     pythons = [
         (options.python, "ours"),
         (options.jax_python, "jax"),
@@ -116,11 +123,13 @@ def start_workers(options) -> list[Worker]:
 
 
 def main() -> None:
-    """Run the cases and write the results."""
+    """Runs the cases and writes the results."""
     arguments = parser(__doc__.splitlines()[0])
-    arguments.add_argument("--quick", action="store_true", help="one case, few rounds; writes nothing unless --out")
-    arguments.add_argument("--minutes", type=float, default=25, help="after which no other case is begun")
-    arguments.add_argument("--cases", default="", help="only cases whose name contains this")
+    arguments.add_argument(
+        "--quick", action="store_true", help="one case, few rounds; writes no file unless you pass --out"
+    )
+    arguments.add_argument("--minutes", type=float, default=25, help="time after which no further case begins")
+    arguments.add_argument("--cases", default="", help="run only the cases whose name contains this text")
     options = arguments.parse_args()
     workers = start_workers(options)
     cases = [case for case in (QUICK if options.quick else CASES) if options.cases in case.name]
@@ -141,14 +150,15 @@ def main() -> None:
         "",
         f"{datetime.date.today()}, {os.cpu_count()} cores, " + ", ".join(f"{k} {v}" for k, v in versions.items()),
         "",
-        f"Made by `make bench`, {rounds} rounds at most, in {minutes:.0f} minutes. A step is the solve and the",
-        "gradient with respect to the initial state and the weights; where a case says so, the solve only.",
-        '"ours backsolve" and "ours checkpointed" are whole steps under XLA, "ours graph" is without, "ours default"',
-        "what `fit` does on a CPU. Errors are relative, against float64 at a ten-thousandth of the tolerance or 1e-11.",
-        "Steps are timed in turn; ratios are of the least times, which other work on the machine disturbs least.",
+        f"Made by `make bench`, with at most {rounds} rounds, in {minutes:.0f} minutes. A step is a solve and its",
+        "gradient with respect to the initial state and the weights, or only the solve if the case says so.",
+        '"ours backsolve" and "ours checkpointed" are whole steps under XLA. "ours graph" is a step without XLA, and',
+        '"ours default" is what `fit` does on a CPU. Errors are relative, compared with a solve in float64 at a',
+        "ten-thousandth of the tolerance, but at least 1e-11. Steps are timed in turn. Ratios are those of the least",
+        "times, because other work on the machine disturbs them least.",
         "",
         *(
-            [f"Left out for lack of time (--minutes {options.minutes:.0f}): {'; '.join(left_out)}.", ""]
+            [f"Left out because the time was over (--minutes {options.minutes:.0f}): {'; '.join(left_out)}.", ""]
             if left_out
             else []
         ),

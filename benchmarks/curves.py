@@ -1,6 +1,8 @@
-"""Error against time: training steps at four tolerances by every library, so that nobody wins by being less accurate.
+"""Draws error against time: training steps of every library at four tolerances.
 
-make bench-more   # runs this, among others
+In such a picture a library cannot win by being less accurate.
+
+    make bench-more   # runs this and other benchmarks
 """
 
 import pathlib
@@ -13,7 +15,7 @@ from compare import compare, parser, start_workers
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# A library's fastest whole step with a gradient.
+# For each library, the fastest whole steps with a gradient.
 SHOWN = {
     "ours backsolve": "keras_node, backsolve",
     "ours checkpointed": "keras_node, checkpointed",
@@ -26,7 +28,7 @@ SHOWN = {
 
 
 def main() -> None:
-    """Time the cases and draw the picture."""
+    """Times the cases and draws the picture."""
     options = parser(__doc__.splitlines()[0]).parse_args()
     workers = start_workers(options)
     panels = {}

@@ -1,9 +1,9 @@
-"""Training in plain `fit` on a CPU, where Keras leaves XLA off, beside `compile(jit_compile=True)`.
+"""Compares training with plain `fit` on a CPU, where Keras does not use XLA, and with `compile(jit_compile=True)`.
 
     python benchmarks/fit.py
 
-The same model is trained in a graph without XLA, with the solves alone compiled (`jit_compile="auto"`, the default) and
-compiled as a whole; their epochs are timed in turn.
+The same model is trained in three ways: in a graph without XLA, with only the solves compiled (`jit_compile="auto"`,
+the default), and with the whole model compiled. The epochs are timed in turn.
 """
 
 import argparse
@@ -19,26 +19,26 @@ WAYS = {"graph": (False, False), "default": ("auto", False), "whole-model XLA": 
 
 
 def field():
-    """The vector field of both models."""
+    """Returns the vector field of both models."""
     return keras.Sequential([keras.layers.Dense(64, activation="tanh"), keras.layers.Dense(UNITS)])
 
 
 def layer_model(solver, jit_compile):
-    """An ODELayer between two dense layers."""
+    """Returns a model with an `ODELayer` between two dense layers."""
     x = keras.Input((UNITS,))
     layer = keras_node.ODELayer(field(), solver=solver, jit_compile=jit_compile)
     return keras.Model(x, keras.layers.Dense(1)(layer(keras.layers.Dense(UNITS)(x))))
 
 
 def recurrent_model(solver, jit_compile):
-    """An ODE-RNN over irregular times."""
+    """Returns an ODE-RNN for irregular times."""
     x, times = keras.Input((MOMENTS, 4)), keras.Input((MOMENTS,))
     layer = keras_node.ODERNN(keras.layers.GRUCell(UNITS), field(), solver=solver, jit_compile=jit_compile)
     return keras.Model([x, times], keras.layers.Dense(1)(layer(x, times)))
 
 
 def main() -> None:
-    """Time the epochs and print the table."""
+    """Times the epochs and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10)
     options = parser.parse_args()

@@ -1,6 +1,6 @@
-"""Peak memory of a gradient against the number of steps, for every gradient method.
+"""Measures the peak memory of a gradient against the number of steps, for every gradient method.
 
-Each point is measured in a process of its own: the growth of the peak resident set while one gradient of `n` Euler
+Each point is measured in a separate process. It is the growth of the peak resident set while one gradient of `n` Euler
 steps is computed in a graph, for a state of 128 KiB.
 
     python benchmarks/memory.py            # prints a table and draws memory.png; two minutes on two cores
@@ -19,7 +19,7 @@ STATE = 32 * 1024  # float32 numbers: 128 KiB
 
 
 def measure(gradient: str, steps: int) -> float:
-    """The growth of this process' peak memory, in MiB, while a gradient is computed."""
+    """Returns the growth of the peak memory of this process while a gradient is computed, in MiB."""
     import tensorflow as tf
 
     import keras_node
@@ -36,7 +36,7 @@ def measure(gradient: str, steps: int) -> float:
 
         return function
 
-    # What the first run of any function takes is not the gradient's.
+    # The first run of any function takes memory that does not belong to the gradient.
     compute("direct", 1)(tf.ones((8,)))
     y0 = tf.ones((STATE,))
     function = compute(gradient, steps).get_concrete_function(y0)
@@ -46,7 +46,7 @@ def measure(gradient: str, steps: int) -> float:
 
 
 def draw(path: pathlib.Path, table: dict) -> None:
-    """Draw memory against steps, with the slopes to expect."""
+    """Draws memory against steps, with lines of the expected slopes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -65,9 +65,9 @@ def draw(path: pathlib.Path, table: dict) -> None:
 
 
 def main() -> None:
-    """Measure every point in a process of its own, print the table, draw the picture."""
+    """Measures every point in a separate process, prints the table and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="up to 100 steps")
+    parser.add_argument("--quick", action="store_true", help="measure up to 100 steps only")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("memory.png"))
     parser.add_argument("--point", nargs=2, metavar=("GRADIENT", "STEPS"), help="measure one point in this process")
     options = parser.parse_args()

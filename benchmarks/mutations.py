@@ -1,7 +1,9 @@
 """Changes one sign, comparison, constant or extremum of the numerics at a time, and prints what no test notices.
 
-`python benchmarks/mutations.py --sample 20`. The package is copied, and the copy is changed; nothing here is touched. A
-change that survives is a line that no test of the chosen ones needs, or a change that makes no difference.
+    python benchmarks/mutations.py --sample 20
+
+The script changes a copy of the package, and no file of the project. If a change survives, none of the chosen tests
+needs this line, or the change makes no difference.
 """
 
 import argparse
@@ -40,7 +42,7 @@ EXTREMA = {
 
 
 class Mutation(NamedTuple):
-    """Put `new` in the place of the characters from `start` to `end` of a file."""
+    """A replacement of the characters from `start` to `end` of a file by `new`."""
 
     file: str
     line: int
@@ -51,7 +53,7 @@ class Mutation(NamedTuple):
 
 
 def mutations(file: str) -> list[Mutation]:
-    """Every change of a file, in the order of its lines."""
+    """Returns all changes of a file, in the order of its lines."""
     source = (ROOT / "keras_node" / file).read_text()
     starts = [0]
     for line in source.splitlines(keepends=True):
@@ -68,7 +70,7 @@ def mutations(file: str) -> list[Mutation]:
         return starts[node.end_lineno - 1] + node.end_col_offset
 
     def between(node, left, right, operator):
-        """The operator between two operands, which has no place of its own in the tree."""
+        """Adds a change of the operator between two operands. The syntax tree does not hold its position."""
         if type(operator) not in SWAPS:
             return
         text = data[end(left) : begin(right)].decode()
@@ -101,7 +103,7 @@ def mutations(file: str) -> list[Mutation]:
 
 
 def survives(mutation: Mutation, tests: list[str], timeout: float) -> bool:
-    """Whether the tests pass all the same; a run that never ends has noticed."""
+    """Returns whether the tests pass in spite of the change. A run that does not end counts as a failure."""
     with tempfile.TemporaryDirectory() as folder:
         for part in ("keras_node", "tests"):
             shutil.copytree(ROOT / part, pathlib.Path(folder) / part, ignore=shutil.ignore_patterns("__pycache__"))
@@ -123,11 +125,11 @@ def survives(mutation: Mutation, tests: list[str], timeout: float) -> bool:
 
 
 def main():
-    """Tries a sample of the changes, or all."""
+    """Tries all changes, or a random sample of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--files", nargs="*", default=FILES)
     parser.add_argument("--tests", nargs="*", default=TESTS)
-    parser.add_argument("--sample", type=int, help="how many changes to try; all by default")
+    parser.add_argument("--sample", type=int, help="number of changes to try; by default all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timeout", type=float, default=900)
     args = parser.parse_args()

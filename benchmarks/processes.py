@@ -1,4 +1,4 @@
-"""Libraries in processes of their own, which are given a time to answer in."""
+"""Libraries in separate processes, which must answer within a time limit."""
 
 import json
 import os
@@ -10,13 +10,13 @@ HERE = pathlib.Path(__file__).parent
 
 
 class Worker:
-    """A library in its process.
+    """A library in a separate process.
 
     Args:
-        python: that which the library is installed for.
+        python: the interpreter that the library is installed for.
         library: the name of a module in `libraries`.
-        limit: seconds that an answer may take. Then the process is ended and another started, which makes anew what it
-            is asked for.
+        limit: time limit for an answer, in seconds. After this time the process is killed and a new one is started,
+            which creates again what it needs for the next requests.
     """
 
     def __init__(self, python: str, library: str, limit: float):
@@ -24,7 +24,7 @@ class Worker:
         self._start()
 
     def _start(self):
-        # While a process waits for its turn, its threads must not spin.
+        # The threads of a process must not spin while it waits for its turn.
         settings = {"TF_CPP_MIN_LOG_LEVEL": "3", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": f"{HERE.parent}:{HERE}"}
         self.process = subprocess.Popen(
             [self.python, HERE / "worker.py", self.library],
@@ -41,7 +41,7 @@ class Worker:
         self.methods, self.versions = hello["methods"], hello["versions"]
 
     def ask(self, limit: float | None = None, **request) -> dict:
-        """Send a request and wait for its answer, which is an `error` where there is none in time."""
+        """Sends a request and waits for the answer. If there is none in time, the answer is an `error`."""
         limit = limit or self.limit
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()

@@ -1,16 +1,16 @@
-"""What was measured, as tables in Markdown."""
+"""Writes the measurements as tables in Markdown."""
 
 import dataclasses
 
 import numpy as np
 
-# A step as a user has it who chooses the fastest.
+# The whole steps that a user may choose from. The tables use the fastest.
 OURS = ("ours backsolve", "ours checkpointed", "ours default")
 
 
 @dataclasses.dataclass
 class Row:
-    """A method on a case."""
+    """The measurements of one method on one case."""
 
     library: str
     method: str
@@ -30,12 +30,12 @@ class Row:
 
     @property
     def least(self) -> float:
-        """The time that the machine's other work disturbs least."""
+        """The least time, because other work on the machine disturbs it least."""
         return float(np.min(self.seconds))
 
 
 def table(case, rows, notes) -> list[str]:
-    """The rows of a case, and what has none."""
+    """Returns a table of the rows of a case, and the notes on methods without a row."""
     ours = min((row.least for row in rows if row.name in OURS), default=float("nan"))
     lines = [
         f"### {case.name}",
@@ -55,17 +55,17 @@ def table(case, rows, notes) -> list[str]:
 
 
 def geometric_mean(values) -> float:
-    """The geometric mean of ratios."""
+    """Returns the geometric mean of ratios."""
     return float(np.exp(np.mean(np.log(values))))
 
 
 def targets(results) -> list[str]:
-    """Ours by theirs, over all cases, beside what was aimed at; by least times, and by medians for the spread."""
+    """Returns the table of our times divided by theirs over all cases, by least times and by medians, and our aims."""
     training = [rows for case, (rows, _) in results.items() if case.gradient]
     forward = [rows for case, (rows, _) in results.items() if not case.gradient]
 
     def ratios(of, to, cases, value):
-        """Of every case that has both, our value by theirs, each the best of the methods in question."""
+        """Returns our best value divided by theirs, for every case that has both."""
 
         def best(rows, methods):
             return min((value(row) for row in rows if row.name.startswith(methods)), default=None)
@@ -74,7 +74,7 @@ def targets(results) -> list[str]:
         return [ours / theirs for ours, theirs in pairs if ours and theirs]
 
     def aims(value):
-        """What is compared, the ratios by case, which of their figures is aimed at, and the aim."""
+        """Returns the name of each comparison, its ratios by case, the statistic that has an aim, and the aim."""
         compiled, adjoint, alone = ("ours backsolve",), "pytorch torchdiffeq adjoint", ("ours backsolve", "ours graph")
 
         def each(row):

@@ -1,11 +1,11 @@
-"""How a training step grows with the problem, and what the seminorm saves.
+"""Measures how the time of a training step grows with the problem, and how many evaluations the seminorm saves.
 
     python benchmarks/scaling.py
 
-Draws scaling.png: the time of a training step under XLA against batch, width, number of steps, of times and of layers,
-with the line of proportional growth beside it (for the width: of its square, as the weights grow). Prints how many
-evaluations an adjoint's solve makes for coupled pendulums, T = 10, with the error of the weights' gradient in the norm
-and without.
+Draws scaling.png: the time of a training step under XLA against the batch, the width, and the numbers of steps, times
+and layers. A dotted line shows proportional growth (for the width: growth with its square, like the weights). Prints
+the number of evaluations in a solve of the adjoint for coupled pendulums, T = 10. One norm includes the error of the
+gradient with respect to the weights, and the other (the seminorm) does not.
 """
 
 import argparse
@@ -27,13 +27,13 @@ PANELS = {
     "batch": ("batch", [32, 128, 512, 2048]),
     "width": ("width", [8, 32, 128, 512]),
     "steps": ("number of Runge-Kutta steps", [10, 40, 160, 640]),
-    "times": ("number of times asked for", [2, 16, 128, 1024]),
+    "times": ("number of requested times", [2, 16, 128, 1024]),
     "depth": ("number of layers of the field", [1, 2, 4, 8, 16]),
 }
 
 
 def training_step(gradient, batch=128, width=32, steps=40, times=2, depth=1):
-    """A compiled step of a dense field; the number of Runge-Kutta steps does not depend on the number of times."""
+    """Returns a compiled step with a dense field. The number of Runge-Kutta steps does not depend on that of times."""
     layers = [keras.layers.Dense(width, activation="tanh") for _ in range(depth)]
     field = keras.Sequential([keras.Input((width,)), *layers])
     solver = keras_node.RungeKutta("rk4", step_size=1.0 / steps)
@@ -50,7 +50,7 @@ def training_step(gradient, batch=128, width=32, steps=40, times=2, depth=1):
 
 
 def least_time(step, rounds) -> float:
-    """The least time of a step in milliseconds."""
+    """Returns the least time of a step in milliseconds."""
     step()
     seconds = []
     for _ in range(rounds):
@@ -61,7 +61,7 @@ def least_time(step, rounds) -> float:
 
 
 def draw(path, rounds) -> None:
-    """One panel for each size that grows."""
+    """Measures and draws one panel for each size that grows."""
     figure, axes = plt.subplots(1, len(PANELS), figsize=(15, 3.6), layout="constrained")
     for ax, (name, (label, values)) in zip(axes, PANELS.items(), strict=True):
         for gradient in ("backsolve", "checkpointed"):
@@ -80,7 +80,7 @@ def draw(path, rounds) -> None:
 
 
 def backward_evaluations(norm: str, rtol: float) -> float:
-    """Of the adjoint's solve for coupled pendulums, angles and speeds, whose accelerations a network gives."""
+    """Returns the evaluations of a solve of the adjoint for coupled pendulums, with a network in the field."""
     keras.utils.set_random_seed(0)
     layers = [
         keras.layers.Dense(n, activation=a, dtype="float64") for n, a in ((200, "tanh"), (200, "tanh"), (2, None))
@@ -118,7 +118,7 @@ def backward_evaluations(norm: str, rtol: float) -> float:
 
 
 def main() -> None:
-    """Draw the picture, then count."""
+    """Counts the evaluations, then draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).with_suffix(".png"))

@@ -1,8 +1,9 @@
-"""Size and latency of models that left Keras, beside the Keras model, and how far their outputs differ.
+"""Measures the size and latency of exported models, and the differences of their outputs from the Keras model.
 
     python benchmarks/serving.py
 
-Every format runs on one thread, on one batch of 16, in this one process; LiteRT without Flex. Latencies are medians.
+Every format runs on one thread, with one batch of 16, in this process. LiteRT runs without Flex operations. Latencies
+are medians.
 """
 
 import os
@@ -27,25 +28,25 @@ FIXED = keras_node.RungeKutta("rk4", num_steps=4)
 
 
 def field():
-    """The right-hand side of every model."""
+    """Returns the vector field of every model."""
     return keras.Sequential([keras.layers.Dense(64, activation="tanh"), keras.layers.Dense(UNITS)])
 
 
 def continuous(solver):
-    """A stem, an `ODELayer`, a head."""
+    """Returns a model with an `ODELayer` between two dense layers."""
     layers = [keras.layers.Dense(UNITS), keras_node.ODELayer(field(), solver=solver), keras.layers.Dense(10)]
     return keras.Sequential([keras.Input((FEATURES,)), *layers])
 
 
 def recurrent(solver):
-    """An `ODERNN` and a head."""
+    """Returns a model with an `ODERNN` and a dense layer."""
     x, times = keras.Input((STEPS, FEATURES)), keras.Input((STEPS,))
     h = keras_node.ODERNN(keras.layers.GRUCell(UNITS), field(), solver=solver)(x, times)
     return keras.Model([x, times], keras.layers.Dense(10)(h))
 
 
 def milliseconds(function):
-    """The median time of a call."""
+    """Returns the median time of a call."""
     for _ in range(5):
         function()
     seconds = []
@@ -57,7 +58,7 @@ def milliseconds(function):
 
 
 def run_keras(model, inputs, folder):
-    """Save as Keras does; return the path and a function that computes the outputs."""
+    """Saves a Keras file. Returns the path and a function that computes the outputs."""
     path = folder / "model.keras"
     model.save(path)
     data = inputs[0] if len(inputs) == 1 else inputs
@@ -65,7 +66,7 @@ def run_keras(model, inputs, folder):
 
 
 def run_saved_model(model, inputs, folder):
-    """Export a SavedModel; return the path and a function that computes the outputs."""
+    """Exports a SavedModel. Returns the path and a function that computes the outputs."""
     path = folder / "saved_model"
     model.export(path, verbose=False)
     served, tensors = tf.saved_model.load(path), [tf.constant(x) for x in inputs]
@@ -73,7 +74,7 @@ def run_saved_model(model, inputs, folder):
 
 
 def run_onnx(model, inputs, folder):
-    """Export to ONNX; return the path and a function that computes the outputs."""
+    """Exports to ONNX. Returns the path and a function that computes the outputs."""
     path = folder / "model.onnx"
     model.export(path, format="onnx", verbose=False)
     options = onnxruntime.SessionOptions()
@@ -84,7 +85,7 @@ def run_onnx(model, inputs, folder):
 
 
 def run_litert(model, inputs, folder):
-    """Export to LiteRT; return the path and a function that computes the outputs."""
+    """Exports to LiteRT. Returns the path and a function that computes the outputs."""
     path = folder / "model.tflite"
     model.export(path, format="litert", verbose=False)
     interpreter = Interpreter(str(path), num_threads=1)
@@ -107,12 +108,12 @@ RUNS = {"Keras": run_keras, "SavedModel": run_saved_model, "ONNX": run_onnx, "Li
 
 
 def size(path):
-    """Bytes of a file, or of all files in a folder."""
+    """Returns the size of a file, or of all files in a folder, in bytes."""
     return sum(p.stat().st_size for p in [path, *path.rglob("*")] if p.is_file())
 
 
 def main():
-    """Measure and print the table."""
+    """Measures and prints the table."""
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     rng = np.random.default_rng(0)

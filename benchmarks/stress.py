@@ -1,9 +1,10 @@
-"""Random programs until a given number of problems is solved: `make stress STRESS_ARGS="--problems 5000"`.
+"""Runs random programs until a given number of problems is solved: `make stress STRESS_ARGS="--problems 5000"`.
 
-A problem is an initial value problem with steps of its own: a program, times the samples of its batch where they step
-by themselves. Prints how many were solved, how long it took, and the smallest program of every failure. Then makes a
-thousand calls each of `fit`, `predict` and `odeint`, and prints how memory grew. What is drawn and what must hold is in
-`tests/trials.py` and `tests/recurrent_trials.py`; what was found, in `RESULTS.md`.
+A problem is an initial value problem with separate steps. A program counts as one problem, or as one problem for each
+sample of its batch if the samples step separately. The script prints the number of solved problems, the time that they
+took, and the smallest program of every failure. Then it makes a thousand calls each of `fit`, `predict` and `odeint`,
+and prints how the memory grew. `tests/trials.py` and `tests/recurrent_trials.py` define the programs and the properties
+that must hold. `RESULTS.md` has the results.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import keras_node
 
 
 def failures(module, program, seeds, batch):
-    """The number of problems, and what went wrong; an exception is a failure as well."""
+    """Returns the number of problems and a list of failures. An exception is a failure as well."""
     try:
         return module.try_out(program, seeds, batch)
     except Exception as error:
@@ -34,13 +35,13 @@ def failures(module, program, seeds, batch):
 
 
 def many(program, batch):
-    """How many samples to solve at once: a joint solve is one problem, whatever its batch."""
+    """Returns the number of samples to solve at once. A joint solve is one problem, for any batch."""
     return batch if program.per_sample and program.batch > 1 else None
 
 
 def search(module, rng, batch, seeds):
     """Draws a program and tries it out."""
-    # Samples with steps of their own are most of the problems and most of the difficulty.
+    # Samples that step separately make most of the problems, and are the most difficult.
     fixed = {"per_sample": True} if rng.random() < 0.7 else {}
     program = trials.draw(rng, module, **fixed)
     start = time.perf_counter()
@@ -60,11 +61,17 @@ def main():
     """Runs until the number of problems is reached."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problems", type=int, default=100_000)
-    parser.add_argument("--batch", type=int, default=500, help="samples of a batch where they step by themselves")
-    parser.add_argument("--seeds", type=int, default=2, help="draws of numbers for each program")
+    parser.add_argument(
+        "--batch", type=int, default=500, help="number of samples in a batch whose samples step separately"
+    )
+    parser.add_argument("--seeds", type=int, default=2, help="number of random draws for each program")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after this time in any case")
-    parser.add_argument("--calls", type=int, default=1000, help="calls of `fit`, `predict` and `odeint`")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="stop after this time, even if there are fewer problems"
+    )
+    parser.add_argument(
+        "--calls", type=int, default=1000, help="number of calls of each of `fit`, `predict` and `odeint`"
+    )
     parser.add_argument("--modes", nargs="*", default=trials.OPTIONS["mode"])
     args = parser.parse_args()
     trials.OPTIONS["mode"] = recurrent_trials.OPTIONS["mode"] = tuple(args.modes)

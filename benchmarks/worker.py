@@ -1,10 +1,11 @@
-"""One library in a process of its own: answers requests on standard input with lines of JSON.
+"""Runs one library in a separate process, and answers requests on standard input with lines of JSON.
 
     python worker.py LIBRARY < requests
 
-A library is a module in `libraries` with `METHODS` and `make(case, arrays, method)`, which gives a function without
-arguments that makes one step and returns the gradients (of `y0`, then of the weights; none without), the last state
-and the number of evaluations, where it is known. It raises `NotImplementedError` where a method has no part in a case.
+A library is a module in `libraries` with `METHODS` and `make(case, arrays, method)`. `make` returns a function without
+arguments, which computes one step. This function returns the gradients (of `y0`, then of the weights; an empty list if
+the case has none), the last state, and the number of evaluations or `None`. `make` raises `NotImplementedError` if a
+method cannot run a case.
 """
 
 import dataclasses
@@ -19,8 +20,8 @@ from cases import CASES, COUNTED, CURVES, reference_of
 
 
 def main() -> None:
-    """Serve requests until the input ends."""
-    # What a library prints must not come between the answers.
+    """Answers requests until the input ends."""
+    # The output of a library must not appear between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     library = importlib.import_module(f"libraries.{sys.argv[1]}")
@@ -30,7 +31,7 @@ def main() -> None:
     steps = {}
 
     def load(case, method):
-        """Make a step and take it once, for the results of which it returns."""
+        """Makes a step, runs it once and returns its results."""
         step = library.make(case, case.arrays(), method)
         results = step()
         steps[case.name, method] = step
@@ -49,7 +50,7 @@ def main() -> None:
                 if "out" in request:
                     np.savez(request["out"], y1=y1, **{f"g{i}": g for i, g in enumerate(gradients)})
             else:
-                if (case.name, method) not in steps:  # this process is new
+                if (case.name, method) not in steps:  # this process was started again
                     load(case, method)
                 seconds = []
                 for _ in range(request["repeat"]):

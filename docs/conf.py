@@ -1,11 +1,14 @@
 """The site: `make docs` builds it with Sphinx, and runs the code of every guide as a notebook."""
 
+import enum
+import inspect
 import os
 
 from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx import addnodes
+from sphinx.util.inspect import stringify_signature
 
 import keras_node
 
@@ -27,6 +30,7 @@ extensions = [
 # Strict: what cannot be found, or fails when it is run, ends the build (`sphinx-build -W`).
 nitpicky = True
 nitpick_ignore_regex = [
+    (r"py:class", r"keras_node\.metrics\.SolverMetrics"),  # what layers pass to `odeint`, and nobody else
     # Types of packages whose references are not loaded, so that the build needs no network.
     (
         r"py:.*",
@@ -100,8 +104,20 @@ def visit_math(translator, node):
     raise nodes.SkipNode
 
 
+def constructor(app, what, name, thing, options, signature, return_annotation):
+    """The arguments of a class. Sphinx would show those of `__new__`, which Keras gives its layers."""
+    if what != "class" or issubclass(thing, tuple | enum.Enum):
+        return None
+    arguments = inspect.signature(thing.__init__)
+    arguments = arguments.replace(
+        parameters=list(arguments.parameters.values())[1:], return_annotation=inspect.Signature.empty
+    )
+    return stringify_signature(arguments, unqualified_typehints=True), None
+
+
 def setup(app):
-    """Adds the role and the writer of equations."""
+    """Adds the role, the arguments of classes and the writer of equations."""
+    app.connect("autodoc-process-signature", constructor)
     from docutils.parsers.rst import roles
 
     roles.register_local_role("code-or-link", code_or_link)

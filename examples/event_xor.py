@@ -1,20 +1,21 @@
-"""Parity of a bit stream from its events, for which a network needs memory and a sense of time.
+"""Finds the parity of a bit stream from its events, for which a network needs memory and a sense of time.
 
-A stream of 2 to 31 random bits is sent as events: only when the bit changes, and once more at the end. A run of ones
-is one event, and how many they were is in the time until the next. The task (Lechner & Hasani 2020, "Learning
-Long-Term Dependencies in Irregularly-Sampled Time Series") is whether the number of ones is odd.
+A stream of 2 to 31 random bits is sent as events: one whenever the bit changes, and one more at the end. A run of ones
+is a single event, and only the time until the next event shows how many ones it had. The task (Lechner & Hasani 2020,
+"Learning Long-Term Dependencies in Irregularly-Sampled Time Series", arXiv:2006.04418) is to say whether the number of
+ones is odd.
 
-- ODE-LSTM: the output of an LSTM moves between events, and its memory stays. It moves with `dh/dt = sin(W h + b)`;
-  with the paper's tanh it learns to count long runs only slowly.
-- ODE-RNN as in the paper's code: nothing but the ODE `dh/dt = tanh(W h + U x + b)`, driven by the last event `x`.
+- ODE-LSTM: between events the output of an LSTM moves, and its memory stays. It moves with `dh/dt = sin(W h + b)`.
+  With the tanh of the paper it learns to count long runs only slowly.
+- ODE-RNN as in the code of the paper: only the ODE `dh/dt = tanh(W h + U x + b)`, driven by the last event `x`.
 
-Both are trained alike, on streams that grow from 8 to 31 bits, the ODE-RNN for a quarter of the epochs: as published,
-it stays at chance (with 32 units it did so for all of them). What it lacks is an update more than an LSTM:
+Both are trained in the same way, on streams that grow from 8 to 31 bits, but the ODE-RNN for a quarter of the epochs:
+as published, it stays at chance (with 32 units it did so for all epochs). It lacks an update at events, not an LSTM:
 `keras_node.ODERNN(keras.layers.SimpleRNNCell(32), field)` gets 98 % of streams of 8 bits right. How close the ODE-LSTM
-comes to the published figure depends on the seed: with 0 it is 98.25 %.
+comes to the published figure depends on the seed: with seed 0 it reaches 98.25 %.
 
-    python examples/event_xor.py            # under ten minutes on two cores
-    python examples/event_xor.py --quick    # barely trained, in a few seconds
+    python examples/event_xor.py            # less than ten minutes on two cores
+    python examples/event_xor.py --quick    # hardly any training, in a few seconds
 """
 
 import argparse
@@ -31,18 +32,18 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 LONGEST, MOST_EVENTS, UNITS, BATCH, STREAMS = 31, 24, 64, 128, 20480
-BIT = 0.3  # the time that a bit takes
+BIT = 0.3  # the duration of a bit
 PUBLISHED = {"ODE-LSTM": "98.89 %", "ODE-RNN": "chance"}
 
 
 def event_streams(rng, count, longest, most_events):
-    """Events of random bit streams: bits (count, events, 1), times and mask (count, events), parity (count,)."""
+    """Draws events of random bit streams: bits (count, events, 1), times and mask (count, events), parity (count,)."""
     position = np.arange(longest)
     bits = rng.integers(0, 2, (2 * count, longest))
     length = rng.integers(2, longest + 1, (len(bits), 1))
     changed = np.diff(bits, axis=1, prepend=-1) != 0
     event = (position < length) & (changed | (position == length - 1))
-    # A stream with more events than there is room for is rare (1 in 500 of the longest) and left out.
+    # A stream with more events than fit is rare (1 in 500 of the longest streams) and is left out.
     chosen = np.flatnonzero(event.sum(axis=1) <= most_events)[:count]
     bits, length, event = bits[chosen], length[chosen], event[chosen]
     parity = np.sum(bits * (position < length), axis=1) % 2
@@ -54,7 +55,7 @@ def event_streams(rng, count, longest, most_events):
 
 
 class Held(keras.layers.Layer):
-    """A cell without an update: it keeps the event, beside a state that only the ODE changes."""
+    """A cell without an update. It stores the event next to a state that only the ODE changes."""
 
     state_size, output_size = (UNITS, 1), UNITS
 
@@ -63,7 +64,7 @@ class Held(keras.layers.Layer):
 
 
 class DrivenField(keras.layers.Layer):
-    """Moves the state, driven by the event, and not the event."""
+    """A field that moves the state, driven by the event, and leaves the event as it is."""
 
     def __init__(self):
         super().__init__()
@@ -74,21 +75,21 @@ class DrivenField(keras.layers.Layer):
 
 
 def classifier(kind):
-    """The logit of odd parity from the last output."""
+    """Returns a model that computes the logit of odd parity from the last output."""
     inputs = [keras.Input((None, 1)), keras.Input((None,)), keras.Input((None,), dtype="bool")]
     x, times, mask = inputs
     if kind == "ODE-LSTM":
         cell, field, evolve = keras.layers.LSTMCell(UNITS), keras.layers.Dense(UNITS, activation=keras.ops.sin), 0
     else:
         cell, field, evolve = Held(), DrivenField(), (0, 1)
-    # Four Euler steps between events as in the paper's code, and the exact gradient of these steps.
+    # Four Euler steps between events as in the code of the paper, and the exact gradient of these steps.
     solver = keras_node.RungeKutta("euler", num_steps=4)
     h = keras_node.ODERNN(cell, field, solver=solver, gradient="direct", evolve=evolve)(x, times, mask=mask)
     return keras.Model(inputs, keras.layers.Dense(1)(h))
 
 
 def train(model, epochs, test, seed, count, jit_compile):
-    """Fit on fresh streams, longer from epoch to epoch; return the test accuracy after each."""
+    """Trains on new streams, which get longer from epoch to epoch. Returns the test accuracy after each epoch."""
     rng = np.random.default_rng(seed)
     rate = keras.optimizers.schedules.CosineDecay(7e-3, epochs * count // BATCH)
     model.compile(
@@ -99,7 +100,8 @@ def train(model, epochs, test, seed, count, jit_compile):
     )
     accuracies = []
     for epoch in range(epochs):
-        # Short ones for an eighth of the training, then longer until the middle. Fewer events are faster to train on.
+        # Short streams for the first eighth of the training, then longer ones until its middle. Fewer events are faster
+        # to train on.
         longest = int(np.interp(epoch / epochs, [0.12, 0.5], [8, LONGEST]))
         most_events = min(MOST_EVENTS, -(-longest // 8) * 8)
         streams, parity = event_streams(rng, count, longest, most_events)
@@ -109,7 +111,7 @@ def train(model, epochs, test, seed, count, jit_compile):
 
 
 def draw(path, curves):
-    """Draw the test accuracies over the course of training."""
+    """Draws the test accuracies over the course of training."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name, accuracies in curves.items():
         axes.plot(np.arange(1, len(accuracies) + 1), 100 * np.array(accuracies), ".-", label=name)
@@ -121,14 +123,14 @@ def draw(path, curves):
 
 
 def main():
-    """Train both networks, print the table, draw the picture."""
+    """Trains both networks, prints the table and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="train for a few seconds only")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("event_xor.png"))
     options = parser.parse_args()
-    jit_compile = not options.quick  # to compile takes longer than a quick run
+    jit_compile = not options.quick  # compiling takes longer than a quick run
     epochs, count = (1, 2560) if options.quick else (options.epochs, STREAMS)
 
     test = event_streams(np.random.default_rng(10_000), 1_000 if options.quick else 10_000, LONGEST, LONGEST)

@@ -1,15 +1,16 @@
-"""A conditional density of handwritten digits: a continuous flow, TensorFlow Probability's FFJORD, Gaussian mixtures.
+"""Learns a conditional density of handwritten digits with two continuous flows, and compares Gaussian mixtures.
 
-scikit-learn's 8x8 digits are reduced to a few principal components, each scaled to variance one, and the density of
-these is learnt given the digit. Both flows have the same field, initial weights, batches, tolerances, exact trace and
-training loop; what differs is the solver, its adjoint and how the trace is computed. Ours is compiled by XLA, which
-refuses the exact trace of TensorFlow Probability 0.25. The mixtures are
-one for each digit, with as many components as do best on the validation digits; each flow keeps its best weights there.
+The 8x8 digits of scikit-learn are reduced to a few principal components, each scaled to variance one. The models learn
+the density of these components for a given digit. One flow is `keras_node.ContinuousFlow`, the other is FFJORD of
+TensorFlow Probability. Both have the same field, initial weights, batches, tolerances, exact trace and training loop.
+They differ in the solver, its adjoint and the computation of the trace. Ours is compiled by XLA, which cannot compile
+the exact trace of TensorFlow Probability 0.25. There is one mixture for each digit, with the number of components that
+is best on the validation digits. Each flow keeps the weights that are best on them.
 
-With 8 components both flows come to 6.03 nats on the test digits, the mixtures of two Gaussians to 6.53.
+With 8 principal components both flows reach 6.03 nats on the test digits, and the mixtures of two Gaussians 6.53.
 
-    python examples/flow_digits.py            # four minutes of one core
-    python examples/flow_digits.py --quick    # barely trained, our flow alone
+    python examples/flow_digits.py            # four minutes on one core
+    python examples/flow_digits.py --quick    # hardly any training, only our flow
 """
 
 import argparse
@@ -36,7 +37,7 @@ QUICK = keras_node.RungeKutta("midpoint", num_steps=4)
 
 
 def digits(components):
-    """Training, validation and test parts of (components, one-hot digits), and the PCA."""
+    """Returns training, validation and test parts, each of (components, one-hot digits), and the PCA."""
     images, labels = load_digits(return_X_y=True)
     rest, test = train_test_split(np.arange(len(labels)), test_size=0.25, stratify=labels, random_state=0)
     train, validation = train_test_split(rest, test_size=0.2, stratify=labels[rest], random_state=0)
@@ -46,7 +47,7 @@ def digits(components):
 
 
 def mixture_nll(parts, most):
-    """Mean test NLL of one Gaussian mixture for each digit, and the number of components, at most `most`."""
+    """Returns the mean test NLL of one Gaussian mixture for each digit, and its number of components, up to `most`."""
 
     def nll(components, part):
         (x, condition), total = parts[0], 0.0
@@ -60,13 +61,13 @@ def mixture_nll(parts, most):
 
 
 def our_log_prob(field, dim, solver):
-    """The log-density by `keras_node.ContinuousFlow`."""
+    """Returns the log-density and the sampler of a `keras_node.ContinuousFlow`."""
     flow = keras_node.ContinuousFlow(dim, field, solver=solver, seed=0)
     return flow.log_prob, flow.sample
 
 
 def tfp_log_prob(field, dim, solver):
-    """The log-density by `tfp.bijectors.FFJORD`."""
+    """Returns the log-density of a `tfp.bijectors.FFJORD`."""
     import tensorflow_probability as tfp
 
     solver = tfp.math.ode.DormandPrince(rtol=solver.rtol, atol=solver.atol)
@@ -84,7 +85,7 @@ def tfp_log_prob(field, dim, solver):
 
 
 def train(log_prob, field, parts, steps, seed, jit_compile):
-    """Maximise the likelihood; return the test NLL of the best weights and the least seconds of a step."""
+    """Maximises the likelihood. Returns the test NLL of the best weights, and the seconds of the fastest step."""
     (x, condition), validation, test = parts
     optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(3e-3, steps))
     optimizer.build(field.trainable_variables)
@@ -115,7 +116,7 @@ def train(log_prob, field, parts, steps, seed, jit_compile):
 
 
 def draw(path, sample, pca):
-    """Draw samples of the flow as images, a row for each digit."""
+    """Draws samples of the flow as images, with one row for each digit."""
     condition = np.repeat(np.eye(10, dtype="float32"), 12, axis=0)
     images = pca.inverse_transform(sample(1, condition)[0].numpy()).reshape(10, 12, 8, 8)
     figure, axis = plt.subplots(figsize=(9, 7.6), layout="constrained")
@@ -132,11 +133,11 @@ def draw(path, sample, pca):
 
 
 def main():
-    """Train both flows, fit the mixtures, print the table, draw samples."""
+    """Trains both flows, fits the mixtures, prints the table and draws samples."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="barely train our flow alone")
+    parser.add_argument("--quick", action="store_true", help="train only our flow, for a few seconds")
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--components", type=int, default=8, help="principal components")
+    parser.add_argument("--components", type=int, default=8, help="number of principal components")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("flow_digits.png"))
     options = parser.parse_args()
@@ -144,7 +145,7 @@ def main():
     parts, pca = digits(options.components)
 
     print("density                     test NLL, nats   ms a step, at least")
-    # To compile takes longer than a quick run.
+    # Compiling takes longer than a quick run.
     rows = [("our flow", our_log_prob, not options.quick), ("tfp.bijectors.FFJORD", tfp_log_prob, False)]
     for name, make, jit_compile in rows[: 1 if options.quick else None]:
         keras.utils.set_random_seed(options.seed)

@@ -1,18 +1,19 @@
-"""Densities in the plane, learnt by a continuous normalizing flow from samples.
+"""Learns densities in the plane from samples, with a continuous normalizing flow.
 
-A flow moves normal noise along an ODE whose field is a network, and gives the density of where it arrives. The three
-sets are those of Grathwohl et al. (2019), "FFJORD", which shows pictures of them and no numbers:
+A flow moves normally distributed noise along an ODE whose field is a network, and computes the density of the result.
+The three data sets are those of Grathwohl et al. (2019), "FFJORD", arXiv:1810.01367, which shows pictures but no
+numbers:
 
 - eight Gaussians: standard deviation 0.5, means on a circle of radius 4, both divided by sqrt(2): entropy 2.833 nats;
 - two moons: arcs with noise of 0.1, times 2;
 - checkerboard: uniform on eight squares of side 2: entropy ln 32 = 3.466 nats.
 
-All three densities are known, and so is the least negative log-likelihood (NLL) that a model can have on test points.
-The flow comes within 0.01 nats of it on the Gaussians and 0.03 on the moons. The checkerboard, whose edges no smooth
-field makes, is 0.28 away after these steps.
+All three densities are known. So we know the least negative log-likelihood (NLL) that a model can have on test points.
+The flow comes within 0.01 nats of it on the Gaussians, and within 0.03 on the moons. On the checkerboard, whose sharp
+edges a smooth field cannot make, it is 0.28 away after these steps.
 
-    python examples/flow_toys.py            # six minutes of one core
-    python examples/flow_toys.py --quick    # eight Gaussians, barely trained
+    python examples/flow_toys.py            # six minutes on one core
+    python examples/flow_toys.py --quick    # eight Gaussians, hardly any training
 """
 
 import argparse
@@ -37,31 +38,31 @@ MEANS, DEVIATION = 4 / np.sqrt(2) * np.stack([np.cos(ANGLES), np.sin(ANGLES)], a
 
 
 def eight_gaussians(rng, n):
-    """Samples of the mixture."""
+    """Draws samples of the mixture."""
     return MEANS[rng.integers(0, 8, n)] + DEVIATION * rng.normal(size=(n, 2))
 
 
 def moons(angles):
-    """Points of the two arcs at these angles, one arc after the other, before they are scaled."""
+    """Returns the points of the two arcs at these angles, one arc after the other, before scaling."""
     outer = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     return np.concatenate([outer, [1, 0.5] - outer])
 
 
 def two_moons(rng, n):
-    """Samples of the two arcs, with noise."""
+    """Draws samples of the two arcs, with noise."""
     points = moons(rng.uniform(0, np.pi, n))[rng.permutation(2 * n)[:n]]
     return 2 * (points + 0.1 * rng.normal(size=(n, 2))) - [1, 0.2]
 
 
 def checkerboard(rng, n):
-    """Samples of the black squares."""
+    """Draws samples of the black squares."""
     x = rng.uniform(-2, 2, n)
     y = rng.uniform(0, 1, n) - 2 * rng.integers(0, 2, n) + np.floor(x) % 2
     return 2 * np.stack([x, y], axis=1)
 
 
 def log_density_of_mixture(x, means, deviation):
-    """The log-density of equal round Gaussians."""
+    """Returns the log-density of a mixture of equal round Gaussians."""
     squares = np.sum((x[:, None] - means) ** 2, axis=-1)
     return logsumexp(-squares / (2 * deviation**2), axis=1) - np.log(len(means) * 2 * np.pi * deviation**2)
 
@@ -78,7 +79,7 @@ TOYS = {
 
 
 def train(sample, rng, stages, seed, solver, jit_compile):
-    """Train a flow on new samples in every step; return it, and its density and samples after every stage."""
+    """Trains a flow on new samples in every step. Returns it, with its density and samples after every stage."""
     flow = keras_node.ContinuousFlow(2, solver=solver, jit_compile=jit_compile, seed=seed)
     rate = keras.optimizers.schedules.CosineDecay(5e-3, sum(stages))
     flow.compile(keras.optimizers.Adam(rate), jit_compile=jit_compile)
@@ -90,14 +91,14 @@ def train(sample, rng, stages, seed, solver, jit_compile):
 
 
 def picture(flow):
-    """The density on a grid, and samples."""
+    """Returns the density on a grid, and samples."""
     side = np.linspace(-EDGE, EDGE, 120, dtype="float32")
     grid = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
     return np.exp(flow.predict(grid, batch_size=4800, verbose=0)).reshape(120, 120), flow.sample(2000).numpy()
 
 
 def draw(path, rows, stages):
-    """Draw data, and for every stage the density and the samples of the flow."""
+    """Draws the data and, for every stage, the density and the samples of the flow."""
     names = [name for name, *_ in rows]
     figure, axes = plt.subplots(
         2 * len(rows), 1 + len(stages), figsize=(2.6 * (1 + len(stages)), 5.4 * len(rows)), layout="constrained"
@@ -118,16 +119,16 @@ def draw(path, rows, stages):
 
 
 def main():
-    """Train a flow on every set, print the table, draw the picture."""
+    """Trains a flow on every data set, prints the table and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="eight Gaussians, barely trained")
+    parser.add_argument("--quick", action="store_true", help="train on the eight Gaussians only, for a few seconds")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("flow_toys.png"))
     options = parser.parse_args()
     keras.utils.set_random_seed(options.seed)
     steps, solver = (30, QUICK) if options.quick else (options.steps, SOLVER)
-    jit_compile = False if options.quick else "auto"  # to compile takes longer than a quick run
+    jit_compile = False if options.quick else "auto"  # compiling takes longer than a quick run
     stages = [steps // 30, steps // 10, steps // 4]
     stages.append(steps - sum(stages))
 

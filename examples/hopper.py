@@ -1,21 +1,22 @@
-"""Fill in the falls of a one-legged robot of which only half of the moments were observed.
+"""Predicts the falls of a one-legged robot of which only half of the moments were observed.
 
-MuJoCo's Hopper falls from 1000 random poses, and its 14 positions and velocities are noted at 100 moments of each
-fall. Half of the moments are hidden, and at every moment a network predicts the state from the observations before it
-(after Rubanova et al. 2019). All networks have a GRU cell of 32 units:
+The Hopper of MuJoCo falls from 1000 random poses, and its 14 positions and velocities are recorded at 100 moments of
+each fall. Half of the moments are hidden. At every moment a network predicts the state from the observations before it
+(after Rubanova et al. 2019, arXiv:1907.03907). All networks have a GRU cell of 32 units:
 
 - ODE-RNN: the hidden state moves between observations.
-- RNN, as in the paper's code: the cell is called at every moment, with zeros and marks where nothing is seen.
-- RNN that waits: the cell is called at observations only and told, as the decoder is, how long ago the last one was.
+- RNN, as in the code of the paper: the cell is called at every moment, with zeros and marks if nothing was observed.
+- RNN that waits: the cell is called at observations only. Cell and decoder see the time since the last observation.
 
-The ODE-RNN comes out ahead of both (0.00069, 0.00093 and 0.00074), of the second by little: a plain RNN, fed well, can
-be a strong one, so try it too.
+The ODE-RNN has a smaller error than both (0.00069, 0.00093 and 0.00074), but only a little smaller than the last: a
+plain RNN with good inputs can be strong, so try it too.
 
-`Observing` is the pattern for missing values: marks beside the channels, no update where nothing was observed.
+The class `Observing` shows how to handle missing values: add marks next to the channels, and do not update the state if
+nothing was observed.
 
     pip install dm-control mujoco==3.17.0
     python examples/hopper.py            # about five minutes on two cores
-    python examples/hopper.py --quick    # a quarter of a minute
+    python examples/hopper.py --quick    # 15 seconds
 """
 
 import argparse
@@ -33,12 +34,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 MOMENTS, STEP, CHANNELS, UNITS, BATCH = 100, 0.3, 14, 32, 20
-# With the paper's code in 30 epochs, another loss and decoder.
+# Results of the code of the paper after 30 epochs, with another loss and decoder.
 ELSEWHERE = {"ODE-RNN": "0.0435", "RNN": "0.0577", "RNN that waits": ""}
 
 
 def trajectories(count, rng):
-    """Positions and velocities of the Hopper, (count, moments, 14), each from a random moment of a random fall."""
+    """Simulates positions and velocities, (count, moments, 14), from a random moment of each random fall."""
     os.environ.setdefault("MUJOCO_GL", "disabled")  # nothing is rendered
     try:
         from dm_control import suite
@@ -58,7 +59,7 @@ def trajectories(count, rng):
 
 
 def hide(paths, rng):
-    """Hide half of the moments, not the first. Returns values beside marks of what is seen, and the time since then."""
+    """Hides half of the moments, but not the first. Returns values with marks, and times since the last observation."""
     order = rng.random((len(paths), MOMENTS - 1)).argsort(axis=1)
     seen = np.pad(order < MOMENTS // 2 - 1, [(0, 0), (1, 0)], constant_values=True)[..., None].repeat(CHANNELS, axis=2)
     values = np.concatenate([np.where(seen, paths, 0), seen], axis=-1).astype("float32")
@@ -68,7 +69,7 @@ def hide(paths, rng):
 
 
 class Observing(keras.layers.Layer):
-    """A GRU cell that takes in what was observed, if anything was; its output is the state before that."""
+    """A GRU cell that updates its state only if something was observed. Its output is the state before the update."""
 
     def __init__(self, units):
         super().__init__()
@@ -85,7 +86,7 @@ class Observing(keras.layers.Layer):
 
 
 def predictor(kind):
-    """Predicts the state at every moment, but for the first, from the observations before it."""
+    """Returns a model that predicts the state at every moment but the first, from the observations before it."""
     values, waited = keras.Input((MOMENTS, 2 * CHANNELS)), keras.Input((MOMENTS, 1))
     cell = Observing(UNITS)
     decoder = keras.Sequential([keras.layers.Dense(100, activation="tanh"), keras.layers.Dense(CHANNELS)])
@@ -93,7 +94,7 @@ def predictor(kind):
         h = keras.layers.GRU(UNITS, return_sequences=True)(values)
         return keras.Model([values, waited], decoder(h)[:, :-1])
     if kind == "ODE-RNN":
-        still = keras.layers.Dense(UNITS, kernel_initializer="zeros")  # at first nothing moves
+        still = keras.layers.Dense(UNITS, kernel_initializer="zeros")  # so that at first nothing moves
         field = keras.Sequential([keras.layers.Dense(128, activation="tanh"), still])
         times = STEP * keras.ops.cumsum(keras.ops.ones_like(waited[..., 0]), axis=1)
         solver = keras_node.RungeKutta("midpoint", num_steps=1)
@@ -105,7 +106,7 @@ def predictor(kind):
 
 
 def train(model, paths, epochs, seed):
-    """Fit, with other moments hidden in every epoch."""
+    """Trains the model, with other moments hidden in every epoch."""
     rng = np.random.default_rng(seed)
     rate = keras.optimizers.schedules.CosineDecay(1e-2, epochs * len(paths) // BATCH)
     model.compile(keras.optimizers.Adam(rate, clipnorm=1.0), "mse", jit_compile=True)
@@ -114,7 +115,7 @@ def train(model, paths, epochs, seed):
 
 
 def draw(path, truth, hidden, predictions):
-    """Draw four channels of one fall as predicted, and the error by the time since the last observation."""
+    """Draws predictions of four channels of one fall, and the error against the time since the last observation."""
     sample, seen, gaps = 0, hidden[0][..., CHANNELS] > 0, np.rint(hidden[1][:, 1:, 0] / STEP)
     figure = plt.figure(figsize=(13, 6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[3, 2])
@@ -138,9 +139,9 @@ def draw(path, truth, hidden, predictions):
 
 
 def main():
-    """Let the Hopper fall, train the networks, print the table, draw the picture."""
+    """Simulates the falls, trains the networks, prints the table and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="barely train: a few seconds")
+    parser.add_argument("--quick", action="store_true", help="train for a few seconds only")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("hopper.png"))

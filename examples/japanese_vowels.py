@@ -1,19 +1,20 @@
-"""Who says it? Nine speakers told apart by vowels of which only some moments were kept.
+"""Identifies nine speakers by their vowels, of which only some moments were kept.
 
-Each series is an utterance of `ae` by one of nine men, 12 coefficients of its sound at 7 to 29 moments
-(Kudo, Toyama & Shimbo 1999; 270 series to train on, 370 to test). Of every series a random part of the moments is
-dropped, so that those which remain are irregular. An ODE-RNN, whose state follows an ODE across the gaps, is set
-beside a GRU that is given the time elapsed since the last moment as a further channel, and beside a neural CDE, whose
+Each series is an utterance of `ae` by one of nine men, with 12 coefficients of its sound at 7 to 29 moments
+(Kudo, Toyama & Shimbo 1999; 270 series for training, 370 for testing). In every series a random part of the moments is
+dropped, so the remaining moments are irregular. The script compares three networks: an ODE-RNN, whose state follows an
+ODE across the gaps; a GRU, which gets the time since the last moment as a further channel; and a neural CDE, whose
 state is driven by a path through the moments.
 
-The script trains all three at three rates of dropped moments with several seeds, prints the test accuracies, and draws
-how sure an ODE-RNN is of the speaker as an utterance goes on. Units and dropout of the input were chosen among six
-settings by threefold cross-validation on the training series, for both recurrent networks alike; path, initialization
-and dropout of the neural CDE among seven, by two folds of it at 50 %.
+It trains all three at three rates of dropped moments with several seeds, prints the test accuracies, and draws how the
+probabilities that an ODE-RNN gives to the speakers change during an utterance. For both recurrent networks, the number
+of units and the dropout of the input were chosen among six settings, by threefold cross-validation on the training
+series. For the neural CDE, the path, initialization and dropout were chosen among seven settings, by two of these folds
+at 50 %.
 
     pip install aeon                              # the data
     python examples/japanese_vowels.py            # 27 networks: seven minutes on two cores
-    python examples/japanese_vowels.py --quick    # a quarter of a minute
+    python examples/japanese_vowels.py --quick    # 15 seconds
 """
 
 import argparse
@@ -31,14 +32,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 LONGEST, CHANNELS, CLASSES, UNITS, BATCH = 29, 12, 9, 32, 30
-MOMENT = 0.1  # unit of time: a series lasts about one or two
+MOMENT = 0.1  # in units of time, so that a series lasts for about one or two units
 KINDS = ("ODE-RNN", "GRU", "neural CDE")
 ELSEWHERE = {"ODE-RNN": 99.0, "GRU": 96.9}  # with half of the moments dropped, reference code in PyTorch
 
 
 def load(split):
-    """The series of a split, a list of arrays (length, 12), and their speakers, numbers from 0 to 8."""
-    # The files lie in the package aeon; to import it would take many seconds.
+    """Returns the series of a split, a list of arrays (length, 12), and their speakers, numbers from 0 to 8."""
+    # The files are in the package aeon. Importing it would take many seconds.
     aeon = importlib.util.find_spec("aeon")
     if aeon is None:
         raise SystemExit("This example needs the data in the package aeon: pip install aeon")
@@ -50,7 +51,7 @@ def load(split):
 
 
 def drop(series, rate, rng):
-    """What is left of every series, in order: values (series, 29, 12), times and mask (series, 29)."""
+    """Drops moments. Returns the rest of each series in order: values (series, 29, 12), times and mask (series, 29)."""
     x = np.zeros((len(series), LONGEST, CHANNELS), "float32")
     times, mask = np.zeros(x.shape[:2], "float32"), np.zeros(x.shape[:2], bool)
     for i, values in enumerate(series):
@@ -61,12 +62,12 @@ def drop(series, rate, rng):
 
 
 def classifier(kind, solver, jit_compile):
-    """Speaker logits from a GRU whose state moves between moments, or which is told the time elapsed, or from a CDE."""
+    """Returns a model of one of the three kinds, which computes the logits of the speakers."""
     x, times = keras.Input((LONGEST, CHANNELS)), keras.Input((LONGEST,))
     mask = keras.Input((LONGEST,), dtype="bool")
     y = keras.layers.Dropout(0.4)(x)  # 270 series are few
     if kind == "neural CDE":
-        # A zero would be a place for its path to go to; a missing value is none.
+        # Ordinary dropout would set values to zero, and the path would go through these zeros. So make them missing.
         kept = keras.layers.Dropout(0.3)(keras.ops.ones_like(x)) > 0
         field = [
             keras.layers.Dense(64, activation="relu"),
@@ -92,7 +93,7 @@ def classifier(kind, solver, jit_compile):
 
 
 def train(model, data, epochs, jit_compile):
-    """Fit, and return the test accuracy in %."""
+    """Trains the model and returns the test accuracy in %."""
     (inputs, labels), (test_inputs, test_labels) = data
     rate = keras.optimizers.schedules.CosineDecay(5e-3, epochs * len(labels) // BATCH)
     model.compile(
@@ -106,7 +107,7 @@ def train(model, data, epochs, jit_compile):
 
 
 def probabilities(model, values, times):
-    """The speakers' probabilities all along one series, in the gaps too: times and (times, 9)."""
+    """Returns the probabilities of the speakers along one series, including the gaps: times and (times, 9)."""
     (layer,) = (part for part in model.layers if isinstance(part, keras_node.ODERNN))
     cell, head = layer.cell, model.layers[-1]
     ts, path, states = [], [], cell.get_initial_state(1)
@@ -121,7 +122,7 @@ def probabilities(model, values, times):
 
 
 def draw(path, results, model, inputs, label):
-    """Draw the test accuracies, and what a network thinks of one series as time goes on."""
+    """Draws the test accuracies, and the probabilities of the speakers along one series."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.8), width_ratios=[2, 3], layout="constrained")
     for kind, marker in zip(KINDS, "os^", strict=True):
         rates = sorted({rate for rate, k in results if k == kind})
@@ -140,14 +141,14 @@ def draw(path, results, model, inputs, label):
 
 
 def main():
-    """Train all networks, print the table, draw the picture."""
+    """Trains all networks, prints the table and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="train for a few seconds only")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("japanese_vowels.png"))
     options = parser.parse_args()
-    jit_compile = not options.quick  # to compile takes longer than a quick run
+    jit_compile = not options.quick  # compiling takes longer than a quick run
     solver = keras_node.RungeKutta("midpoint", num_steps=1) if options.quick else "bosh3"
     epochs, seeds, rates = (1, 1, (0.5,)) if options.quick else (options.epochs, options.seeds, (0.3, 0.5, 0.7))
 

@@ -1,9 +1,10 @@
-"""Fill in the falls of a one-legged robot of which only half of the moments were observed, with a generative model.
+"""Fills in the falls of a one-legged robot, of which only half of the moments were observed, with a generative model.
 
-The data are those of `examples/hopper.py`. That example predicts every moment from those before it; here an encoder
-reads all that was seen of a fall, and one latent state at its start must account for every moment (after Rubanova et
-al. 2019). From there a latent ODE moves on by solving its ODE. The variational autoencoder beside it has the same
-encoder, decoder and loss, and moves on by a GRU cell, which is told how much time passes and what was decoded last.
+The data are those of `examples/hopper.py`. That example predicts every moment from the moments before it. Here an
+encoder reads all observations of a fall, and one latent state at the start of the fall must explain every moment (after
+Rubanova et al. 2019, arXiv:1907.03907). From this state, a latent ODE computes the later states by solving its ODE. It
+is compared with a variational autoencoder with the same encoder, decoder and loss, which computes the later states with
+a GRU cell. The inputs of this cell are the time that passes and the last decoded values.
 
     pip install dm-control mujoco==3.17.0
     python examples/latent_hopper.py            # five minutes on two cores that were busy with other work
@@ -27,11 +28,11 @@ import matplotlib.pyplot as plt
 
 LATENT_DIM, UNITS, BATCH = 15, 100, 50
 TIMES = np.linspace(0, 3, MOMENTS, dtype="float32")
-ELSEWHERE = {"latent ODE": 0.0425, "recurrent": 0.0787}  # with the paper's code in 30 epochs
+ELSEWHERE = {"latent ODE": 0.0425, "recurrent": 0.0787}  # results of the code of the paper after 30 epochs
 
 
 class Feedback(keras.layers.Layer):
-    """A recurrent cell that moves a latent state on by the time that passes and by what it means."""
+    """A recurrent cell that computes the next latent state from the time that passes and the decoded values."""
 
     def __init__(self, decoder):
         super().__init__()
@@ -43,12 +44,12 @@ class Feedback(keras.layers.Layer):
         self.cell.build((None, CHANNELS + 1))
 
     def call(self, waits, states):
-        decoded = self.decoder(states[0][:, None])[:, 0]  # it is made for series
+        decoded = self.decoder(states[0][:, None])[:, 0]  # the decoder takes series
         return self.cell(keras.ops.concatenate([decoded, waits], axis=-1), states)
 
 
 class Recurrence(keras.layers.Layer):
-    """What stands in for the ODE: from a state to those at later times, by a recurrent cell."""
+    """Replaces the ODE: computes the states at later times from a state, with a recurrent cell."""
 
     t0 = 0.0
 
@@ -65,7 +66,7 @@ class Recurrence(keras.layers.Layer):
 
 
 def autoencoder(kind):
-    """A latent ODE, or the same with a recurrent network in the place of the ODE."""
+    """Returns a latent ODE, or the same model with a recurrent network instead of the ODE."""
     field = keras.Sequential([Dense(UNITS, activation="elu"), Dense(UNITS, activation="elu"), Dense(LATENT_DIM)])
     decoder = keras.Sequential([Dense(UNITS, activation="tanh"), Dense(CHANNELS)])
     solver = keras_node.RungeKutta("tsit5", max_steps=64)
@@ -79,19 +80,19 @@ def autoencoder(kind):
 
 
 def hide(paths, rng):
-    """What the encoder is shown: half of the moments, the first among them."""
+    """Returns the input of the encoder: half of the moments, including the first."""
     order = rng.random((len(paths), MOMENTS - 1)).argsort(axis=1)
     seen = np.pad(order < MOMENTS // 2 - 1, [(0, 0), (1, 0)], constant_values=True)[..., None]
     return whole(paths)[0], np.where(seen, paths, 0), np.broadcast_to(seen, paths.shape)
 
 
 def whole(paths):
-    """All moments, as the loss compares them."""
+    """Returns all moments, which the loss compares with."""
     return np.tile(TIMES, (len(paths), 1)), paths, np.ones(paths.shape, bool)
 
 
 def train(model, paths, epochs, seed, jit_compile):
-    """Fit, with other moments hidden in every epoch."""
+    """Trains the model, with other moments hidden in every epoch."""
     rng = np.random.default_rng(seed)
     rate = keras.optimizers.schedules.CosineDecay(5e-3, epochs * len(paths) // BATCH)
     model.compile(keras.optimizers.Adam(rate, clipnorm=1.0), jit_compile=jit_compile)
@@ -100,7 +101,7 @@ def train(model, paths, epochs, seed, jit_compile):
 
 
 def draw(path, truth, hidden, predictions):
-    """Draw six channels of one fall as the two models fill them in."""
+    """Draws six channels of one fall, as the two models fill them in."""
     figure, panels = plt.subplots(3, 2, figsize=(13, 7), sharex=True, layout="constrained")
     channels = {"forward": 0, "up": 1, "rotation": 2, "knee": 5, "speed forward": 7, "speed up": 8}
     sample, seen = 0, hidden[2][0].all(axis=-1)
@@ -116,9 +117,9 @@ def draw(path, truth, hidden, predictions):
 
 
 def main():
-    """Let the Hopper fall, train both models, print the table, draw the picture."""
+    """Simulates the falls, trains both models, prints the table and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="barely train: a few seconds")
+    parser.add_argument("--quick", action="store_true", help="train for a few seconds only")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("latent_hopper.png"))

@@ -1,17 +1,18 @@
-"""Where do these spirals go? Latent paths learnt from a few noisy points of each.
+"""Predicts how spirals continue, with latent paths that are learnt from a few noisy points of each spiral.
 
-A thousand spirals in the plane, half of them clockwise, are seen for a while, each from a moment of its own on, at 30,
-50 or 100 irregular times and with noise of standard deviation 0.3 (after Chen et al. 2018, "Neural Ordinary
-Differential Equations", and the spirals of torchdiffeq's example). A latent ODE and a recurrent network with as many
-weights and as many steps of training are then asked where 200 other spirals go for as long again.
+A thousand spirals in the plane, half of them clockwise, are observed for a while, each from a random moment, at 30, 50
+or 100 irregular times and with noise of standard deviation 0.3 (after Chen et al. 2018, "Neural Ordinary Differential
+Equations", arXiv:1806.07366, and the spirals in the example of torchdiffeq). Two models then predict how 200 other
+spirals continue for the same time: a latent ODE, and a recurrent network with about as many weights and as many
+training steps.
 
-The error is measured from the true path, and from points that have noise of their own, which leave no predictor below
-0.3. The paper's numbers, for spirals that were not published, must be of the first kind. The latent ODE is far ahead
-where observations are few and irregular, though with 30 of them not as good as the paper's (0.29, published 0.16); with
-all 100, which come at regular times, the recurrent network is ahead here.
+The error is measured in two ways: from the true path, and from points with new noise, for which no predictor can have
+an error below 0.3. The numbers of the paper, for spirals that were not published, must be of the first kind. If the
+observations are few and irregular, the latent ODE is far better, but with 30 observations it does not reach the paper
+(0.29, published 0.16). With all 100 observations, which come at regular times, the recurrent network is better here.
 
     python examples/latent_spirals.py            # 13 minutes on two cores
-    python examples/latent_spirals.py --quick    # barely trained, in a few seconds
+    python examples/latent_spirals.py --quick    # hardly any training, in a few seconds
 """
 
 import argparse
@@ -32,7 +33,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 MOMENTS, STEP, NOISE, BATCH = 100, 6 * np.pi / 999, 0.3, 100
-SCALE = 0.2  # of what the networks see; the plane is measured in the paper's units
+SCALE = 0.2  # factor from the units of the paper to the inputs of the networks
 TIMES = (STEP * np.arange(2 * MOMENTS)).astype("float32")
 SOLVER = keras_node.RungeKutta("tsit5", max_steps=100)
 QUICK = keras_node.RungeKutta("midpoint", num_steps=1)
@@ -40,7 +41,7 @@ PUBLISHED = {30: (0.164, 0.394), 50: (0.150, 0.320), 100: (0.135, 0.181)}
 
 
 def spirals(count, length, rng):
-    """Pieces of spirals, (count, length, 2), from a random moment of the spiral on."""
+    """Returns pieces of spirals, (count, length, 2), which begin at a random moment of the spiral."""
     angle = np.linspace(0, 6 * np.pi, 1000)
     back = angle[-1] + 1 - angle
     clockwise = 15 / back * [np.cos(back), np.sin(back)] - np.array([[5], [0]])
@@ -50,7 +51,7 @@ def spirals(count, length, rng):
 
 
 def observe(paths, points, rng):
-    """Times and noisy values of so many of the first hundred moments, and a mask that says all were observed."""
+    """Returns times and noisy values at random points of the first hundred moments, and a mask that is all true."""
     moments = np.sort(rng.random((len(paths), MOMENTS)).argsort(axis=1)[:, :points], axis=1)
     values = np.take_along_axis(paths, moments[..., None], axis=1)
     values = SCALE * (values + NOISE * rng.normal(size=values.shape))
@@ -58,14 +59,14 @@ def observe(paths, points, rng):
 
 
 def latent_ode(solver=SOLVER, gradient="checkpointed"):
-    """Every spiral is a path of one field in four dimensions; where it starts is what the encoder finds."""
+    """Returns a model in which each spiral is a path of one field in four dimensions. The encoder finds its start."""
     dense = keras.layers.Dense
     field = keras.Sequential([dense(32, activation="elu"), dense(32, activation="elu"), dense(4)])
     return keras_node.LatentODE(4, vector_field=field, noise_scale=SCALE * NOISE, solver=solver, gradient=gradient)
 
 
 class Forecaster(keras.Model):
-    """A GRU that predicts each observation from those before and the time that passes until it."""
+    """A GRU that predicts each observation from the observations before it and the time that passes until it."""
 
     def __init__(self):
         super().__init__()
@@ -78,7 +79,7 @@ class Forecaster(keras.Model):
         return self.readout(self.gru(keras.ops.concatenate([values[:, :-1], waits[..., None]], axis=-1))[0])
 
     def extrapolate(self, inputs, times):
-        """Predictions at later times; each is what the next one goes on from."""
+        """Returns predictions at later times. Each prediction is the input of the next one."""
         seen, values, _ = inputs
         waits = keras.ops.concatenate([seen[:, 1:] - seen[:, :-1], times[0] - seen[:, -1:]], axis=1)
         _, state = self.gru(keras.ops.concatenate([values, waits[..., None]], axis=-1))
@@ -94,22 +95,22 @@ NAMES = {latent_ode: "latent ODE", Forecaster: "recurrent network"}
 
 
 def train(model, series, epochs, jit_compile):
-    """Fit by Adam, the learning rate going down to zero."""
+    """Trains the model with Adam and a learning rate that decreases to zero."""
     rate = keras.optimizers.schedules.CosineDecay(1e-2, epochs * len(series[0]) // BATCH)
-    loss = None if isinstance(model, keras_node.LatentODE) else "mse"  # the latent ODE brings its own
+    loss = None if isinstance(model, keras_node.LatentODE) else "mse"  # the latent ODE has its own loss
     model.compile(keras.optimizers.Adam(rate, clipnorm=1.0), loss=loss, jit_compile=jit_compile)
     model.fit(series, None if loss is None else series[1][:, 1:], BATCH, epochs, verbose=0)
 
 
 def extrapolate(model, series, times):
-    """Positions at the times, in the units of the plane."""
+    """Returns the positions at the times, in the units of the paper."""
     return np.asarray(model.extrapolate(series, times)) / SCALE
 
 
 def run(kind, series, test, epochs, seed):
-    """Train a model of one kind; its predictions, its number of weights and the seconds that it took."""
+    """Trains a model of one kind. Returns its predictions, its number of weights and the seconds that it took."""
     keras.utils.set_random_seed(seed)
-    start, quick = time.perf_counter(), epochs <= 2  # to compile takes longer than two epochs
+    start, quick = time.perf_counter(), epochs <= 2  # compiling takes longer than two epochs
     model = kind(QUICK, "direct") if quick and kind is latent_ode else kind()
     train(model, series, epochs, jit_compile=not quick)
     prediction = extrapolate(model, test, TIMES if kind is latent_ode else TIMES[MOMENTS:])
@@ -117,12 +118,12 @@ def run(kind, series, test, epochs, seed):
 
 
 def rmse(prediction, target):
-    """Root mean square of the errors of all coordinates."""
+    """Returns the root mean square of the errors of all coordinates."""
     return float(np.sqrt(np.mean((prediction - target) ** 2)))
 
 
 def draw(path, paths, series, latent, recurrent):
-    """Draw six of the spirals: what was seen, and where the models say they were and go."""
+    """Draws six of the spirals: the observations, and the paths that the models predict."""
     figure, panels = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
     for i, axes in enumerate(panels.flat):
         axes.plot(*paths[i].T, color="0.85", lw=7, solid_capstyle="round", label="true path")
@@ -139,9 +140,9 @@ def draw(path, paths, series, latent, recurrent):
 
 
 def main():
-    """Train both models for every number of points, print the table, draw the picture."""
+    """Trains both models for every number of points, prints the table and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="barely train: a few seconds")
+    parser.add_argument("--quick", action="store_true", help="train for a few seconds only")
     parser.add_argument("--epochs", type=int, default=500)
     parser.add_argument("--points", type=int, nargs="+", default=list(PUBLISHED), choices=list(PUBLISHED))
     parser.add_argument("--seed", type=int, default=0)
@@ -157,7 +158,7 @@ def main():
     jobs = [(kind, *series[points], epochs, options.seed) for points in numbers for kind in NAMES]
     predictions = {}
     print(f"{'points':8}{'':20}{'RMSE, true path':>16}{'noisy':>8}{'published':>11}{'weights':>9}{'seconds':>9}")
-    # Networks as small as these keep one core busy: two of them are trained at a time, in processes of their own.
+    # Such small networks keep only one core busy. So two of them are trained at a time, each in a separate process.
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         results = (map if options.quick else pool.map)(run, *zip(*jobs, strict=True))
         for (points, kind), (prediction, weights, seconds) in zip(

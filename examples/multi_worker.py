@@ -1,17 +1,17 @@
-"""Train a continuous-depth network on several machines with `fit`, through a crash and a restart.
+"""Trains a continuous-depth network on several machines with `fit`, including a crash and a restart.
 
-Keras 3 cannot `fit` under `tf.distribute.MultiWorkerMirroredStrategy` (keras issue 20585), for two reasons that have
-nothing to do with ODEs, and both are avoided in a few lines (`AcrossWorkers` and `distributed_model`). Then `fit` and
-its callbacks work as on one machine. Every epoch is checkpointed; when a worker dies all are started again, as a
-cluster manager would, and go on from the last epoch that is complete.
+Keras 3 cannot `fit` under `tf.distribute.MultiWorkerMirroredStrategy` (Keras issue 20585). The two reasons have nothing
+to do with ODEs, and a few lines avoid both (`AcrossWorkers` and `distributed_model`). After that, `fit` and its
+callbacks work as on one machine. A checkpoint is saved after every epoch. If a worker dies, all workers are started
+again, as a cluster manager does, and continue after the last complete epoch.
 
-Here two processes on this machine are the workers. One kills itself halfway. A single process trains on the same global
-batches, for the losses to compare.
+Here the workers are two processes on this machine, and one of them kills itself halfway. A single process trains on the
+same global batches, so that you can compare the losses.
 
-    python examples/multi_worker.py            # under a minute on two cores
+    python examples/multi_worker.py            # less than a minute on two cores
     python examples/multi_worker.py --quick    # a few epochs
 
-On machines of your own, start the script on each with `TF_CONFIG` set and a `--directory` that all of them see.
+To use your own machines, start the script on each, with `TF_CONFIG` set and a `--directory` that all can access.
 """
 
 import argparse
@@ -41,7 +41,7 @@ TIME_LIMIT = 240  # seconds for workers to finish
 
 
 class AcrossWorkers(keras.Model):
-    """A model whose logs Keras can average over workers: it reduces their axis 0, which scalars do not have."""
+    """A model with logs that Keras can average over workers: it reduces their axis 0, which scalars do not have."""
 
     def train_step(self, data):
         return {name: value[None] for name, value in super().train_step(data).items()}
@@ -51,9 +51,10 @@ class AcrossWorkers(keras.Model):
 
 
 def network():
-    """Stem, an ODE, head."""
+    """Returns a network with an ODE between two dense layers."""
     field = keras.Sequential([keras.layers.Dense(64, activation="tanh"), keras.layers.Dense(64)])
-    # Adaptive steps suit a worker's part of the batch, so they would differ from one process within the tolerances.
+    # Adaptive steps depend on the part of the batch that a worker has. With them, the losses would differ from those of
+    # one process, within the tolerances.
     solver = keras_node.RungeKutta("rk4", num_steps=4)
     return keras.Sequential(
         [
@@ -66,10 +67,10 @@ def network():
 
 
 def distributed_model(strategy):
-    """The network, its weights on every worker.
+    """Returns the network, with its weights on every worker.
 
-    Its variables are made in the strategy's scope, and the model that is fitted outside: for one made inside, `fit`
-    first looks at a batch, which it fails to collect from all workers.
+    The variables must be created inside the scope of the strategy, and the model outside. For a model that is created
+    inside, `fit` first looks at one batch, and fails to collect it from all workers.
     """
     with strategy.scope():
         layers = network()
@@ -81,12 +82,12 @@ def distributed_model(strategy):
             metrics=["accuracy"],
             jit_compile=False,
         )
-        model.optimizer.build(model.trainable_variables)  # for a checkpoint to find its variables
+        model.optimizer.build(model.trainable_variables)  # so that a checkpoint finds its variables
     return model
 
 
 class Crash(keras.callbacks.Callback):
-    """Kills the process early in an epoch, as a machine would that loses power."""
+    """Kills the process early in an epoch, like a machine that loses power."""
 
     def __init__(self, epoch):
         super().__init__()
@@ -101,13 +102,13 @@ class Crash(keras.callbacks.Callback):
 
 
 def train(strategy, directory, epochs, crash_at=None):
-    """Fit from the last checkpoint in `directory` on, which all workers read and the first one writes."""
+    """Trains from the last checkpoint in `directory`, which all workers read and the first worker writes."""
     first = strategy.cluster_resolver is None or strategy.cluster_resolver.task_id == 0
     model = distributed_model(strategy)
     epoch = tf.Variable(0)
     checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer, epoch=epoch)
     checkpoint.restore(tf.train.latest_checkpoint(directory))
-    # Saving needs all workers, since some variables are sums over them; what others than the first save is not kept.
+    # All workers must take part in saving, because some variables are sums over them. Only the first keeps its files.
     manager = tf.train.CheckpointManager(checkpoint, directory if first else tempfile.mkdtemp(), max_to_keep=2)
 
     def save(finished, logs):
@@ -121,17 +122,17 @@ def train(strategy, directory, epochs, crash_at=None):
         callbacks.append(Crash(crash_at))
 
     x, labels = load_digits(return_X_y=True)
-    size = len(x) // BATCH * BATCH  # a smaller last batch would not be spread evenly
+    size = len(x) // BATCH * BATCH  # a smaller last batch would not divide evenly
     x, labels = (x[:size] / 16).astype("float32"), labels[:size]
     with strategy.scope():
-        # The same batches in every epoch, so that a restart is seen to change nothing.
+        # The same batches in every epoch show that a restart changes nothing.
         model.fit(
             x, labels, BATCH, epochs, shuffle=False, verbose=0, initial_epoch=int(epoch.numpy()), callbacks=callbacks
         )
 
 
 def free_ports(number):
-    """Ports of this machine that nothing listens to."""
+    """Returns free ports of this machine."""
     sockets = [socket.socket() for _ in range(number)]
     for s in sockets:
         s.bind(("localhost", 0))
@@ -142,7 +143,7 @@ def free_ports(number):
 
 
 def run_workers(arguments, crash_at=None):
-    """Start two workers; if one dies, end the other. Return whether both finished."""
+    """Starts two workers. If one dies, ends the other. Returns whether both finished."""
     workers = []
     cluster = {"worker": [f"localhost:{port}" for port in free_ports(2)]}
     for index in range(2):
@@ -165,13 +166,13 @@ def run_workers(arguments, crash_at=None):
 
 
 def read_losses(directory):
-    """Pairs of an epoch and its loss, in the order in which they were trained."""
+    """Returns pairs of an epoch and its loss, in the order of training."""
     with open(directory / "log.csv") as file:
         return [(int(row["epoch"]), float(row["loss"])) for row in csv.DictReader(file)]
 
 
 def draw(path, alone, before, after):
-    """Draw the losses of one process, and of two before the crash and after the restart."""
+    """Draws the losses of one process, and of two workers before the crash and after the restart."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(*zip(*alone, strict=True), color="0.7", lw=4, label="one process")
     axes.plot(*zip(*before, strict=True), "o", label="two workers, until one is killed")
@@ -184,12 +185,14 @@ def draw(path, alone, before, after):
 
 
 def main():
-    """As a worker, train. Else start workers, again after the crash; compare with one process and draw."""
+    """Trains if this is a worker. If not, starts workers twice, compares them with one process and draws the losses."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few epochs")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--directory", type=pathlib.Path, help="for checkpoints and logs; default: a temporary one")
+    parser.add_argument(
+        "--directory", type=pathlib.Path, help="directory for checkpoints and logs; by default a temporary one"
+    )
     parser.add_argument("--crash-at", type=int, help="epoch in which this worker kills itself")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("multi_worker.png"))
     options = parser.parse_args()

@@ -1,12 +1,13 @@
-"""A pendulum learnt from noisy trajectories, with and without the knowledge that it conserves an energy.
+"""Learns a pendulum from noisy trajectories, with and without the knowledge that it conserves an energy.
 
-Two networks of the same size learn the rate of change of a frictionless pendulum's angle and momentum from short noisy
-trajectories. One gives the rates themselves; the other gives one number, the energy, and Hamilton's equations make
-the rates of it (`keras_node.HamiltonianField`; after Greydanus et al. 2019). Both are then solved for far longer than
-any trajectory they were trained on, and the true energy along the way tells how far they drift.
+Two networks of the same size learn how the angle and the momentum of a frictionless pendulum change, from short noisy
+trajectories. One network returns the rates of change directly. The other returns one number, the energy, and Hamilton's
+equations turn it into the rates of change (`keras_node.HamiltonianField`; after Greydanus et al. 2019,
+arXiv:1906.01563). Both are then solved for a far longer time than that of the training trajectories. The true energy of
+the solution shows how far they drift.
 
     python examples/pendulum.py            # a minute on two cores
-    python examples/pendulum.py --quick    # barely trained, in a few seconds
+    python examples/pendulum.py --quick    # hardly any training, in a few seconds
 """
 
 import argparse
@@ -25,31 +26,31 @@ import matplotlib.pyplot as plt
 
 TRAJECTORIES, NOISE, WINDOW, BATCH = 50, 0.1, 11, 100
 LONG = np.linspace(0.0, 100.0, 501)  # sixteen small swings
-TIMES = LONG[:21].astype("float32")  # two thirds of one
+TIMES = LONG[:21].astype("float32")  # two thirds of a swing
 ELSEWHERE = {"Hamiltonian": 2.4852e-2, "plain": 4.1519e-2}  # mean squared error of the energy
 ACCURATE = keras_node.RungeKutta("dopri5", rtol=1e-6, atol=1e-7)
 
 
 def energy(y):
-    """The true energy of a pendulum of length, weight and gravity 1, hanging at rest: 0; upright: 2."""
+    """Returns the true energy of a pendulum with length, mass and gravity 1: 0 if it hangs at rest, 2 if upright."""
     q, p = keras.ops.split(y, 2, axis=-1)
     return p**2 / 2 + 1 - keras.ops.cos(q)
 
 
 def starts(number, rng):
-    """States at rest or moving, of energies from 0.2 to 1.6, below the 2 at which a pendulum turns over."""
+    """Returns random states at rest, with energies from 0.2 to 1.6. From 2 on, a pendulum would turn over."""
     angle = np.arccos(1 - rng.uniform(0.2, 1.6, (number, 1)))
     return np.concatenate([angle * rng.choice([-1, 1], (number, 1)), np.zeros((number, 1))], axis=-1)
 
 
 @tf.function
 def trajectories(field, start, times):
-    """The paths from all starts, `(batch, times, 2)`."""
+    """Returns the paths from all starts, `(batch, times, 2)`."""
     return keras.ops.moveaxis(keras_node.odeint(field, start, times, solver=ACCURATE).ys, 0, 1)
 
 
 def network(outputs):
-    """A network of the state."""
+    """Returns a network whose input is the state."""
     return keras.Sequential(
         [
             keras.Input((2,)),
@@ -61,7 +62,7 @@ def network(outputs):
 
 
 def train(field, samples, epochs, jit_compile):
-    """Train a field so that a solve from one noisy sample passes by the next ones."""
+    """Trains a field so that a solve from one noisy sample passes close to the next ones."""
     windows = np.lib.stride_tricks.sliding_window_view(samples, WINDOW, axis=1)  # (trajectories, starts, 2, WINDOW)
     windows = windows.reshape(-1, 2, WINDOW).swapaxes(1, 2).astype("float32")
     start = keras.Input((2,))
@@ -74,13 +75,13 @@ def train(field, samples, epochs, jit_compile):
 
 
 def drift(paths):
-    """The largest distance of the true energy from that at the start, the mean of all trajectories."""
+    """Returns the largest deviation of the true energy from its initial value, averaged over all trajectories."""
     energies = energy(paths)[..., 0]
     return float(np.mean(np.max(np.abs(energies - energies[:, :1]), axis=1)))
 
 
 def draw(path, samples, paths):
-    """Draw the trajectories in the phase plane, the data behind them, and the energy as time goes on."""
+    """Draws the trajectories in the phase plane with the data, and the energy against time."""
     figure, axes = plt.subplots(1, len(paths), figsize=(15, 4.8), layout="constrained")
     for axis, name in zip(axes, ("Hamiltonian", "plain"), strict=False):
         axis.plot(*samples.reshape(-1, 2).T, ".", ms=2, color="0.85", zorder=0)
@@ -99,14 +100,14 @@ def draw(path, samples, paths):
 
 
 def main():
-    """Sample the truth, train both networks, compare long solves, draw."""
+    """Samples the truth, trains both networks, compares long solves and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="barely train: a few seconds")
+    parser.add_argument("--quick", action="store_true", help="train for a few seconds only")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("pendulum.png"))
     options = parser.parse_args()
-    jit_compile = not options.quick  # to compile takes longer than a quick run
+    jit_compile = not options.quick  # compiling takes longer than a quick run
     epochs = 3 if options.quick else options.epochs
 
     rng = np.random.default_rng(options.seed)
@@ -128,7 +129,7 @@ def main():
         mse = np.mean((energy(y.astype("float64")) - energy(paths["true"])) ** 2)
         cells = f"{error:14.4f}{drift(y[:, LONG < 10]):15.4f}{drift(y):16.4f}{mse:12.5f}"
         print(f"{name:12}{cells}{ELSEWHERE.get(name, 0):11.5f}")
-    print("elsewhere: Greydanus et al. (2019), a stronger pendulum, learnt from noisy rates of change")
+    print("elsewhere: Greydanus et al. (2019), for a stronger pendulum that is learnt from noisy rates of change")
     print(f"{time.perf_counter() - began:.0f} seconds")
     draw(options.out, samples, paths)
     print(f"picture: {options.out.resolve()}")

@@ -1,11 +1,12 @@
-"""Learn the dynamics of a two-dimensional spiral from samples of one trajectory.
+"""Learns the dynamics of a two-dimensional spiral from samples of one trajectory.
 
-The truth is `dy/dt = A y^3`, started at (2, 0) and sampled 1000 times up to t = 25 (after Chen et al. 2018, "Neural
-Ordinary Differential Equations", and the authors' demo). A small network takes the place of the right-hand side. It is
-never shown a rate of change: it is trained so that the ODE, solved from one sample, passes through later ones.
+The true dynamics are `dy/dt = A y^3`, started at (2, 0) and sampled 1000 times up to t = 25 (after Chen et al. 2018,
+"Neural Ordinary Differential Equations", arXiv:1806.07366, and the demo of its authors). A small network replaces the
+right-hand side. It never sees a rate of change: it is trained so that a solve of the ODE from one sample passes through
+later samples.
 
-    python examples/spiral.py            # well under two minutes on two cores
-    python examples/spiral.py --quick    # barely trained, in a few seconds
+    python examples/spiral.py            # less than two minutes on two cores
+    python examples/spiral.py --quick    # hardly any training, in a few seconds
 """
 
 import argparse
@@ -23,27 +24,27 @@ import matplotlib.pyplot as plt
 
 A = np.array([[-0.1, 2.0], [-2.0, -0.1]])
 START = np.array([[2.0, 0.0]])  # a batch of one
-WINDOW = slice(0, 50, 5)  # one piece of the trajectory: 10 samples, spread over 1.1 units of time
+WINDOW = slice(0, 50, 5)  # one piece of the trajectory: 10 samples over 1.1 units of time
 BATCH = 128
-# An error of the solver ends up in the field that is learnt with it: be stricter than the default.
+# The learnt field compensates for errors of the solver, so the tolerances are tighter than the default.
 TRAINING = keras_node.RungeKutta("tsit5", rtol=1e-4, atol=1e-6)
 QUICK = keras_node.RungeKutta("midpoint", num_steps=1)
 ACCURATE = keras_node.RungeKutta("dopri5", rtol=1e-6, atol=1e-7)
 
 
 def true_field(y):
-    """The rate of change that the network has to find."""
+    """Returns the rate of change that the network has to find."""
     return keras.ops.matmul(y**3, A.T)
 
 
 @tf.function  # a solve of many steps is much faster in a graph
 def trajectory(field, start, times):
-    """The path from `start` through all `times`."""
+    """Returns the states at `times` on the path from `start`."""
     return keras_node.odeint(field, start, times, solver=ACCURATE).ys[:, 0]
 
 
 def network():
-    """The rate of change as a network."""
+    """Returns a network that computes the rate of change."""
     return keras.Sequential(
         [
             keras.Input((2,)),
@@ -55,7 +56,7 @@ def network():
 
 
 def train(field, times, samples, epochs, solver, jit_compile):
-    """Train the field in a model from the first state of a window to all states of it."""
+    """Trains the field in a model that maps the first state of a window to all its states."""
     windows = np.lib.stride_tricks.sliding_window_view(samples, WINDOW.stop, axis=0)
     windows = windows.swapaxes(1, 2)[:, WINDOW].astype("float32")  # (windows, times, 2)
     start = keras.Input((2,))
@@ -73,7 +74,7 @@ def train(field, times, samples, epochs, solver, jit_compile):
 
 
 def draw(path, field, times, true, learnt):
-    """Draw the learnt field with both trajectories, and beside it both over time and the solver's steps."""
+    """Draws the learnt field with both trajectories, both trajectories against time, and the steps of the solver."""
     figure = plt.figure(figsize=(13, 6), layout="constrained")
     axes = figure.subplot_mosaic([["left", "right"], ["left", "below"]], width_ratios=[1, 1.2], height_ratios=[2, 1])
     left, right, below = axes.values()
@@ -94,9 +95,9 @@ def draw(path, field, times, true, learnt):
 
 
 def main():
-    """Sample the truth, train the network, compare one long solve, draw."""
+    """Samples the truth, trains the network, compares one long solve and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="barely train: a few seconds")
+    parser.add_argument("--quick", action="store_true", help="train for a few seconds only")
     parser.add_argument("--epochs", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("spiral.png"))
@@ -107,7 +108,7 @@ def main():
     true = trajectory(true_field, START, times).numpy()
 
     field = network()
-    jit_compile = False if options.quick else "auto"  # to compile takes longer than a quick run
+    jit_compile = False if options.quick else "auto"  # compiling takes longer than a quick run
     epochs, solver = (5, QUICK) if options.quick else (options.epochs, TRAINING)
     train(field, times, true, epochs, solver, jit_compile)
 

@@ -4,7 +4,7 @@ import keras
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
-        "keras_node needs Keras on the TensorFlow backend: set KERAS_BACKEND=tensorflow before Keras is imported. "
+        "keras_node needs Keras on the TensorFlow backend: set KERAS_BACKEND=tensorflow before you import Keras. "
         f"Received: backend={keras.backend.backend()!r}"
     )
 

@@ -8,17 +8,17 @@ from typing import Any
 
 
 def positive_integer(name: str, value: Any) -> int:
-    """`value` as an integer of at least 1; `3.0` counts as one, `True` does not."""
+    """Returns `value` as an integer of 1 or more. `3.0` is accepted, `True` is not."""
     return _integer(name, value, 1, "a positive integer")
 
 
 def non_negative_integer(name: str, value: Any) -> int:
-    """`value` as an integer of at least 0; `3.0` counts as one, `True` does not."""
+    """Returns `value` as an integer of 0 or more. `3.0` is accepted, `True` is not."""
     return _integer(name, value, 0, "an integer, 0 or more")
 
 
 def number(name: str, value: Any) -> float:
-    """`value` as a Python float that is not NaN."""
+    """Returns `value` as a Python float, and refuses NaN."""
     usable = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not usable or math.isnan(value):
         raise ValueError(f"`{name}` must be a number. Received: {name}={value!r}")
@@ -26,14 +26,14 @@ def number(name: str, value: Any) -> float:
 
 
 def positive_number(name: str, value: Any) -> float:
-    """`value` as a positive Python float; it may be infinite."""
+    """Returns `value` as a positive Python float, which may be infinite."""
     if not number(name, value) > 0:
         raise ValueError(f"`{name}` must be positive. Received: {name}={value!r}")
     return float(value)
 
 
 def one_of(name: str, value: Any, choices: Iterable[str]) -> str:
-    """`value`, if it is one of the choices."""
+    """Returns `value` if it is one of the choices. The error suggests the nearest one."""
     choices = list(choices)
     if isinstance(value, str) and value in choices:
         return value
@@ -42,7 +42,7 @@ def one_of(name: str, value: Any, choices: Iterable[str]) -> str:
     raise ValueError(f"`{name}` must be one of {', '.join(choices)}.{hint} Received: {name}={value!r}")
 
 
-def _integer(name, value, least, what):
+def _integer(name: str, value: Any, least: int, what: str) -> int:
     usable = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not usable or not math.isfinite(value) or value != int(value) or value < least:
         raise ValueError(f"`{name}` must be {what}. Received: {name}={value!r}")

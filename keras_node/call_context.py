@@ -1,4 +1,4 @@
-"""What Keras knows while a layer is called, kept for what is computed after the call has ended."""
+"""The call context of Keras, kept for computations that run after the call of a layer has ended."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,9 +8,9 @@ import keras
 
 
 class _Training(keras.layers.Layer):
-    """Returns the `training` that Keras hands to a layer which is called here."""
+    """Returns the `training` that Keras passes to a layer that is called here."""
 
-    def call(self, training=None):
+    def call(self, training: bool | None = None) -> bool | None:
         return training
 
 
@@ -18,9 +18,9 @@ _training = _Training(name="training")
 
 
 class _WithoutAutocast(keras.layers.Layer):
-    """Calls a function with variables in their own precision."""
+    """Calls a function in which variables are read in their own precision."""
 
-    def call(self, function):
+    def call(self, function: Callable[[], Any]) -> Any:
         return function()
 
 
@@ -28,9 +28,9 @@ _without_autocast = _WithoutAutocast(name="without_autocast", autocast=False)
 
 
 class _Called(keras.layers.Layer):
-    """Calls a function as a layer calls others: they take `training` and the precision of variables from it."""
+    """Calls a function inside a layer, so that layers in it take `training` and the precision of variables from it."""
 
-    def call(self, function, training=None):
+    def call(self, function: Callable[[], Any], training: bool | None = None) -> Any:
         del training
         return function()
 
@@ -39,12 +39,12 @@ class _Called(keras.layers.Layer):
 class CallContext:
     """What layers and variables take from the layer that calls them.
 
-    A gradient is computed after that layer's call has ended. Without its context, layers inside a field would be in
-    inference mode there, and variables would come in another precision.
+    A gradient is computed after the call of that layer has ended. Without the context, layers inside a field would then
+    run in inference mode, and variables would be read in another precision.
 
     Args:
-        training: what a layer's `training` is if it is not told.
-        autocast: the half precision in which float variables are read, or `None` for their own.
+        training: the `training` of layers that are called without it.
+        autocast: the half precision in which float variables are read, or `None` for their own precision.
     """
 
     training: bool | None = None
@@ -52,10 +52,10 @@ class CallContext:
 
     @classmethod
     def current(cls, variables: Sequence[keras.Variable] = ()) -> "CallContext":
-        """The context at this place. Its `autocast` shows only in variables that are read here."""
+        """Returns the context at this place. It finds `autocast` by the dtype of `variables`, since Keras hides it."""
         for variable in variables:
             precision = keras.backend.standardize_dtype(variable.dtype)
-            # What Keras says of a variable's dtype is what it is read in.
+            # The `dtype` of a variable is the precision in which Keras reads it at this place.
             if precision in ("float16", "bfloat16") and precision != _without_autocast(
                 function=lambda v=variable: v.dtype
             ):
@@ -63,15 +63,16 @@ class CallContext:
         return cls(_training())
 
     def run(self, function: Callable[[], Any]) -> Any:
-        """`function()`, in this context."""
+        """Calls `function` in this context and returns its result."""
         here = CallContext.current()
         if self == here:
             return function()
         policy = "float32" if self.autocast is None else f"mixed_{self.autocast}"
-        # A new layer each time: Keras ends a context when the layer that began it returns, even from a nested call.
+        # Each call needs a new layer: Keras ends a context when the layer that began it returns, even if that was a
+        # nested call.
         called = _Called(name="called", dtype=policy, autocast=self.autocast is not None)
         try:
             return called(function=function, training=self.training)
         finally:
             if here.training is not None:
-                _training(training=here.training)  # Keras leaves the last value that a layer was given
+                _training(training=here.training)  # Keras would keep the value of the last layer

@@ -1,6 +1,7 @@
 """Callbacks for `fit`."""
 
 import warnings
+from typing import Any
 
 import keras
 
@@ -10,29 +11,30 @@ from keras_node.metrics import SolverMetric
 class SolverMonitor(keras.callbacks.Callback):
     """Warns, or stops training, when solves fail or take too many evaluations.
 
-    It looks after every epoch at the statistics of the layers that have `track_stats=True`, and names the layer.
+    After each epoch it looks at the statistics of the layers that have `track_stats=True`. A warning names the layer.
 
     Args:
-        max_evaluations: evaluations of the vector field by one solve, forwards or backwards, beyond which the mean of
-            an epoch is too many. Defaults to `1000`.
-        max_failed: the share of solves that may fail, from 0 to 1. Defaults to `0.0`. Solves that fail raise except
-            under XLA, where their states are NaN.
-        stop: whether to stop training, rather than only warn. Defaults to `False`.
+        max_evaluations: how many evaluations of the vector field a solve may take in the mean over an epoch, for
+            forward and backward solves alike. A positive number. Defaults to `1000`.
+        max_failed: the share of solves that may fail, from 0 to 1. Defaults to `0.0`. This matters under XLA, where a
+            solve that fails returns NaN; elsewhere it raises an error.
+        stop: whether to stop training as well as warn. Defaults to `False`.
 
     Raises:
-        ValueError: when training begins and no layer of the model tracks its statistics, or several of one name do.
+        ValueError: for an option out of range; and when training begins, if no layer of the model tracks its
+            statistics, or if several of these layers have the same name.
 
     Example:
-    >>> layer = keras_node.ODELayer(keras.layers.Dense(2), track_stats=True)
-    >>> model = keras.Sequential([keras.Input((2,)), layer])
-    >>> model.compile("sgd", "mse")
-    >>> x = tf.ones((8, 2))
-    >>> history = model.fit(x, x, verbose=0, callbacks=[keras_node.SolverMonitor(max_evaluations=500)])
-    >>> f"{layer.name}_evaluations" in history.history
-    True
+        >>> layer = keras_node.ODELayer(keras.layers.Dense(2), track_stats=True)
+        >>> model = keras.Sequential([keras.Input((2,)), layer])
+        >>> model.compile("sgd", "mse")
+        >>> x = tf.ones((8, 2))
+        >>> history = model.fit(x, x, verbose=0, callbacks=[keras_node.SolverMonitor(max_evaluations=500)])
+        >>> f"{layer.name}_evaluations" in history.history
+        True
     """
 
-    def __init__(self, max_evaluations: float = 1000, max_failed: float = 0.0, stop: bool = False):
+    def __init__(self, max_evaluations: float = 1000, max_failed: float = 0.0, stop: bool = False) -> None:
         super().__init__()
         if not max_evaluations > 0 or not 0 <= max_failed <= 1:
             raise ValueError(
@@ -43,21 +45,21 @@ class SolverMonitor(keras.callbacks.Callback):
         self.max_failed = max_failed
         self.stop = stop
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         if not self._metrics():
             raise ValueError(
-                "SolverMonitor finds no statistics: give `track_stats=True` to an ODELayer, ODERNN or ODERNNCell. "
+                "SolverMonitor finds no statistics: pass `track_stats=True` to a layer that solves, such as ODELayer. "
                 f"Received: model={self.model.name!r}"
             )
         names = [metric.name for metric in self._metrics()]
         shared = next((metric.layer for metric in self._metrics() if names.count(metric.name) > 1), None)
         if shared is not None:
             raise ValueError(
-                "Layers of one name share their entries in the logs, of which only the last layer's are seen: give "
-                f"layers with `track_stats=True` different names. Received: several layers {shared!r}"
+                "Layers with the same name overwrite each other's entries in the logs: give the layers that have "
+                f"`track_stats=True` different names. Received: several layers {shared!r}"
             )
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         complaints = []
         for metric in self._metrics():
             value = (logs or {}).get(metric.name)
@@ -72,13 +74,13 @@ class SolverMonitor(keras.callbacks.Callback):
                 )
             if kind == "evaluations" and value > self.max_evaluations:
                 complaints.append(
-                    f"{way} of layer {metric.layer!r} take {value:.0f} evaluations. The field grows stiff: loosen "
-                    "`rtol` and `atol`, regularize its weights, or bound its output, e.g. by a tanh."
+                    f"{way} of layer {metric.layer!r} take {value:.0f} evaluations. The field may be getting stiff: "
+                    "loosen `rtol` and `atol`, regularize its weights, or bound its output, for example with a tanh."
                 )
         for complaint in complaints:
             warnings.warn(f"Epoch {epoch + 1}: {complaint}", stacklevel=2)
         if complaints and self.stop:
             self.model.stop_training = True
 
-    def _metrics(self):
+    def _metrics(self) -> list[SolverMetric]:
         return [metric for metric in self.model.metrics if isinstance(metric, SolverMetric)]

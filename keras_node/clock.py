@@ -1,19 +1,20 @@
-"""The solver's clock: time in the form in which one loop serves every solve.
+"""The clock of a solve. It gives time a form in which one loop can do every solve.
 
-A clock starts at 0 and only grows, in units of time. It stops at some of its readings, and from one stop to the next
-there is a segment. In segment `j` it tells the time
+A clock starts at 0 and only grows, in units of time. It stops at some readings, and the part from one stop to the next
+is a segment. A reading in segment `j` means the time
 
     t = times[j] + (reading - stops[j]) * speed[j]
 
-so `speed` is 1 forwards and -1 backwards in time. In a joint solve of samples with intervals of their own, all share
-the clock of the longest interval and `speed` is `(batch,)`, between -1 and 1: a shorter interval is run through more
-slowly, and one of length zero not at all. With per-sample steps every sample has its own clock.
+so `speed` is 1 in a solve forward in time, and -1 backward. In a joint solve of samples that have their own intervals,
+all samples share the clock of the longest interval. Then `speed` is `(batch,)`, with values between -1 and 1: time
+passes more slowly in a shorter interval, and does not move in an interval of length zero. With per-sample steps, every
+sample has its own clock.
 
-Times come in a precision that tells them apart, which may be higher than that of the state. Their differences are
-formed in it, and only then rounded to the state's: that is all that a clock works with.
+Times come in a precision that tells them apart, which may be higher than the precision of the state. Their differences
+are formed in this precision, and only then rounded to that of the state. The readings are made of these differences.
 
-Readings are constants of differentiation; gradients with respect to times flow through `times` and `speed`. Between
-times that coincide there is no segment.
+No gradient flows through a reading. Gradients with respect to times flow through `times` and `speed`. There is no
+segment between times that coincide.
 """
 
 from typing import NamedTuple
@@ -27,9 +28,9 @@ class Segment(NamedTuple):
 
     Attributes:
         start, stop: the readings at its ends.
-        first, last: the times there.
-        speed: time per reading.
-        kinks: if the field may jump at its ends, the precision in which it tells times apart; else `None`.
+        first, last: the times at its ends.
+        speed: the time that passes per unit of the reading.
+        kinks: the precision in which the field tells times apart, if it may jump at the ends; otherwise `None`.
     """
 
     start: tf.Tensor
@@ -40,10 +41,11 @@ class Segment(NamedTuple):
     kinks: tf.DType | None
 
     def time(self, reading: tf.Tensor) -> tf.Tensor:
+        """The time at a reading."""
         return self.inside(tf.add(self.first, tf.multiply(tf.subtract(reading, self.start), self.speed)))
 
     def inside(self, time: tf.Tensor) -> tf.Tensor:
-        """`time`, kept off the ends of the segment by the least amount that the field can see if they are kinks."""
+        """Moves `time` off the ends of the segment, if these are kinks, by the least amount that the field can see."""
         if self.kinks is None:
             return time
         first, last = tf.cast(self.first, self.kinks), tf.cast(self.last, self.kinks)
@@ -53,17 +55,17 @@ class Segment(NamedTuple):
 
 
 class Clock(NamedTuple):
-    """Segments of a solve. A step never leaves its segment, and the last one ends the solve.
+    """The segments of a solve. A step never leaves its segment, and the solve ends with the last segment.
 
     Attributes:
-        stops: readings at the ends of the segments, `(S + 1,)`, or `(S + 1, batch)` with per-sample steps. They
-            increase up to the stop `count`, and stay.
-        times: the times of these readings, `(S + 1,)` or `(S + 1, batch)`.
-        elapsed: what has passed since the first of the times, with its sign, in the same shape.
-        speed: time per reading in every segment, `(S,)` or `(S, batch)`.
-        count: how many segments there are, `()`, or `(batch,)` with per-sample steps.
-        kinks: if the field may jump at the stops, so that a segment must not look at its ends, the precision in which
-            the field tells times apart; else `None`.
+        stops: the readings at the ends of the segments, `(S + 1,)`, or `(S + 1, batch)` with per-sample steps. They
+            increase up to the stop number `count`, and are all equal after it.
+        times: the times at these readings, `(S + 1,)` or `(S + 1, batch)`.
+        elapsed: the signed time since the first of `times`, in the same shape.
+        speed: the time that passes per unit of the reading in each segment, `(S,)` or `(S, batch)`.
+        count: the number of segments, `()`, or `(batch,)` with per-sample steps.
+        kinks: the precision in which the field tells times apart, if it may jump at the stops; otherwise `None`. With
+            kinks, the field is not evaluated exactly at the ends of a segment.
     """
 
     stops: tf.Tensor
@@ -75,19 +77,22 @@ class Clock(NamedTuple):
 
     @property
     def num_segments(self) -> int | None:
-        """The greatest number that there may be, if it is known."""
+        """The largest possible number of segments, or `None` if it is not known."""
         return None if self.stops.shape[0] is None else self.stops.shape[0] - 1
 
     @property
     def end(self) -> tf.Tensor:
+        """The reading at which the solve ends."""
         return self.stops[-1]
 
     def segment(self, index: tf.Tensor | int) -> Segment:
         """One segment, or one for each sample."""
         if self.num_segments == 1:
-            # Eagerly a subscript takes as long as ten additions.
+            # In eager mode, a subscript takes as long as ten additions.
             (speed,) = tf.unstack(self.speed)
-            return Segment(*tf.unstack(self.stops), *tf.unstack(self.times), speed, self.kinks)
+            start, stop = tf.unstack(self.stops)
+            first, last = tf.unstack(self.times)
+            return Segment(start, stop, first, last, speed, self.kinks)
         return Segment(
             start=pick(self.stops, index),
             stop=pick(self.stops, index + 1),
@@ -98,39 +103,40 @@ class Clock(NamedTuple):
         )
 
     def inside(self, index: tf.Tensor | int, time: tf.Tensor) -> tf.Tensor:
-        """`time`, kept off the ends of its segment if they are kinks."""
+        """Moves `time` off the ends of its segment, if these are kinks."""
         return time if self.kinks is None else self.segment(index).inside(time)
 
     def readings_at(self, elapsed: tf.Tensor, stops: tf.Tensor | None = None) -> tf.Tensor:
-        """The readings when so much time has passed, `(T,)` or `(T, batch)`.
+        """The readings at which the time `elapsed` has passed, `(T,)` or `(T, batch)`.
 
         Args:
-            elapsed: since the first time, with its sign.
-            stops: the index of the stop at which that is, where it is at one.
+            elapsed: the signed time since the first time.
+            stops: the indices of the stops at these times, if all of them are stops; otherwise `None`.
         """
         if self.num_segments == 1 and stops is None:
             reading = tf.math.divide_no_nan(elapsed, self.speed[0])
-            return tf.minimum(reading, self.end)  # which rounding might pass, where no step arrives
+            return tf.minimum(reading, self.end)  # rounding may pass the end, which no step does
         segment = self._segment_at(elapsed) if stops is None else tf.maximum(stops - 1, 0)
-        known = segment if stops is None else stops  # a stop whose reading is the one to count from
+        known = segment if stops is None else stops  # the stop from which to count
         further = tf.math.divide_no_nan(elapsed - reorder(self.elapsed, known), reorder(self.speed, segment))
         reading, stop = (reorder(self.stops, i) for i in (known, segment + 1))
         if reading.shape.rank < further.shape.rank:
             reading, stop = reading[:, None], stop[:, None]
         return tf.minimum(reading + further, stop)
 
-    def _segment_at(self, elapsed):
-        """The last segment that begins before so much time has passed, else the first: a search by halving."""
+    def _segment_at(self, elapsed: tf.Tensor) -> tf.Tensor:
+        """The last segment that begins before the time `elapsed` has passed, or else the first, by binary search."""
+        assert self.num_segments is not None  # only clocks that stop at all of `ts` may have an unknown number
         begins, now = tf.abs(self.elapsed[:-1]), tf.abs(elapsed)
         index = tf.zeros_like(now, dtype=tf.int32)
-        for power in reversed(range(int(self.num_segments).bit_length())):
+        for power in reversed(range(self.num_segments.bit_length())):
             later = index + 2**power
             begun = reorder(begins, tf.minimum(later, self.num_segments - 1)) < now
             index = tf.where(begun & (later < self.num_segments), later, index)
         return index
 
     def trimmed(self) -> "Clock":
-        """The clock without room for segments that are not there; eagerly."""
+        """The clock without unused segments after the last one. It works in eager mode only."""
         last = max(int(np.max(self.count, initial=1)), 1)
         stops, times, elapsed = (x[: last + 1] for x in self[:3])
         return self._replace(stops=stops, times=times, elapsed=elapsed, speed=self.speed[:last])
@@ -139,27 +145,30 @@ class Clock(NamedTuple):
 def make_clock(
     times: tf.Tensor, dtype: tf.DType, per_sample: bool, kinks: tf.DType | None = None
 ) -> tuple[Clock, tf.Tensor]:
-    """A clock that stops at every one of `times`, and the index of the stop of each.
+    """Makes a clock that stops at each of `times`.
 
     Args:
         times: `(N,)` or `(N, batch)`, monotonic along axis 0.
         dtype: the precision of the clock.
-        per_sample: whether every sample has a clock of its own where times have a batch axis.
-        kinks: if the field may jump at the stops, the precision in which it tells times apart.
+        per_sample: whether every sample has its own clock, if `times` have a batch axis.
+        kinks: the precision in which the field tells times apart, if it may jump at the stops; otherwise `None`.
+
+    Returns:
+        The clock, and for each of `times` the index of its stop.
     """
     elapsed = tf.cast(times - times[:1], dtype)
     times = tf.cast(times, dtype)
     stops = tf.stop_gradient(tf.abs(elapsed))
     shared = times.shape.rank == 2 and not per_sample
     if shared:
-        # In each segment the sample for which the most time passes sets the pace. Of no samples the maximum is -inf.
+        # The sample for which the most time passes sets the length of a segment. An empty batch has the maximum -inf.
         lengths = tf.maximum(tf.reduce_max(stops[1:] - stops[:-1], axis=1), 0)
         stops = tf.concat([tf.zeros_like(lengths[:1]), tf.cumsum(lengths)], axis=0)
     moves = tf.cast(stops[1:] > stops[:-1], tf.int32)
     index = tf.concat([tf.zeros_like(moves[:1]), tf.cumsum(moves)], axis=0)
     count = index[-1]
     if times.shape[0] != 2:
-        # Times that coincide share a stop: the first of them stands for it, and at the end the last.
+        # Times that coincide share a stop. It takes the first of them, and the last stop takes the last one.
         order = tf.argsort(1 - moves, axis=0, stable=True) + 1
         number = tf.reshape(tf.range(1, tf.shape(times)[0]), [-1] + [1] * (order.shape.rank - 1))
         kept = tf.concat([index[:1], tf.where(number < count, order, tf.shape(times)[0] - 1)], axis=0)
@@ -170,14 +179,15 @@ def make_clock(
 
 
 def merge(times: tf.Tensor, more: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Puts more times in between monotonic ones; those that lie outside move to the nearer end.
+    """Inserts more times between monotonic ones. Times that lie outside move to the nearer end.
 
     Args:
         times: `(T,)` or `(T, batch)`, in either direction.
         more: `(M,)`, or `(M, batch)` with the batch of `times`.
 
     Returns:
-        All times, `(T + M, ...)`, and where each of `times` is among them, `(T, ...)`. The first and the last stay so.
+        All times, `(T + M, ...)`, and the index of each of `times` among them, `(T, ...)`. The first of `times` remains
+        the first, and the last remains the last.
     """
     first, last = times[0], times[-1]
     if times.shape.rank > more.shape.rank:
@@ -193,10 +203,10 @@ def merge(times: tf.Tensor, more: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def pick(values: tf.Tensor, index: tf.Tensor | int) -> tf.Tensor:
-    """One entry, `values[index]`; with an index of each sample, `values[index[b]]` or `values[index[b], b]`.
+    """Returns one entry, `values[index]`, or with an index per sample `values[index[b]]` or `values[index[b], b]`.
 
-    Not a subscript: XLA takes the start of a slice for a constant, and would compile anew for every value that the
-    index may have come from, a network's weights among them.
+    This replaces a subscript, because XLA treats the start of a slice as a constant. It would compile again whenever
+    something changes on which the index depends, such as the weights of a network.
     """
     if isinstance(index, int):
         return values[index]
@@ -206,7 +216,7 @@ def pick(values: tf.Tensor, index: tf.Tensor | int) -> tf.Tensor:
 
 
 def reorder(values: tf.Tensor, order: tf.Tensor) -> tf.Tensor:
-    """Several entries, `values[order[n]]`, or with an order of each sample's own, `values[order[n, b], b]`."""
+    """Returns several entries, `values[order[n]]`, or with an order per sample `values[order[n, b], b]`."""
     if order.shape.rank == 1 or values.shape.rank == 1:
         return tf.gather(values, order)
     return tf.gather_nd(values, tf.stack([order, tf.zeros_like(order) + tf.range(tf.shape(order)[1])], axis=-1))

@@ -1,4 +1,4 @@
-"""A check of a gradient on a user's own field, against finite differences."""
+"""A check of the gradient of your own field against finite differences."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,21 +8,23 @@ import numpy as np
 import tensorflow as tf
 
 from keras_node import gradients, solvers
+from keras_node.gradients import Gradient
 from keras_node.odeint import odeint
 from keras_node.signatures import build
 from keras_node.solvers.runge_kutta import RungeKutta
+from keras_node.times import Times
 from keras_node.trees import Nest
 
 
 class GradientCheck(NamedTuple):
-    """A derivative in the random direction in which the two disagreed most.
+    """The two derivatives of a tensor in the random direction in which they differ most.
 
     Attributes:
-        name: of the tensor: `y0`, `ts`, the path of a weight, or the place of an argument.
-        size: its number of elements.
+        name: name of the tensor: `"y0"`, `"ts"`, the path of a weight, or a place such as `"args[0]"`.
+        size: number of elements of the tensor.
         gradient: the derivative by the gradient method.
-        finite_difference: the derivative by central differences.
-        error: the distance of the two, relative to the largest of the derivatives by finite differences.
+        finite_difference: the derivative by central finite differences.
+        error: the absolute difference of the two, divided by the largest of the finite differences in all directions.
     """
 
     name: str
@@ -35,11 +37,11 @@ class GradientCheck(NamedTuple):
 def gradcheck(
     vector_field: keras.Layer | Callable,
     y0: Nest,
-    ts: Any,
+    ts: Times,
     *,
     args: Any = None,
-    solver="tsit5",
-    gradient="backsolve",
+    solver: RungeKutta | str = "tsit5",
+    gradient: Gradient | str = "backsolve",
     training: bool | None = None,
     num_directions: int = 3,
     epsilon: float = 1e-5,
@@ -48,38 +50,43 @@ def gradcheck(
 ) -> list[GradientCheck]:
     """Compares a gradient of `odeint` with finite differences in float64, and prints a table.
 
-    The loss is a random linear function of the states at `ts[1:]`. A derivative in a random direction `v`,
+    The loss `L` is a random linear function of the states at `ts[1:]`. For each tensor `x` (`y0`, `ts`, every weight
+    of a layer and every float argument) and random directions `v` of length 1, the check compares the derivatives
 
-    `dL/dx v` beside `(L(x + epsilon v) - L(x - epsilon v)) / (2 epsilon)`,
+    `dL/dx v`
 
-    is taken for `y0`, `ts`, every weight of a layer and every float argument. Finite differences go through the same
-    solver where its steps are constant, and else through one with tolerances so tight (1e-11) that what is shown is
-    the whole error of a gradient, the solver's included.
+    `(L(x + epsilon v) - L(x - epsilon v)) / (2 epsilon)`
+
+    The second one uses the same solver if the steps are constant. For adaptive steps it uses a solver with very small
+    tolerances (1e-11). Then the difference is the whole error of the gradient, including the error of the solver.
 
     Args:
-        vector_field: as in `keras_node.odeint`. A layer is copied in float64, weights included; it must be one that
-            can be saved. A callable must compute in the precision of its arguments.
-        y0: the initial state.
-        ts: the times.
-        args: nest of tensors for `f(t, y, args)`.
-        solver: the solver to check with; see `keras_node.odeint`.
-        gradient: the gradient to check; see `keras_node.odeint`.
-        training: passed to a field that takes it. A field with noise differs from call to call and has no
-            finite differences.
-        num_directions: random directions for each tensor. Defaults to `3`.
-        epsilon: how far to move along a direction of length 1. Defaults to `1e-5`.
-        seed: of the directions. Defaults to `0`.
-        verbose: whether to print the table.
+        vector_field: the field, as in `keras_node.odeint`. A layer is copied in float64 with its weights, so it must be
+            a layer that Keras can save. A callable must compute in the precision of its arguments.
+        y0: the initial state. It is converted to float64.
+        ts: the times, `(T,)` or `(T, batch)`. They are converted to float64.
+        args: nest of tensors for a field `f(t, y, args)`. Defaults to `None`.
+        solver: the solver to check with, as in `keras_node.odeint`. Defaults to `"tsit5"`.
+        gradient: the gradient to check, as in `keras_node.odeint`. Defaults to `"backsolve"`.
+        training: passed to a field that takes it. A field with noise differs from call to call, so it has no
+            finite differences. Defaults to `None`.
+        num_directions: number of random directions for each tensor. Defaults to `3`.
+        epsilon: how far to move along a direction. Defaults to `1e-5`.
+        seed: seed of the random loss and directions. Defaults to `0`.
+        verbose: whether to print the table. Defaults to `True`.
 
     Returns:
         A list of `GradientCheck`, one for each tensor.
 
+    Raises:
+        TypeError, ValueError: for arguments that `keras_node.odeint` refuses.
+
     Example:
-    >>> checks = keras_node.gradcheck(lambda t, y: -t * y, tf.ones((3, 2)), [0.0, 1.0], verbose=False)
-    >>> [check.name for check in checks]
-    ['y0', 'ts']
-    >>> all(check.error < 1e-2 for check in checks)
-    True
+        >>> checks = keras_node.gradcheck(lambda t, y: -t * y, tf.ones((3, 2)), [0.0, 1.0], verbose=False)
+        >>> [check.name for check in checks]
+        ['y0', 'ts']
+        >>> all(check.error < 1e-2 for check in checks)
+        True
     """
     rng = np.random.default_rng(seed)
     solver = solvers.get(solver)
@@ -96,7 +103,7 @@ def gradcheck(
     shapes = [(len(ts) - 1, *y.shape) for y in tf.nest.flatten(y0)]
     loss_weights = [tf.constant(rng.normal(size=shape)) for shape in shapes]
 
-    def loss(inputs, solver, gradient):
+    def loss(inputs: list[tf.Tensor], solver: RungeKutta, gradient: Gradient | str) -> tf.Tensor:
         flat = iter(inputs)
         state = tf.nest.map_structure(lambda _: next(flat), y0)
         times = next(flat)
@@ -108,14 +115,14 @@ def gradcheck(
         return tf.add_n(products)
 
     @tf.function
-    def by_gradient(inputs):
+    def by_gradient(inputs: list[tf.Tensor]) -> list[tf.Tensor]:
         with tf.GradientTape() as tape:
             tape.watch(inputs)
             value = loss(inputs, solver, gradients.get(gradient))
         return tape.gradient(value, inputs, unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
     @tf.function
-    def by_solve(inputs):
+    def by_solve(inputs: list[tf.Tensor]) -> tf.Tensor:
         return loss(inputs, _tight(solver), "direct")
 
     checks = []
@@ -135,14 +142,16 @@ def gradcheck(
 
 
 def _tight(solver: RungeKutta) -> RungeKutta:
-    """The same solver if its steps are constant, else one that is next to exact."""
+    """The same solver if its steps are constant, otherwise one with hardly any error."""
     if not solver.adaptive:
         return solver
     return RungeKutta(rtol=1e-11, atol=1e-11, max_steps=1_000_000, per_sample=solver.per_sample, step_at=solver.step_at)
 
 
-def _to_float64(nest: Any) -> Any:
-    def leaf(x):
+def _to_float64(nest: Nest) -> Nest:
+    """The nest with its floating-point leaves in float64."""
+
+    def leaf(x: Any) -> tf.Tensor | None:
         if x is None:
             return None
         x = tf.convert_to_tensor(x)
@@ -166,7 +175,7 @@ def _float64_copy(layer: keras.Layer, ts: tf.Tensor, y0: Nest, args: Any) -> ker
 
 
 def _with_float64(config: Any) -> Any:
-    """A serialized object with every policy in it replaced."""
+    """A serialized object in which float64 replaces every precision."""
     if isinstance(config, dict):
         if config.get("class_name") == "DTypePolicy":
             return {**config, "config": {**config["config"], "name": "float64"}}

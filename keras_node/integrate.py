@@ -1,43 +1,49 @@
-"""The one time loop: constant and adaptive steps, joint or per sample, forwards and backwards in time.
+"""The only time loop: constant and adaptive steps, joint or per sample, forward and backward in time.
 
-It knows nothing of gradients, layers or Keras. Gradient methods give it their own vector fields and watch its
-steps through an observer.
+It knows nothing about gradients, layers or Keras. Gradient methods pass their own vector fields to it, and observers
+that see its steps.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
 from keras_node import trees
-from keras_node.clock import Clock
+from keras_node.clock import Clock, Segment
 from keras_node.interpolation import Progress
 from keras_node.solution import Stats, Status
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.solvers.step import Rates, Step, quadrature_rate, rk_step
-from keras_node.step_size import Norm, first_step_size, rms_norm
+from keras_node.solvers.tableaus import ButcherTableau
+from keras_node.step_size import Norm, PIDController, first_step_size, rms_norm
 from keras_node.trees import Nest
 
-_LONGER_THAN_ALL = 1e30  # infinity times zero, as a converter may write a selection, would be no number
+_LONGER_THAN_ALL = 1e30  # and not infinity, because a converter may write a selection as a product with zero: NaN
+
+
+VectorFieldWithSpeed: TypeAlias = Callable[[tf.Tensor, Nest, tf.Tensor], Rates]  # f(t, y, speed)
 
 
 class Observer(Protocol):
-    """Looks at every attempted step and keeps a memory of what it saw, a nest of tensors of fixed shapes."""
+    """Sees every attempted step and keeps a memory, a nest of tensors of fixed shapes."""
 
-    def start(self, y0: Nest) -> Any: ...
+    def start(self, y0: Nest) -> Nest:
+        """Returns the memory before the first step."""
 
-    def update(self, memory: Any, step: Step, progress: Progress) -> Any: ...
+    def update(self, memory: Any, step: Step, progress: Progress) -> Nest:
+        """Returns the memory after an attempted step."""
 
 
 class Integral(NamedTuple):
     """How an integration ended.
 
     Attributes:
-        y1: the state at the last time; NaN where the solve failed.
-        quadrature: the integral of the quadrature's rates, added to its initial value; NaN likewise.
-        memories: what every observer kept.
+        y1: the state at the last time, or NaN where the solve failed.
+        quadrature: its initial value plus the integral of its rates, or NaN if the solve failed.
+        memories: the memory of every observer.
         stats: a `Stats`.
         status: a value of `Status`.
     """
@@ -50,24 +56,24 @@ class Integral(NamedTuple):
 
 
 class _LoopState(NamedTuple):
-    running: tf.Tensor  # whether there is more to do
-    reading: tf.Tensor  # of the clock
-    segment: tf.Tensor  # index; () where there is one only
-    steps_done: tf.Tensor  # in the segment, by which constant steps are counted; () where steps are adaptive
-    step_size: tf.Tensor  # to attempt next
+    running: tf.Tensor  # whether more steps are needed
+    reading: tf.Tensor  # the reading of the clock
+    segment: Nest  # the index of the segment; () if there is only one
+    steps_done: Nest  # the number of steps done in the segment; () if steps are adaptive
+    step_size: tf.Tensor  # the length to attempt next
     y: Nest
     quadrature: Nest
-    k1: Rates | tuple  # the rates at (reading, y) of a method that is first same as last, else ()
-    history: tuple[tf.Tensor, ...]  # of the controller
-    memories: tuple  # of the observers
+    k1: Nest  # the `Rates` at (reading, y) if the method is first same as last; otherwise ()
+    history: tuple[tf.Tensor, ...]  # the memory of the controller
+    memories: tuple  # the memories of the observers
     finite: tf.Tensor  # whether the last error estimate was a finite number
     num_attempts: tf.Tensor
     num_steps: tf.Tensor
-    num_restarts: tf.Tensor  # evaluations after jumps
+    num_restarts: tf.Tensor  # the number of evaluations after jumps
 
 
 def integrate(
-    vector_field: Callable[[tf.Tensor, Nest, tf.Tensor], Rates],
+    vector_field: VectorFieldWithSpeed,
     y0: Nest,
     clock: Clock,
     solver: RungeKutta,
@@ -81,55 +87,59 @@ def integrate(
     """Integrates `dy/dt = f(t, y)` from the clock's first stop to its last.
 
     Args:
-        vector_field: `f(t, y, speed)` gives `Rates`; `t` and the clock's `speed` are scalars or `(batch,)`.
-        y0: the initial state, a nest of float tensors, `(batch, ...)` where times have a batch axis.
-        clock: a `Clock`; a step ends at every one of its stops.
+        vector_field: `f(t, y, speed)` returns `Rates`. `t` and the `speed` of the clock are scalars or `(batch,)`.
+        y0: the initial state, a nest of float tensors, `(batch, ...)` if times have a batch axis.
+        clock: a `Clock`. At each of its stops a step ends.
         solver: the method and the control of its step size.
         quadrature: initial values of the quadratures (see `Rates`).
-        observers: see every attempted step.
-        jump: `jump(i, y)`, the state after the `i`-th stop from the state before it, for the stops between
-            the first and the last. The field is evaluated afresh there.
-        norm: of the error; by default its root mean square, over the whole state or that of each sample.
-        first_step: what an adaptive solve attempts first, in units of the clock, where more is known of it than the
-            solver says; one value, or with per-sample steps one for each sample.
+        observers: objects that see every attempted step.
+        jump: `jump(i, y)` returns the state after stop `i` from the state `y` before it, for the stops between the
+            first and the last. The field is evaluated again after a jump.
+        norm: the norm of the error. By default it is the root mean square, over the whole state or over each sample.
+        first_step: the first step that an adaptive solve attempts, in units of the clock, if the caller knows a better
+            one than the solver; a scalar, or `(batch,)` with per-sample steps.
+
+    Returns:
+        An `Integral`.
     """
     tableau, controller, per_sample = solver.tableau, solver.controller, solver.per_sample
     norm = norm or functools.partial(rms_norm, per_sample=per_sample)
     end_of_clock = clock.end
-    # The shape of all that steers the loop: one value, or one for each sample.
+    # The shape of everything that controls the loop: one value, or one for each sample.
     sample_shape = tf.shape(end_of_clock)
     several_segments = clock.num_segments != 1
     last_index = tf.maximum(clock.count - 1, 0) if several_segments else 0
     first_segment = clock.segment(tf.zeros(sample_shape, tf.int32) if several_segments else 0)
-    first_spacing = None if solver.adaptive else _spacing(first_segment, solver)
+    first_spacing = None if solver.adaptive or several_segments else _spacing(first_segment, solver)
 
-    def on_the_way(index, reading):
+    def on_the_way(index: Nest, reading: tf.Tensor) -> tf.Tensor:
+        """Whether the end is not reached yet."""
         return index < clock.count if several_segments else reading < end_of_clock
 
-    def where_running(s: _LoopState, new, old):
-        # A joint solve takes no step unless it is running.
+    def where_running(s: _LoopState, new: Any, old: Any) -> Any:
+        # A joint solve takes a step only if it is running.
         return tf.where(s.running, new, old) if per_sample else new
 
-    def end_of_step(s: _LoopState, segment):
-        """The reading at which the next step ends, whether that is the end of the segment, and the length proposed."""
+    def end_of_step(s: _LoopState, segment: Segment) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """The reading at which the next step ends, whether the segment ends there, and the proposed length."""
         if solver.adaptive:
             proposed = s.step_size
-            # A last step is stretched by up to 1 % rather than followed by a tiny one.
+            # The last step may be up to 1 % longer, so that no tiny step follows it.
             lands = tf.multiply(proposed, 1.01) >= tf.subtract(segment.stop, s.reading)
             end = tf.add(s.reading, proposed)
         else:
-            # Counted from the start of the segment: a sum of lengths would drift.
-            proposed, number = _spacing(segment, solver) if several_segments else first_spacing
+            # Steps are counted from the start of the segment, because a sum of lengths would drift.
+            proposed, number = _spacing(segment, solver) if first_spacing is None else first_spacing
             done = tf.cast(s.steps_done + 1, proposed.dtype)
             lands = done >= number
             end = tf.minimum(segment.start + done * proposed, segment.stop)
         return trees.where(lands, segment.stop, end), lands, proposed
 
-    def body(s: _LoopState):
+    def body(s: _LoopState) -> _LoopState:
         index = tf.minimum(s.segment, last_index) if several_segments else 0
         segment = clock.segment(index) if several_segments else first_segment
         end, lands, proposed = end_of_step(s, segment)
-        # What passes is the difference of two readings, however they were rounded.
+        # The length of a step is the difference of two readings, so their rounding errors do not add up.
         length = tf.subtract(where_running(s, end, s.reading), s.reading)
         dt = tf.multiply(length, segment.speed)
         step = rk_step(
@@ -143,7 +153,7 @@ def integrate(
         decision = controller.decide(length, step.error, s.y, step.y1, s.history, norm)
         accepted = where_running(s, decision.accept, False)
 
-        def keep(new, old):
+        def keep(new: Nest, old: Nest) -> Nest:
             return trees.where(accepted, new, old)
 
         reading, y = keep(end, s.reading), keep(step.y1, s.y)
@@ -157,7 +167,7 @@ def integrate(
         steps_done = s.steps_done if solver.adaptive else where_running(s, s.steps_done + 1, s.steps_done)
         if several_segments:
             arrived = accepted & lands
-            # A step that was cut short at a stop says little of the length of the next.
+            # If a stop cut a step short, its length says little about the length of the next step.
             step_size = trees.where(arrived, tf.maximum(step_size, proposed), step_size)
             following = following + tf.cast(arrived, tf.int32)
             steps_done = steps_done if solver.adaptive else tf.where(arrived, 0, steps_done)
@@ -171,7 +181,7 @@ def integrate(
 
         running = s.running & on_the_way(following, reading)
         if solver.adaptive:
-            # Time must move: a step that the clock cannot resolve would be attempted for ever.
+            # Time must move. Otherwise the loop would attempt the same step forever.
             running = running & (tf.add(reading, step_size) > reading)
         return _LoopState(
             running=running,
@@ -190,7 +200,10 @@ def integrate(
             num_restarts=restarts,
         )
 
-    def after_stop(arrived, index, reading, y, k1, restarts):
+    def after_stop(
+        arrived: tf.Tensor, index: tf.Tensor, reading: tf.Tensor, y: Nest, k1: Nest, restarts: tf.Tensor
+    ) -> tuple[Nest, Nest, tf.Tensor]:
+        assert jump is not None
         index = tf.minimum(index, last_index)
         y = trees.where(arrived, jump(index, y), y)
         if tableau.fsal:
@@ -241,37 +254,52 @@ def integrate(
     )
 
 
-def _first_evaluations(vector_field, y0, segment, clock, solver, sample_shape, norm, first_step):
-    """The rates at the start where they serve, the first step size, and how many evaluations these took."""
+def _first_evaluations(
+    vector_field: VectorFieldWithSpeed,
+    y0: Nest,
+    segment: Segment,
+    clock: Clock,
+    solver: RungeKutta,
+    sample_shape: tf.Tensor,
+    norm: Norm,
+    first_step: tf.Tensor | None,
+) -> tuple[Nest, tf.Tensor, int]:
+    """The `Rates` at the start if they are needed, else `()`; the first step size; the number of evaluations."""
     adaptive_start = solver.adaptive and solver.first_step is None and first_step is None
     speed = segment.speed
-    k1, evaluations = (), 0
+    k1: Nest = ()
+    evaluations = 0
     if solver.tableau.fsal or adaptive_start:
         k1, evaluations = vector_field(segment.inside(segment.first), y0, speed), 1
     if first_step is not None:
         return k1, first_step, evaluations
     if not adaptive_start:
-        given = min(solver.first_step, _LONGER_THAN_ALL) if solver.adaptive else solver.step_size or 0.0
+        given = solver.step_size or 0.0
+        if solver.adaptive:
+            assert solver.first_step is not None  # otherwise the step is chosen below
+            given = min(solver.first_step, _LONGER_THAN_ALL)
         return k1, tf.fill(sample_shape, tf.constant(given, clock.stops.dtype)), evaluations
 
-    def rate_of_change(reading, y):
+    def rate_of_change(reading: tf.Tensor, y: Nest) -> Nest:
         return trees.scale(speed, vector_field(segment.time(reading), y, speed).y)
 
+    assert isinstance(solver.controller, PIDController)  # the solver is adaptive
     step_size = first_step_size(rate_of_change, y0, trees.scale(speed, k1.y), clock.end, solver.controller, norm)
     return k1, step_size, evaluations + 1
 
 
-def _spacing(segment, solver):
-    """The distance between the readings of constant steps, and how many steps a segment has."""
+def _spacing(segment: Segment, solver: RungeKutta) -> tuple[tf.Tensor, tf.Tensor]:
+    """The length of constant steps on the clock, and the number of steps in a segment."""
     length = segment.stop - segment.start
     if solver.num_steps is not None:
         return length / solver.num_steps, tf.cast(solver.num_steps, length.dtype)
     spacing = tf.constant(solver.step_size, length.dtype)
-    # The last step of constant ones, too, may be longer by 1 %.
+    # As with adaptive steps, the last step may be up to 1 % longer.
     return spacing, tf.math.ceil(length / spacing - 0.01)
 
 
 def _is_finite(x: Nest, per_sample: bool) -> tf.Tensor:
+    """Whether all numbers are finite, in the whole nest or in each sample."""
     flags = []
     for leaf in tf.nest.flatten(x):
         axes = np.arange(int(per_sample), leaf.shape.rank)
@@ -279,12 +307,12 @@ def _is_finite(x: Nest, per_sample: bool) -> tf.Tensor:
     return tf.reduce_all(tf.stack(flags), axis=0)
 
 
-def _evaluations_per_step(tableau) -> int:
+def _evaluations_per_step(tableau: ButcherTableau) -> int:
     return tableau.num_stages - 1 if tableau.fsal else tableau.num_stages
 
 
 def step_limit(solver: RungeKutta, clock: Clock) -> int | tf.Tensor:
-    """How many steps a solve attempts at most."""
+    """The largest number of steps that a solve may attempt."""
     if solver.num_steps is None:
         return solver.max_steps
     segments = clock.num_segments

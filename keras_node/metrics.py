@@ -1,4 +1,6 @@
-"""The work of solvers where Keras users look: metrics in the logs of `fit`, `evaluate` and their callbacks."""
+"""The work of solvers as Keras metrics, which appear in the logs of `fit`, `evaluate` and their callbacks."""
+
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -10,36 +12,37 @@ _KINDS = ("evaluations", "steps", "rejected", "failed")
 
 @keras.saving.register_keras_serializable(package="keras_node", name="SolverStatistic")
 class SolverMetric(keras.metrics.Mean):
-    """One count of the work that the solves of a layer take: a mean over solves and samples.
+    """One measure of the work of the solves of a layer: the mean over solves and samples.
 
     Args:
         layer: name of the layer.
-        kind: `evaluations`, `steps` or `rejected` of a solve; or `failed`, the share of solves that failed. The same
-            with `backward_` in front, of the adjoint's solves.
+        kind: `evaluations`, `steps` or `rejected`, the number of these in a solve; or `failed`, the share of solves
+            that failed. With the prefix `backward_`, the same for the solves of the adjoint.
         **kwargs: arguments of `keras.metrics.Metric`.
     """
 
-    def __init__(self, layer: str, kind: str, **kwargs):
+    def __init__(self, layer: str, kind: str, **kwargs: Any) -> None:
         super().__init__(**{"name": f"{layer}_{kind}", "dtype": "float32", **kwargs})
         self.layer = layer
         self.kind = kind
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "layer": self.layer, "kind": self.kind}
 
 
 class SolverMetrics:
     """The metrics of the solves of a layer, forward and backward.
 
-    `fit`, `evaluate` and `predict` say whether they train. `model.export` does not, or passes `training=False` and
-    traces the gradient too; the counters must not become a part of the exported function.
+    The counters must not become a part of an exported function. So forward solves count only if `training` is known:
+    `fit`, `evaluate` and `predict` pass it, and `model.export` may not. Backward solves count only in training,
+    because `model.export` traces the gradient too, with `training=False`.
 
     Args:
         layer: name of the layer.
-        backward: whether to report what gradients solve as well.
+        backward: whether to report the solves of gradients as well.
     """
 
-    def __init__(self, layer: str, backward: bool):
+    def __init__(self, layer: str, backward: bool) -> None:
         self._reports_backward = backward
         directions = ("", "backward_") if backward else ("",)
         self.metrics = [SolverMetric(layer, prefix + kind) for prefix in directions for kind in _KINDS]
@@ -53,7 +56,7 @@ class SolverMetrics:
         if training and self._reports_backward:
             self._update("backward_", stats, status)
 
-    def _update(self, prefix, stats, status):
+    def _update(self, prefix: str, stats: Stats, status: tf.Tensor) -> None:
         values = (*stats, status != 0)
         for kind, value in zip(_KINDS, values, strict=True):
             (metric,) = (m for m in self.metrics if m.kind == prefix + kind)

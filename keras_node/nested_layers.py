@@ -1,27 +1,27 @@
-"""Layers that are made of other layers, and are saved with them."""
+"""Layers that contain other layers, and are saved together with them."""
 
 import operator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import keras
 
 
-class NestedLayers:
-    """For a layer with arguments that are layers, or registered callables: they are part of its config.
+class NestedLayers(keras.layers.Layer):
+    """A layer with constructor arguments that are layers or registered callables, which its config includes.
 
     Attributes:
-        nested: the names of these arguments, and where the layer keeps them.
+        nested: for each such argument, its name and the attribute path under which the layer keeps it.
     """
 
     nested: ClassVar[dict[str, str]] = {"vector_field": "vector_field"}
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         for name, place in self.nested.items():
             config[name] = keras.saving.serialize_keras_object(operator.attrgetter(place)(self))
         return config
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Any:
         layers = {name: keras.saving.deserialize_keras_object(config[name]) for name in cls.nested if name in config}
         return cls(**{**config, **layers})

@@ -1,4 +1,4 @@
-"""The junction: checks arguments, makes parameters explicit, hands the problem to a gradient."""
+"""The entrance to every solve: it checks the arguments, makes the field pure, and passes the problem to a gradient."""
 
 import functools
 from collections.abc import Callable
@@ -10,11 +10,13 @@ import tensorflow as tf
 
 from keras_node import gradients, solvers
 from keras_node.call_context import CallContext
+from keras_node.gradients import Gradient
 from keras_node.jit_compile import check_jit_compile, compiles
 from keras_node.metrics import SolverMetrics
 from keras_node.solution import Solution, Status, check_status
 from keras_node.solve import Problem
-from keras_node.times import as_numbers, prepare_times
+from keras_node.solvers.runge_kutta import RungeKutta
+from keras_node.times import Times, as_numbers, prepare_times
 from keras_node.trees import Nest
 from keras_node.vector_field import VectorField
 
@@ -23,82 +25,108 @@ from keras_node.vector_field import VectorField
 def odeint(
     vector_field: keras.Layer | Callable,
     y0: Nest,
-    ts: Any,
+    ts: Times,
     *,
-    args: Any = None,
-    solver="tsit5",
-    gradient="backsolve",
+    args: Nest = None,
+    solver: RungeKutta | str = "tsit5",
+    gradient: Gradient | str = "backsolve",
     training: bool | None = None,
     mask: Nest = None,
     throw: bool = True,
     jit_compile: bool | str = "auto",
     statistics: SolverMetrics | None = None,
 ) -> Solution:
-    """Solves the initial value problem `dy/dt = f(t, y)`, `y(ts[0]) = y0`, for the states at `ts`.
+    """Solves an initial value problem and returns the states at the times `ts`.
 
-    Differentiable with respect to `y0`, the weights of a Keras field, `args` and `ts`.
+    `dy/dt = f(t, y)`, `y(ts[0]) = y0`
+
+    You can differentiate the states with respect to `y0`, the weights of a Keras field, `args` and `ts`.
 
     Args:
-        vector_field: a Keras layer or model, or a callable, `f(y)`, `f(t, y)` or `f(t, y, args)`; it returns the
-            rate of change in the structure and shapes of `y`. `t` is a scalar, or `(batch, 1, ..., 1)` with the
-            rank of `y` (of its first leaf) where samples have times of their own. A tensor that a gradient is
-            wanted for goes in through `args`: of one that the field closes over the gradient is right in a graph, and
-            NaN eagerly, where nothing can find it, or zero if the field reads a `tf.Variable` as well.
+        vector_field: the field `f`, a Keras layer or model, or a callable. It takes `(y)`, `(t, y)` or `(t, y, args)`,
+            and returns the rate of change in the structure and shapes of `y`. `t` is a scalar; if samples have their
+            own times, it is `(batch, 1, ..., 1)` with the rank of `y` (of its first leaf). If you need the gradient
+            with respect to a tensor, pass it through `args`. A field may also close over the tensor, but then the
+            gradient is right only in a graph. In eager mode nothing can find the tensor, and its gradient is NaN, or
+            zero if the field reads a `tf.Variable` as well.
         y0: the initial state, a float tensor or a nest (tuple, list, dict) of them. A nested list is a nest of
-            scalars; for a vector, pass an array or a tensor.
-        ts: times, monotonic either way, `(T,)` or, where every sample has its own, `(T, batch)`; `T >= 2`. `ts[0]`
-            is the time of `y0`. Numbers, arrays, tensors or variables, also integers. They keep the precision in which
-            they come until their differences are formed, so that float64 seconds since 1970 serve a float32 state; the
-            field sees `t` in the precision of the state. A repeated time gives the same state again, at no cost. A
-            first derivative with respect to it is that of its own state along the field; at a time of
-            `RungeKutta(step_at=...)` it is that of one side. Second derivatives with respect to times that coincide
-            are not defined: with `"backsolve"` they are NaN.
-        args: nest of tensors for `f(t, y, args)`.
-        solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`. A method without an
-            error estimate, by name, takes 10 steps between two times. Unless it has `per_sample=True`, one error norm
-            serves the whole batch: see the warning there.
-        gradient: `"backsolve"` (default), `"direct"`, or an object such as `keras_node.BacksolveAdjoint()`.
-        training: whether the field, and every layer in it, is in training mode. By default what Keras' call context
-            says: that of the layer or model from whose `call` this function is called, else `False`.
-        mask: that of the state, in its structure; passed to a field that takes it, as `mask` or by the name of its
-            argument for the state, such as `y_mask`.
-        throw: whether a failed solve raises `tf.errors.InvalidArgumentError`. Under XLA nothing raises. Whatever
-            the mode, the states that a failed solve did not reach are NaN, and its `status` tells why.
-        jit_compile: whether the solve and its gradient are XLA programs of their own, as parts of a graph (in a
-            `tf.function`, in `fit`) that as a whole is none; eagerly nothing is compiled. `"auto"` (default) compiles
-            where `training` is true, so that models are exported without; not with `"direct"`, which cannot; and not a
-            field with convolutions where there is no device but a CPU, nor one that draws noise, which would be other
-            noise in an XLA program than outside of it, nor one that closes over tensors of a graph or TensorFlow
-            variables: pass these through `args`.
-        statistics: the metrics of a layer with `track_stats`, which are updated with the work of the solve and of its
-            gradient.
+            scalars, so pass a vector as an array or a tensor.
+        ts: the times, `(T,)`, or `(T, batch)` if every sample has its own, with `T >= 2`, in any unit. They all
+            increase or all decrease, and may repeat. `ts[0]` is the time of `y0`. They are numbers, arrays, tensors or
+            variables, and may be integers. Their differences are formed before they are rounded to the precision of the
+            state, so you can use float64 seconds since 1970 with a float32 state. The field sees `t` in the precision
+            of the state. A repeated time gives the same state again, at no cost. The first derivative with respect to a
+            time is that of its own state along the field, also if the time is repeated; at a time of
+            `RungeKutta(step_at=...)` it is the derivative from one side. Second derivatives with respect to times that
+            coincide are not defined: with `"backsolve"` they are NaN.
+        args: nest of tensors for a field `f(t, y, args)`. Numbers and NumPy arrays take the precision of the state.
+            Defaults to `None`.
+        solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`. If you pass only the name of
+            a method without an error estimate, it takes 10 steps between two times. Unless the solver has
+            `per_sample=True`, the whole batch shares one error norm, which can hide an error of a single sample; see
+            `keras_node.RungeKutta`.
+        gradient: how to differentiate the solve: `"backsolve"` (default), `"checkpointed"`, `"direct"`, or an object
+            such as `keras_node.BacksolveAdjoint()`.
+        training: whether the field, and every layer in it, is in training mode. By default it is the mode of the layer
+            or model whose `call` calls this function, and `False` outside of any layer.
+        mask: the mask of the state, in the structure of the state. A field receives it if it has an argument `mask`, or
+            an argument with the name of its state and `_mask`, such as `y_mask`. Defaults to `None`.
+        throw: whether a failed solve raises `tf.errors.InvalidArgumentError`. Under XLA nothing can raise. In every
+            mode, the states that a failed solve did not reach are NaN, and `status` says why. Defaults to `True`.
+        jit_compile: whether to compile the solve and its gradient with XLA as separate programs, inside a graph (a
+            `tf.function` or `fit`) that is not compiled as a whole. In eager mode nothing is compiled. `"auto"`
+            (default) compiles in training only, so that exported models do not contain XLA programs. It does not
+            compile with `"direct"`, which does not allow it; nor a field with convolutions if the only device is a CPU,
+            where XLA makes them slow; nor a field that draws noise, because XLA would draw other noise; nor a field
+            that closes over tensors of a graph or reads TensorFlow variables: pass these through `args`.
+        statistics: the metrics of a layer with `track_stats`, to update with the work of the solve and of its gradient.
+            Defaults to `None`.
 
     Returns:
-        A `keras_node.Solution`: `ts`; `ys`, the structure of `y0` with a new first axis of length `T`; `stats`;
-        `status`, 0 for success.
+        A `keras_node.Solution` with the times `ts`, the states `ys` in the structure of `y0` with a new first axis of
+        length `T`, the work `stats`, and `status`, which is 0 for success.
 
     Raises:
-        TypeError: for a state that is not floating-point.
+        TypeError: for a state that is not floating-point, or not a dense tensor.
         ValueError: for `ts` of another shape or not monotonic, for a field that returns another structure or shape,
-            and for options that do not fit together.
-        tf.errors.InvalidArgumentError: when a solve fails and `throw` is true, except under XLA.
+            and for options that are unknown or contradict each other.
+        tf.errors.InvalidArgumentError: if a solve fails and `throw` is true, except under XLA.
 
     Example:
-    >>> solution = keras_node.odeint(lambda t, y: -y, tf.constant([1.0, 2.0]), [0.0, 1.0, 2.0])
-    >>> solution.ys.shape
-    TensorShape([3, 2])
+        >>> solution = keras_node.odeint(lambda t, y: -y, tf.constant([1.0, 2.0]), [0.0, 1.0, 2.0])
+        >>> solution.ys.shape
+        TensorShape([3, 2])
+
+    Reference:
+
+        - Chen, Rubanova, Bettencourt & Duvenaud (2018), "Neural Ordinary Differential Equations", arXiv:1806.07366.
+        - Hairer, Norsett & Wanner (1993), "Solving Ordinary Differential Equations I", chapter II.
     """
     solver, gradient = solvers.get(solver), gradients.get(gradient)
     check_jit_compile(jit_compile, gradient)
     here = CallContext.current()
     training = here.training if training is None else training
     return CallContext(training).run(
-        lambda: _odeint(vector_field, y0, ts, args, solver, gradient, training, mask, throw, jit_compile, statistics)
+        functools.partial(
+            _odeint, vector_field, y0, ts, args, solver, gradient, training, mask, throw, jit_compile, statistics
+        )
     )
 
 
-def _odeint(vector_field, y0, ts, args, solver, gradient, training, mask, throw, jit_compile, statistics):
-    """`odeint` in a call context that says whether it is `training`."""
+def _odeint(
+    vector_field: keras.Layer | Callable,
+    y0: Nest,
+    ts: Times,
+    args: Nest,
+    solver: RungeKutta,
+    gradient: Gradient,
+    training: bool | None,
+    mask: Nest,
+    throw: bool,
+    jit_compile: bool | str,
+    statistics: SolverMetrics | None,
+) -> Solution:
+    """Does the work of `odeint`, in a call context with the right `training`."""
     original, y0 = y0, _to_state(y0)
     dtype = tf.nest.flatten(y0)[0].dtype
     numbers = as_numbers(ts)
@@ -124,22 +152,23 @@ def _odeint(vector_field, y0, ts, args, solver, gradient, training, mask, throw,
 
 
 def _to_state(original: Nest) -> Nest:
-    """The state as tensors of one dtype: float32, or float64 where a leaf is."""
+    """Returns the state as tensors of the same dtype: float64 if any leaf is float64, else float32."""
 
-    def leaf(y):
+    def leaf(y: Any) -> tf.Tensor:
         if y is None or isinstance(y, tf.RaggedTensor | tf.SparseTensor):
             raise TypeError(
-                "The state must be a dense tensor, or a nest (tuple, list, dict) of them; pad what is ragged, and mask "
-                f"it. Received: y0={original!r}"
+                "The state must be a dense tensor, or a nest (tuple, list, dict) of them: pad what is ragged, and mask "
+                "the padding. "
+                f"Received: y0={original!r}"
             )
         y = tf.convert_to_tensor(y, dtype=keras.config.floatx() if isinstance(y, float) else None)
         if y.shape.rank is None:
             raise ValueError(
-                "The state must have a known rank: `tf.ensure_shape` tells it. Received: y0 of unknown shape"
+                "The state must have a known rank: set its shape by `tf.ensure_shape`. Received: y0 of unknown shape"
             )
         if not y.dtype.is_floating:
             raise TypeError(
-                "The state must be floating-point; cast it first, e.g. with `keras.ops.cast(y0, 'float32')`. "
+                "The state must be floating-point: cast it first, for example by `keras.ops.cast(y0, 'float32')`. "
                 f"Received: y0 of dtype {y.dtype.name} and shape {tuple(y.shape)}"
             )
         return y
@@ -153,16 +182,18 @@ def _to_state(original: Nest) -> Nest:
 
 
 def _checked(ts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
-    """The times and, where they cannot be seen yet, whether they are finite and monotonic."""
+    """Returns the times, and if their values are not known yet, whether they are finite and monotonic."""
     if ts.shape.rank not in (1, 2):
-        raise ValueError(f"`ts` must be 1-D or 2-D, (T,) or (T, batch). Received: ts.shape={tuple(ts.shape)}")
+        raise ValueError(f"`ts` must be of shape (T,) or (T, batch). Received: ts.shape={tuple(ts.shape)}")
     if ts.shape[0] is not None and ts.shape[0] < 2:
-        raise ValueError(f"`ts` must hold the initial time and at least one more. Received: ts.shape={tuple(ts.shape)}")
+        raise ValueError(
+            f"`ts` must hold the initial time and one more time at least. Received: ts.shape={tuple(ts.shape)}"
+        )
     values = tf.get_static_value(ts)
     if values is None:
         valid = tf.reduce_all(ts[1:] >= ts[:-1], 0) | tf.reduce_all(ts[1:] <= ts[:-1], 0)
         valid &= tf.reduce_all(tf.math.is_finite(ts), 0)
-        # A solve over times that turn back would run to some end: let it run over none, and mark its result.
+        # A solve over times that are not monotonic would have some result. Solve over no time, and mark the result.
         return tf.where(valid, ts, tf.zeros_like(ts)), valid
     steps = np.diff(values, axis=0)
     valid = (np.all(steps >= 0, axis=0) | np.all(steps <= 0, axis=0)) & np.all(np.isfinite(values), axis=0)
@@ -176,15 +207,15 @@ def _checked(ts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
     return ts, None
 
 
-def _check_batch(y0: Nest, ts: tf.Tensor, solver) -> None:
-    """Where samples differ in time, every leaf of the state needs the same batch axis."""
+def _check_batch(y0: Nest, ts: tf.Tensor, solver: RungeKutta) -> None:
+    """Checks that every leaf of the state has the same batch axis, if samples have their own times."""
     if ts.shape.rank == 1 and not solver.per_sample:
         return
     why = "`per_sample=True`" if solver.per_sample else f"`ts` of shape {tuple(ts.shape)}"
     batch = ts.shape[1] if ts.shape.rank == 2 else None
     for leaf in tf.nest.flatten(y0):
         if leaf.shape.rank == 0:
-            raise ValueError(f"With {why} the state needs a batch axis. Received: a scalar in y0")
+            raise ValueError(f"With {why} every tensor of the state must have a batch axis. Received: a scalar in y0")
         if None not in (batch, leaf.shape[0]) and leaf.shape[0] != batch:
             raise ValueError(
                 f"With {why} the first axis of the state must be the batch. Received: y0 of shape {tuple(leaf.shape)}"
@@ -194,9 +225,9 @@ def _check_batch(y0: Nest, ts: tf.Tensor, solver) -> None:
 
 
 def _mark_invalid(valid: tf.Tensor, ys: Nest) -> Nest:
-    """NaN at all but the first time of samples whose times turn back."""
+    """Puts NaN at all times but the first, in samples whose times are not valid."""
 
-    def leaf(y):
+    def leaf(y: tf.Tensor) -> tf.Tensor:
         mask = tf.reshape(
             valid,
             tf.concat([[1], tf.shape(valid), tf.ones([y.shape.rank - 1 - valid.shape.rank], tf.int32)], 0),

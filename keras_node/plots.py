@@ -1,7 +1,7 @@
 """Pictures of fields, solves and training, drawn with matplotlib (`pip install "keras-node[plots]"`)."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
@@ -10,8 +10,13 @@ import tensorflow as tf
 from keras_node.gradients.direct import DirectGradient
 from keras_node.layers.ode_layer import ODELayer
 from keras_node.odeint import odeint
-from keras_node.solve import solve
+from keras_node.solve import Problem, solve
+from keras_node.solve_options import Solver
+from keras_node.trees import Nest
 from keras_node.vector_field import VectorField
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["evaluations", "phase_portrait", "step_sizes", "trajectories"]
 
@@ -23,37 +28,40 @@ def phase_portrait(
     *,
     y0: Any = None,
     ts: Any = (0.0,),
-    solver="tsit5",
+    solver: Solver = "tsit5",
     num_arrows: int = 20,
-    ax=None,
-):
-    """Draws the directions of a two-dimensional field as arrows, coloured by speed, and trajectories through it.
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Draws a two-dimensional vector field as arrows, coloured by speed, with trajectories through it.
+
+    `dy/dt = f(t, y)`
 
     Args:
-        vector_field: `f(y)` or `f(t, y)`, a Keras layer or a callable; it is drawn at `t = ts[0]`.
+        vector_field: `f(y)` or `f(t, y)`, a Keras layer or a callable. It is drawn at the time `ts[0]`.
         xlim: the range of the first component, `(low, high)`.
-        ylim: the range of the second component.
-        y0: where trajectories start, `(N, 2)`. By default none are drawn.
-        ts: the times at which trajectories are computed, `(T,)`; the lines join these points. Defaults to `(0.0,)`.
+        ylim: the range of the second component, `(low, high)`.
+        y0: the starts of trajectories, `(N, 2)`. Defaults to `None`, which draws no trajectories.
+        ts: the times at which trajectories are computed, `(T,)`, in any unit. Straight lines join these points.
+            Defaults to `(0.0,)`.
         solver: a `keras_node.RungeKutta`, or the name of a method, for the trajectories. Defaults to `"tsit5"`.
-        num_arrows: how many arrows along either axis. Defaults to `20`.
-        ax: the matplotlib Axes to draw into. Defaults to those of a new figure.
+        num_arrows: the number of arrows along each axis. Defaults to `20`.
+        ax: the matplotlib Axes to draw into. Defaults to the Axes of a new figure.
 
     Returns:
-        The Axes.
+        The matplotlib Axes.
 
     Raises:
-        ImportError: if no `ax` is given and matplotlib is not installed; so do all functions of this module.
-        ValueError: for starts that are not `(N, 2)`.
+        ValueError: if `y0` is not of shape `(N, 2)`.
+        ImportError: if you pass no `ax` and matplotlib is not installed.
 
     Example:
-    >>> rotation = lambda y: tf.stack([y[:, 1], -y[:, 0]], axis=1)
-    >>> ax = keras_node.plots.phase_portrait(rotation, (-2, 2), (-2, 2), y0=[[1.0, 0.0]], ts=[0.0, 1.0, 2.0])
-    >>> len(ax.lines)
-    1
+        >>> rotation = lambda y: tf.stack([y[:, 1], -y[:, 0]], axis=1)
+        >>> ax = keras_node.plots.phase_portrait(rotation, (-2, 2), (-2, 2), y0=[[1.0, 0.0]], ts=[0.0, 1.0, 2.0])
+        >>> len(ax.lines)
+        1
     """
     if y0 is not None and (np.ndim(y0) != 2 or np.shape(y0)[1] != 2):
-        raise ValueError(f"`y0` must be states in the plane, (N, 2). Received: y0 of shape {np.shape(y0)}")
+        raise ValueError(f"`y0` must hold states in the plane, with shape (N, 2). Received: y0 of shape {np.shape(y0)}")
     grid = np.meshgrid(np.linspace(*xlim, num_arrows), np.linspace(*ylim, num_arrows))
     points = tf.constant(np.stack(grid, axis=-1).reshape(-1, 2), keras.config.floatx())
     time = tf.cast(ts[0], points.dtype)
@@ -72,28 +80,32 @@ def phase_portrait(
     return ax
 
 
-def trajectories(layer: ODELayer, inputs: Any, ts: Any = None, *, args: Any = None, ax=None):
-    """Draws the state of an `ODELayer` against time: a line for each sample and component, components by colour.
+def trajectories(layer: ODELayer, inputs: Any, ts: Any = None, *, args: Any = None, ax: "Axes | None" = None) -> "Axes":
+    """Draws the state of an `ODELayer` against time, with one line for each sample and component.
+
+    The colour of a line shows its component.
 
     Args:
         layer: a `keras_node.ODELayer` whose state is one tensor.
-        inputs: its input, a batch of states at `layer.t0`.
-        ts: times, `(T,)` or `(batch, T)`, from `layer.t0` on. Defaults to 100 from `layer.t0` to `layer.t1`.
-        args: what the layer's field takes beside the state. Defaults to `None`.
-        ax: the matplotlib Axes to draw into. Defaults to those of a new figure.
+        inputs: the input of the layer, a batch of states at `layer.t0`.
+        ts: times, `(T,)` or `(batch, T)`, beginning at `layer.t0` and in its unit. Defaults to 100 times from
+            `layer.t0` to `layer.t1`.
+        args: the `args` of a field `f(t, y, args)`. Defaults to `None`.
+        ax: the matplotlib Axes to draw into. Defaults to the Axes of a new figure.
 
     Returns:
-        The Axes.
+        The matplotlib Axes.
 
     Raises:
-        TypeError: for a layer of another kind.
-        ValueError: for a state that is a nest.
+        TypeError: if `layer` is not an `ODELayer`.
+        ValueError: if its state is a nest.
+        ImportError: if you pass no `ax` and matplotlib is not installed.
 
     Example:
-    >>> layer = keras_node.ODELayer(lambda y: -y, t1=2.0)
-    >>> ax = keras_node.plots.trajectories(layer, tf.ones((3, 4)))
-    >>> len(ax.lines)
-    12
+        >>> layer = keras_node.ODELayer(lambda y: -y, t1=2.0)
+        >>> ax = keras_node.plots.trajectories(layer, tf.ones((3, 4)))
+        >>> len(ax.lines)
+        12
     """
     if not isinstance(layer, ODELayer):
         raise TypeError(f"`layer` must be a `keras_node.ODELayer`. Received: layer={layer!r}")
@@ -111,74 +123,90 @@ def trajectories(layer: ODELayer, inputs: Any, ts: Any = None, *, args: Any = No
     return ax
 
 
-def evaluations(history: Any, *, ax=None):
-    """Draws over training how many evaluations of its field a solve took, for every layer with `track_stats=True`.
+def evaluations(history: Any, *, ax: "Axes | None" = None) -> "Axes":
+    """Draws the number of evaluations of the field in a solve against the epoch of training.
+
+    There is one line for the forward solves of each layer with `track_stats=True`, and one for its backward solves if
+    the layer counts them.
 
     Args:
-        history: what `fit` returned, or its `history`, a dictionary of lists.
-        ax: the matplotlib Axes to draw into. Defaults to those of a new figure.
+        history: the return value of `fit`, or its attribute `history`, a dictionary of lists.
+        ax: the matplotlib Axes to draw into. Defaults to the Axes of a new figure.
 
     Returns:
-        The Axes.
+        The matplotlib Axes.
 
     Raises:
-        ValueError: if there are no evaluations in it.
+        ValueError: if the history has no evaluations.
+        ImportError: if you pass no `ax` and matplotlib is not installed.
 
     Example:
-    >>> layer = keras_node.ODELayer(keras.layers.Dense(2), track_stats=True)
-    >>> model = keras.Sequential([keras.Input((2,)), layer])
-    >>> model.compile("sgd", "mse")
-    >>> history = model.fit(tf.ones((8, 2)), tf.ones((8, 2)), epochs=3, verbose=0)
-    >>> ax = keras_node.plots.evaluations(history)
-    >>> len(ax.lines)  # forwards and backwards
-    2
+        >>> layer = keras_node.ODELayer(keras.layers.Dense(2), track_stats=True)
+        >>> model = keras.Sequential([keras.Input((2,)), layer])
+        >>> model.compile("sgd", "mse")
+        >>> history = model.fit(tf.ones((8, 2)), tf.ones((8, 2)), epochs=3, verbose=0)
+        >>> ax = keras_node.plots.evaluations(history)
+        >>> len(ax.lines)  # forward and backward solves
+        2
     """
     logs = history if isinstance(history, Mapping) else history.history
     curves = {name: values for name, values in logs.items() if name.endswith("_evaluations")}
     if not curves:
         raise ValueError(
-            "There are no evaluations in this history: give `track_stats=True` to an ODELayer, ODERNN or ODERNNCell. "
-            f"Received: history of {', '.join(logs)}"
+            "There are no evaluations in this history: pass `track_stats=True` to a layer that solves, such as an "
+            f"ODELayer, before you train. Received: a history of {', '.join(logs)}"
         )
     ax = _axes(ax)
     for name, values in curves.items():
         ax.plot(range(1, len(values) + 1), values, ".-", label=name.removesuffix("_evaluations"))
     ax.set(xlabel="epoch", ylabel="evaluations of the field in a solve", ylim=(0, None))
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.locator_params(axis="x", integer=True)
     ax.legend()
     return ax
 
 
-def step_sizes(vector_field: keras.Layer | Callable, y0: Any, ts: Any, *, args: Any = None, solver="tsit5", ax=None):
-    """Solves eagerly and draws the size of every attempted step at the time at which it begins.
+def step_sizes(
+    vector_field: keras.Layer | Callable,
+    y0: Nest,
+    ts: Any,
+    *,
+    args: Any = None,
+    solver: Solver = "tsit5",
+    ax: "Axes | None" = None,
+) -> "Axes":
+    """Solves an ODE eagerly and draws the size of each attempted step against the time at which it begins.
 
-    Accepted steps are joined by a line, one for each sample where samples differ; a cross is a rejected one. A solve
-    that fails is drawn up to where it does.
+    A line joins the accepted steps, with one line for each sample if the samples have different steps. A cross is a
+    rejected step. If the solve fails, the drawing ends where it failed.
 
     Args:
-        vector_field: as of `keras_node.odeint`.
-        y0: the initial state.
-        ts: times, `(T,)` or `(T, batch)`.
+        vector_field: as in `keras_node.odeint`.
+        y0: the initial state, a float tensor or a nest of them.
+        ts: times, `(T,)` or `(T, batch)`, in any unit. Step sizes have the same unit.
         args: nest of tensors for a field `f(t, y, args)`. Defaults to `None`.
         solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`.
-        ax: the matplotlib Axes to draw into. Defaults to those of a new figure.
+        ax: the matplotlib Axes to draw into. Defaults to the Axes of a new figure.
 
     Returns:
-        The Axes.
+        The matplotlib Axes.
 
     Raises:
-        ValueError: if no step is attempted: between equal times, or where the field is not finite at the start.
+        ValueError: if the solve attempts no step, because the times are equal or the field is not finite at the start.
+        ImportError: if you pass no `ax` and matplotlib is not installed.
 
     Example:
-    >>> ax = keras_node.plots.step_sizes(lambda y: -y, tf.constant([1.0, 2.0]), [0.0, 5.0])
-    >>> times, sizes = ax.lines[0].get_data()
-    >>> round(float(sum(sizes)), 4)
-    5.0
+        >>> ax = keras_node.plots.step_sizes(lambda y: -y, tf.constant([1.0, 2.0]), [0.0, 5.0])
+        >>> times, sizes = ax.lines[0].get_data()
+        >>> round(float(sum(sizes)), 4)
+        5.0
     """
     steps = _AttemptedSteps()
     solution = odeint(vector_field, y0, ts, args=args, solver=solver, gradient=steps, throw=False)
     if not steps.attempted:
-        raise ValueError(f"The solve attempted no step. Received: ts={ts}; status={solution.status}")
+        raise ValueError(
+            "The solve attempted no step: pass times that differ, and check that the field is finite at the start. "
+            f"Received: ts={ts}, status={solution.status}"
+        )
     ax = _axes(ax)
     start, size, accepted = (np.stack(np.broadcast_arrays(*column)) for column in zip(*steps.attempted, strict=True))
     start, size, accepted = (a.reshape(len(a), -1) for a in np.broadcast_arrays(start, size, accepted))
@@ -193,28 +221,31 @@ def step_sizes(vector_field: keras.Layer | Callable, y0: Any, ts: Any, *, args: 
 
 
 class _AttemptedSteps(DirectGradient):
-    """In the place of a gradient it is handed the problem; it solves it, and observes time, size and fate of steps."""
+    """A "gradient" that solves a problem and records the time, the size and the acceptance of each step."""
 
-    def __init__(self):
-        self.attempted = []
+    def __init__(self) -> None:
+        self.attempted: list[tuple] = []
 
-    def __call__(self, problem):
+    def __call__(self, problem: Problem) -> Any:
         trajectory, _ = solve(problem, observers=[self])
         return trajectory
 
-    def start(self, y0):
+    def start(self, y0: Nest) -> tuple:
         return ()
 
-    def update(self, memory, step, progress):
+    def update(self, memory: tuple, step: Any, progress: Any) -> tuple:
         self.attempted.append((step.t.numpy(), np.abs(step.dt), progress.accepted.numpy()))
         return memory
 
 
-def _axes(ax):
+def _axes(ax: "Axes | None") -> "Axes":
     if ax is not None:
         return ax
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ImportError('`keras_node.plots` needs matplotlib: pip install "keras-node[plots]"') from error
+        raise ImportError(
+            '`keras_node.plots` needs matplotlib: run `pip install "keras-node[plots]"`. '
+            "Received: an environment without matplotlib"
+        ) from error
     return plt.figure(layout="constrained").gca()

@@ -1,10 +1,10 @@
-"""How a vector field is called, and what it must return.
+"""How to call a vector field, and what it must return.
 
-A field is a callable, a Keras layer, or a functional model of several inputs. `FieldCall` gives all of them one form.
+A field is a callable, a Keras layer, or a functional model with several inputs. `FieldCall` gives them the same form.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -18,36 +18,35 @@ _KEYWORDS = ("training", "mask")
 
 
 class FieldCall:
-    """A field `f(y)`, `f(t, y)` or `f(t, y, args)`, called as `call(t, y, args, training, mask)` whatever it takes.
+    """A field `f(y)`, `f(t, y)` or `f(t, y, args)` that you can always call with `(t, y, args, training, mask)`.
 
-    A functional model of several inputs is a field of `[t, y]` or `[t, y, args]`, or of a state that is a nest of as
-    many tensors. It receives the time in the shape of its input: of shape `(batch, 1)` for `keras.Input((1,))`.
+    A functional model with several inputs is a field of `[t, y]` or `[t, y, args]`, or of a state that is a nest of as
+    many tensors. It receives the time in the shape of its input, for example `(batch, 1)` for `keras.Input((1,))`.
 
     Args:
         function: a Keras layer or model, or a callable.
-        y: a state, by which to tell a functional model of `[t, y]` from one of a nest.
+        y: a state, which tells whether the inputs of a functional model are `[t, y]` or a nest.
 
     Attributes:
-        num_arguments: 1, 2 or 3 of `t`, `y` and `args`.
-        takes_training: whether it takes `training`.
+        num_arguments: how many of `y`, `t` and `args` the field takes: 1, 2 or 3.
+        takes_training: whether the field takes `training`.
     """
 
-    def __init__(self, function: keras.Layer | Callable, y: Nest = None):
+    def __init__(self, function: keras.Layer | Callable[..., Nest], y: Nest = None) -> None:
         if not callable(function):
             raise TypeError(
                 "A vector field must be a Keras layer or a callable `f(y)`, `f(t, y)` or `f(t, y, args)`. "
                 f"Received: {function!r} (of type {type(function).__name__})"
             )
-        is_layer = isinstance(function, keras.Layer)
-        parameters = inspect.signature(function.call if is_layer else function).parameters
+        parameters = inspect.signature(function.call if isinstance(function, keras.Layer) else function).parameters
         names = _positional(parameters)
         if not 1 <= len(names) <= 3:
             raise ValueError(
-                "A vector field takes `(y)`, `(t, y)` or `(t, y, args)`. "
+                "A vector field must take `(y)`, `(t, y)` or `(t, y, args)`. Change the arguments of the function. "
                 f"Received: {function!r} with signature ({', '.join(parameters)})"
             )
         self.function = function
-        self.takes_training = is_layer or "training" in parameters
+        self.takes_training = isinstance(function, keras.Layer) or "training" in parameters
         state = names[min(1, len(names) - 1)]
         self._mask_name = next((name for name in ("mask", f"{state}_mask") if name in parameters), None)
         self._inputs = _several_inputs(function, y) if len(names) == 1 else None
@@ -56,7 +55,7 @@ class FieldCall:
     def __call__(
         self, t: tf.Tensor, y: Nest, args: Any = None, training: bool | None = None, mask: Nest = None
     ) -> Nest:
-        """The field's value; `t` is a scalar, or of shape `(batch,)` or `(batch, 1, ..., 1)`."""
+        """Returns the value of the field. `t` is a scalar, or of shape `(batch,)` or `(batch, 1, ..., 1)`."""
         like = tf.nest.flatten(y)[0]
         if self._inputs is not None:
             t = _time_for(self._inputs[0], t, like)
@@ -69,74 +68,78 @@ class FieldCall:
             keywords[self._mask_name] = mask
         return self.function(*self._arguments(t, y, args), **keywords)
 
-    def build(self, t: Any, y: Nest, args: Any = None) -> None:
-        """Builds a layer for arguments of these shapes and checks that it returns a derivative of `y`."""
+    def build(self, t: tf.Tensor, y: Nest, args: Nest = None) -> None:
+        """Builds a layer for arguments of these shapes, and checks that it returns a derivative of `y`."""
         t, y, args = (tf.nest.map_structure(_to_symbolic, x) for x in (t, y, args))
         if self._inputs is not None:
             t = _to_symbolic(self._inputs[0])
-        layer, arguments = self.function, self._arguments(t, y, args)
+        layer: keras.Layer = self.function
+        arguments = self._arguments(t, y, args)
         like_state(layer.compute_output_spec(*arguments) if layer.built else layer(*arguments), y, layer)
 
-    def _arguments(self, t, y, args):
+    def _arguments(self, t: tf.Tensor, y: Nest, args: Nest) -> tuple:
         if self.num_arguments == 1:
             return (y,)
         arguments = (t, y) if self.num_arguments == 2 else (t, y, args)
         return arguments if self._inputs is None else (list(arguments),)
 
 
-def call_arguments(function: keras.Layer | Callable) -> tuple[int, bool]:
-    """How many of `t`, `y`, `args` a field takes, and whether it takes `training`."""
+def call_arguments(function: keras.Layer | Callable[..., Nest]) -> tuple[int, bool]:
+    """Returns how many of `y`, `t` and `args` a field takes, and whether it takes `training`."""
     call = FieldCall(function)
     return call.num_arguments, call.takes_training
 
 
-def build(layer: keras.Layer, t: Any, y: Nest, args: Any = None) -> None:
-    """Builds a layer for arguments of these shapes and checks that it returns a derivative of `y`."""
+def build(layer: keras.Layer, t: tf.Tensor, y: Nest, args: Nest = None) -> None:
+    """Builds a layer for arguments of these shapes, and checks that it returns a derivative of `y`."""
     FieldCall(layer, y).build(t, y, args)
 
 
-def like_state(dy: Nest, y: Nest, function) -> Nest:
-    """Checks that a field's output is a derivative of `y` and gives it the dtypes of `y`."""
+def like_state(dy: Nest, y: Nest, function: Any) -> Nest:
+    """Checks that the output `dy` of a field is a derivative of `y`, and casts it to the dtypes of `y`."""
     if any(d is None for d in tf.nest.flatten(dy)):
         raise ValueError(
-            "A vector field must return the rate of change of the state. "
-            f"Received: {dy!r} from {function!r}; look for a `return` that is missing"
+            "A vector field must return the rate of change of the state: look for a `return` that is missing. "
+            f"Received: {dy!r} from {function!r}"
         )
     try:
         tf.nest.assert_same_structure(y, dy)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            "A vector field must return the structure of the state. "
+            "A vector field must return the rate of change in the structure of the state. "
             f"Received: {_shapes(dy)} for a state of {_shapes(y)}, from {function!r}"
         ) from error
 
-    def leaf(d, a):
+    def leaf(d: Any, a: tf.Tensor) -> tf.Tensor:
         symbolic = isinstance(d, keras.KerasTensor)
         if isinstance(d, tf.RaggedTensor | tf.SparseTensor):
-            raise TypeError(f"A vector field must return dense tensors. Received: {type(d).__name__} from {function!r}")
+            raise TypeError(
+                "A vector field must return dense tensors: convert its output first. "
+                f"Received: {type(d).__name__} from {function!r}"
+            )
         d = d if symbolic else tf.convert_to_tensor(d)
         if not tf.as_dtype(d.dtype).is_floating:
             raise TypeError(
-                "A vector field must return floating-point values. "
+                "A vector field must return floating-point values: cast its output, for example to the dtype of `y`. "
                 f"Received: dtype={tf.as_dtype(d.dtype).name} for a state of dtype {tf.as_dtype(a.dtype).name}, "
                 f"from {function!r}"
             )
         if not tf.TensorShape(d.shape).is_compatible_with(a.shape):
             raise ValueError(
-                "A vector field must return the shape of the state, since it is its rate of change. "
+                "A vector field must return the shape of the state, because it returns its rate of change. "
                 f"Received: shape={tuple(d.shape)} for a state of shape {tuple(a.shape)}, from {function!r}"
             )
         if symbolic:
             return d
-        # What a layer forgets of the static shape, the loop needs.
+        # A layer may lose a part of the static shape, but the loop of a solve needs it.
         d = tf.cast(d, a.dtype)
         return d if d.shape.is_fully_defined() else tf.ensure_shape(d, a.shape)
 
     return trees.each(leaf, dy, y)
 
 
-def _positional(parameters) -> list[str]:
-    """The names of the parameters that `t`, `y` and `args` go to."""
+def _positional(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """The names of the parameters that receive `t`, `y` and `args`."""
     positional = [
         p
         for p in parameters.values()
@@ -145,18 +148,18 @@ def _positional(parameters) -> list[str]:
         and not p.name.endswith("_mask")
         and (p.default is p.empty or p.name == "args")
     ]
-    # With a default, `args` is the third of `f(t, y, args=None)`; elsewhere it is an option like any other.
+    # An `args` with a default counts only as the third argument, as in `f(t, y, args=None)`.
     if len(positional) == 2 and positional[-1].default is not inspect.Parameter.empty:
         positional.pop()
     return [p.name for p in positional]
 
 
 def _several_inputs(function: Any, y: Nest) -> list | None:
-    """The inputs of a functional model of `[t, y]` or `[t, y, args]`; `None` for all other fields."""
+    """The inputs of a functional model of `[t, y]` or `[t, y, args]`, and `None` for all other fields."""
     inputs = getattr(function, "inputs", None) if isinstance(function, keras.Model) else None
     if inputs is None or len(inputs) < 2:
         return None
-    known = function.input  # in the structure in which the model was given them
+    known = function.input  # in the structure that the model was made with
     if y is not None and len(tf.nest.flatten(y)) == len(inputs):
         return None
     if isinstance(known, list | tuple) and len(known) in (2, 3):
@@ -164,13 +167,14 @@ def _several_inputs(function: Any, y: Nest) -> list | None:
     if y is None:
         return None
     raise ValueError(
-        "As a vector field, a functional model has the inputs `[t, y]` or `[t, y, args]`, or those of the state. "
+        "A functional model that is a vector field must have the inputs `[t, y]` or `[t, y, args]`, or one input for "
+        "each tensor of the state. "
         f"Received: {function!r} with inputs of shapes {_shapes(known)} for a state of {_shapes(y)}"
     )
 
 
 def _time_for(spec: keras.KerasTensor, t: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
-    """The time in the shape of a model's input: one value for each sample, on axes as long as those of the state."""
+    """The time in the shape of the input of a model: one value per sample, repeated along the axes of the state."""
     rank = len(spec.shape)
     if rank == 0:
         return t
@@ -179,9 +183,9 @@ def _time_for(spec: keras.KerasTensor, t: tf.Tensor, like: tf.Tensor) -> tf.Tens
     return ops.broadcast_to(ops.reshape(t, (-1,) + (1,) * (rank - 1)), (shape[0], *axes))
 
 
-def _to_symbolic(x):
+def _to_symbolic(x: Any) -> keras.KerasTensor | None:
     return None if x is None else keras.KerasTensor(x.shape, dtype=keras.backend.standardize_dtype(x.dtype))
 
 
-def _shapes(nest) -> str:
+def _shapes(nest: Nest) -> str:
     return str(tf.nest.map_structure(lambda x: tuple(getattr(x, "shape", ())), nest))

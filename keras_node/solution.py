@@ -1,19 +1,22 @@
-"""What a solve returns: the states, how much work they took, and whether to trust them."""
+"""What a solve returns: the states, the work that they took, and how the solve ended."""
 
 import enum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tensorflow as tf
 
+from keras_node.trees import Nest
+
 
 class Status(enum.IntEnum):
-    """How a solve ended. Anything but `SUCCESS` comes with NaN in the states it did not reach.
+    """How a solve ended. Unless it is `SUCCESS`, the states that the solve did not reach are NaN.
 
-    - `SUCCESS`: it reached the last time.
-    - `MAX_STEPS`: it took as many steps as the solver allows.
-    - `NON_FINITE`: a NaN or infinite value appeared in the state.
-    - `STEP_SIZE_UNDERFLOW`: the next step would have been too short for its time to move.
-    - `BAD_TIMES`: the times are not finite, or turn back. If they are known before the solve, it raises `ValueError`.
+    - `SUCCESS` (0): the solve reached the last time.
+    - `MAX_STEPS` (1): the solve attempted as many steps as the solver allows.
+    - `NON_FINITE` (2): a NaN or infinite value appeared in the state.
+    - `STEP_SIZE_UNDERFLOW` (3): the next step would have been too short to move the time.
+    - `BAD_TIMES` (4): the times are not finite or not monotonic. Times that are known before the solve raise a
+      `ValueError` instead.
     """
 
     SUCCESS = 0
@@ -24,12 +27,12 @@ class Status(enum.IntEnum):
 
 
 class Stats(NamedTuple):
-    """The work done by a solve, as int32 tensors: scalars, or `(batch,)` with per-sample steps.
+    """The work of a solve, as int32 tensors: scalars, or `(batch,)` with per-sample steps.
 
     Attributes:
-        num_evaluations: calls of the vector field.
-        num_steps: accepted steps.
-        num_rejected: attempted steps whose error was too large.
+        num_evaluations: number of evaluations of the vector field.
+        num_steps: number of accepted steps.
+        num_rejected: number of attempted steps that were rejected, because their error was too large.
     """
 
     num_evaluations: tf.Tensor
@@ -42,36 +45,41 @@ class Solution(NamedTuple):
 
     Attributes:
         ts: the times, `(T,)` or `(T, batch)`.
-        ys: the states at these times, the state's structure with a new first axis of length `T`.
-        stats: a `Stats`.
-        status: int32, a value of `Status`; `(batch,)` with per-sample steps, else a scalar.
+        ys: the states at these times, in the structure of the state, with a new first axis of length `T`.
+        stats: the work of the solve, a `Stats`.
+        status: how the solve ended, an int32 value of `Status`: `(batch,)` with per-sample steps, otherwise a scalar.
     """
 
     ts: tf.Tensor
-    ys: Any
+    ys: Nest
     stats: Stats
     status: tf.Tensor
 
 
 STATUS_HELP = (
-    "Status 1: `max_steps` was reached before the last time; raise `max_steps`, loosen `rtol` and `atol`, or "
-    "give a constant `num_steps`. Status 2: a NaN or infinite value appeared; look for an overflow in the "
-    "vector field, its inputs or its weights. Status 3: the step size fell below the resolution of time; the "
-    "problem is too stiff or singular, or the tolerances are too tight for its dtype. Status 4: `ts` is not finite or "
-    "not monotonic; pass times that all increase or all decrease."
+    "Status 1: `max_steps` was reached before the last time; increase `max_steps`, `rtol` or `atol`, or use constant "
+    "steps with `num_steps`. Status 2: a NaN or infinite value appeared; look for an overflow in the vector field, its "
+    "inputs or its weights. Status 3: the step size became too small to move the time; the problem is too stiff or "
+    "singular, or the tolerances are too small for the dtype of the state. Status 4: `ts` is not finite or not "
+    "monotonic; pass times that all increase or all decrease."
 )
 
 
-def check_status(status: tf.Tensor, value: Any, what: str) -> Any:
-    """Returns `value`, and raises `tf.errors.InvalidArgumentError` if any status tells of a failure.
+def check_status(status: tf.Tensor, value: Nest, what: str) -> Nest:
+    """Returns `value`, and raises `tf.errors.InvalidArgumentError` if any status is a failure.
 
-    Under XLA nothing can raise; the NaN that a failed solve gives must tell there.
+    Under XLA nothing can raise. There, only the NaN in the result of a failed solve shows the failure.
+
+    Args:
+        status: values of `Status`.
+        value: a nest of tensors. In a graph, it becomes available after the check.
+        what: what failed, at the beginning of the message.
     """
     check = tf.debugging.Assert(
         tf.reduce_all(status == int(Status.SUCCESS)),
         [f"{what} failed with status", status, STATUS_HELP],
     )
-    if check is None:  # Eagerly, an assertion that holds returns nothing.
+    if check is None:  # in eager mode, an assertion that holds returns nothing
         return value
     with tf.control_dependencies([check]):
         return tf.nest.map_structure(tf.identity, value)

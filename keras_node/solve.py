@@ -1,7 +1,7 @@
-"""A solve as every gradient method sees it: from an initial state to the states at the requested times."""
+"""The problem that every gradient method receives, and its forward solve."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -9,30 +9,49 @@ import tensorflow as tf
 from keras_node.clock import Clock, make_clock, merge, reorder
 from keras_node.integrate import Observer, integrate
 from keras_node.interpolation import DenseOutput
+from keras_node.pure_function import PureFunction
 from keras_node.solution import Stats
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.solvers.step import Rates
 from keras_node.trees import Nest
 
 
+class PureField(Protocol):
+    """The part of a `VectorField` that solves and gradients use."""
+
+    pure: PureFunction
+    params: list[tf.Tensor]
+    precision: tf.DType | None
+
+    def __call__(self, t: tf.Tensor, y: Nest, params: list[tf.Tensor]) -> Nest:
+        """Returns the rate of change of `y`."""
+
+    def sources(self, params: list[tf.Tensor]) -> list[tf.Tensor | tf.Variable]:
+        """Returns what a tape must watch to differentiate with respect to `params`."""
+
+    def also_reading(self, variables: Sequence[tf.Variable]) -> "PureField":
+        """Returns the same field, with the values of `variables` at the end of its `params`."""
+
+
 class Problem(NamedTuple):
-    """An initial value problem with all that a gradient may be asked for made explicit.
+    """An initial value problem. It holds explicitly every tensor that may need a gradient.
 
     Attributes:
         vector_field: `f(t, y, params)`, a pure function.
         y0: the initial state.
         ts: times, `(T,)` or `(T, batch)`, monotonic along axis 0, in a precision that tells them apart: that of the
             state, or a higher one.
-        params: flat list of float tensors that the field reads.
+        params: flat list of the float tensors that the field reads.
         solver: a `RungeKutta`.
-        throw: whether a failed solve raises where it can.
-        numbers: the times if they are numbers, as float64: no gradient is asked for them, and the clock is known before
-            the solve runs. `None` where they are tensors.
-        jit_compile: whether to compile the solve, and its gradient, with XLA where the graph around it is not.
-        on_backward: is told the `Stats` and the status of what a gradient solved, and whether a failure is excused.
+        throw: whether a failed solve raises an error where it can.
+        numbers: the times as float64 if they are numbers, so that they need no gradient and the clock is known before
+            the solve runs. `None` if they are tensors.
+        jit_compile: whether to compile the solve and its gradient with XLA, if the graph around them is not compiled.
+        on_backward: a function that the gradient calls with the `Stats` and the status of its own solve, and with
+            whether a failure of it is excused.
     """
 
-    vector_field: Callable[[tf.Tensor, Nest, list[tf.Tensor]], Nest]
+    vector_field: PureField
     y0: Nest
     ts: tf.Tensor
     params: list[tf.Tensor]
@@ -49,7 +68,7 @@ class Problem(NamedTuple):
 
     @property
     def precision(self) -> tf.DType:
-        """That in which the field tells times apart: a float32 layer does not see all digits of a float64 time."""
+        """The precision in which the field tells times apart. A float32 layer does not see every float64 time."""
         return tf.float64 if tf.float64 == self.dtype == self.vector_field.precision else tf.float32
 
     @property
@@ -59,27 +78,27 @@ class Problem(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-    """States at the requested times, the work they took and how the solve ended."""
+    """The states at the requested times, the work that they took, and how the solve ended."""
 
-    ys: Any
+    ys: Nest
     stats: Stats
     status: tf.Tensor
 
 
 def solve(problem: Problem, observers: Sequence[Observer] = ()) -> tuple[Trajectory, tuple]:
-    """Integrates forwards through `ts`; differentiable by ordinary backpropagation.
+    """Integrates from the first of `ts` to the last. It is differentiable by ordinary backpropagation.
 
     Returns:
-        The trajectory and what the observers kept.
+        The trajectory and the memories of the observers.
     """
     y0, solver = problem.y0, problem.solver
     clock, readings = solve_clock(problem)
 
-    def rates(t, y, speed):
+    def rates(t: tf.Tensor, y: Nest, speed: tf.Tensor) -> Rates:
         del speed
         return Rates(problem.vector_field(t, y, problem.params))
 
-    # After a kink the state goes on as it is, and the field is evaluated afresh.
+    # At a kink the state does not change, but the field is evaluated again.
     jump = None if clock.kinks is None else lambda i, y: y
     output = None if problem.ts.shape[0] == 2 else DenseOutput(solver.tableau, readings)
     watching = observers if output is None else (*observers, output)
@@ -92,30 +111,30 @@ def solve(problem: Problem, observers: Sequence[Observer] = ()) -> tuple[Traject
 
 
 def leave_start(problem: Problem, trajectory: Trajectory) -> Trajectory:
-    """Adds the gradient of times that equal the first: no step leads to them, yet moving one moves its state."""
+    """Adds the gradient of times that equal the first one. No step leads to them, but moving one moves its state."""
     ts, solver = problem.ts, problem.solver
     if problem.numbers is not None:
         return trajectory
     rate = problem.vector_field(problem.times[0], problem.y0, problem.params)
     at_start = ts == ts[:1]
     if ts.shape[0] == 2 and not solver.per_sample:
-        # A sample at rest beside others that move takes their steps, in which its times have their part.
+        # A sample at rest among others that move takes their steps, and these already contain its times.
         at_start = tf.reduce_all(at_start)
-    # Zero, with the gradient of `ts[i] - ts[0]`.
+    # The value is zero, with the gradient of `ts[i] - ts[0]`.
     elapsed = tf.cast(tf.where(at_start, ts - ts[:1], 0), problem.dtype)
 
-    def leaf(y, dy):
+    def leaf(y: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
         shape = tf.concat([tf.shape(elapsed), tf.ones([y.shape.rank - elapsed.shape.rank], tf.int32)], 0)
         return y + tf.reshape(elapsed, shape) * tf.where(tf.math.is_finite(dy), dy, 0)
 
     return trajectory._replace(ys=tf.nest.map_structure(leaf, trajectory.ys, rate))
 
 
-def solve_clock(problem: Problem) -> tuple[Clock, tf.Tensor | tuple]:
-    """The clock of a solve, and its readings at `ts`; none where there are two of them, which are its ends."""
+def solve_clock(problem: Problem) -> tuple[Clock, Nest]:
+    """The clock of a solve and its readings at `ts`, or `()` for two times, because these are the ends of the clock."""
     solver, dtype = problem.solver, problem.dtype
 
-    def make(ts):
+    def make(ts: tf.Tensor) -> tuple[Clock, Nest]:
         if solver.num_steps is not None:
             clock, stops = make_clock(ts, dtype, solver.per_sample)
             return clock, () if ts.shape[0] == 2 else clock.readings_at(tf.cast(ts - ts[:1], dtype), stops)
@@ -129,9 +148,9 @@ def solve_clock(problem: Problem) -> tuple[Clock, tf.Tensor | tuple]:
 
 
 def adjoint_clock(problem: Problem, solver: RungeKutta, kinks: Sequence[float]) -> tuple[Clock, tf.Tensor]:
-    """The clock of a solve from the last time to the first, and its stop at each of them, in that order."""
+    """The clock of a solve from the last time to the first, and the index of its stop at each time, in that order."""
 
-    def make(ts):
+    def make(ts: tf.Tensor) -> tuple[Clock, Nest]:
         times, place = ts[::-1], None
         if kinks:
             times, place = merge(times, tf.constant(kinks, ts.dtype))
@@ -141,24 +160,24 @@ def adjoint_clock(problem: Problem, solver: RungeKutta, kinks: Sequence[float]) 
     return clock_of(problem, make, solver.per_sample)
 
 
-def clock_of(problem: Problem, make: Callable[[tf.Tensor], tuple[Clock, Any]], per_sample: bool) -> tuple[Clock, Any]:
-    """The clock and the readings or stops that `make(ts)` gives, those of numbers as constants."""
+def clock_of(problem: Problem, make: Callable[[tf.Tensor], tuple[Clock, Nest]], per_sample: bool) -> tuple[Clock, Nest]:
+    """The clock and the readings or stops that `make(ts)` returns. If times are numbers, they are constants."""
     if problem.numbers is None:
         clock, others = make(problem.ts)
     else:
-        with tf.init_scope():  # eagerly, whatever graph is around
+        with tf.init_scope():  # in eager mode, even inside a graph
             clock, others = make(tf.constant(problem.numbers))
             known = tf.nest.map_structure(np.array, (clock.trimmed()[:-1], others))
         tensors, others = tf.nest.map_structure(tf.constant, known)
-        clock = Clock(*tensors, clock.kinks)
+        clock = Clock._make((*tensors, clock.kinks))
     if per_sample and problem.ts.shape.rank == 1:
         batch = tf.shape(tf.nest.flatten(problem.y0)[0])[0]
         tensors, others = tf.nest.map_structure(lambda x: _repeated(x, batch), (clock[:-1], others))
-        clock = Clock(*tensors, clock.kinks)
+        clock = Clock._make((*tensors, clock.kinks))
     return clock, others
 
 
 def _repeated(x: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
-    """The same for every sample, along a new last axis."""
+    """Repeats `x` for every sample, along a new last axis."""
     repeated = tf.repeat(x[..., None], batch, axis=-1)
     return tf.ensure_shape(repeated, [*x.shape, None])

@@ -1,50 +1,57 @@
-"""How a layer solves: the options that all layers and models with a solve in them share."""
+"""How a layer solves: the options that all layers and models with a solve inside share."""
 
 from typing import Any
 
 import keras
 
 from keras_node import gradients, solvers
+from keras_node.gradients.backsolve import BacksolveAdjoint
+from keras_node.gradients.checkpointed import CheckpointedAdjoint
 from keras_node.gradients.direct import DirectGradient
 from keras_node.jit_compile import check_jit_compile
 from keras_node.metrics import SolverMetric, SolverMetrics
 from keras_node.nested_layers import NestedLayers
 from keras_node.odeint import odeint
 from keras_node.solution import Solution
+from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.trees import Nest
+
+# What the arguments `solver` and `gradient` may be.
+Solver = RungeKutta | str
+Gradient = BacksolveAdjoint | CheckpointedAdjoint | DirectGradient | str
 
 
 class SolveOptions:
-    """The options of the solves of a layer. What they mean is told in `keras_node.ODELayer`.
+    """The options of the solves of a layer. `keras_node.ODELayer` says what they mean.
 
     Args:
         solver: a `keras_node.RungeKutta`, or the name of a method.
         gradient: `"backsolve"`, `"checkpointed"`, `"direct"`, or an object.
         jit_compile: `"auto"`, `True` or `False`.
-        track_stats: the name under which to count the work of the solves, or `None`.
-        counts_backward: whether the solves of a gradient are counted too. TensorFlow cannot update a variable in the
-            gradient of a loop.
+        track_stats: the name under which to count the work of the solves, or `None` to count nothing.
+        counts_backward: whether to count the solves of a gradient too. It must be `False` for a layer that solves in
+            a loop, because TensorFlow cannot update a variable in the gradient of a loop.
     """
 
     def __init__(
         self,
-        solver: Any = "tsit5",
-        gradient: Any = "backsolve",
+        solver: Solver = "tsit5",
+        gradient: Gradient = "backsolve",
         jit_compile: bool | str = "auto",
         track_stats: str | None = None,
         counts_backward: bool = True,
-    ):
-        self.solver = solvers.get(solver)
-        self.gradient = gradients.get(gradient)
+    ) -> None:
+        self.solver: RungeKutta = solvers.get(solver)
+        self.gradient: Any = gradients.get(gradient)
         check_jit_compile(jit_compile, self.gradient)
         self.jit_compile = jit_compile
-        self.metrics = None
+        self.metrics: SolverMetrics | None = None
         if track_stats is not None:
             backward = counts_backward and not isinstance(self.gradient, DirectGradient)
             self.metrics = SolverMetrics(track_stats, backward)
 
-    def solve(self, vector_field: Any, y0: Nest, ts: Any, **options) -> Solution:
-        """`keras_node.odeint` with these options, unless others are given."""
+    def solve(self, vector_field: Any, y0: Nest, ts: Any, **options: Any) -> Solution:
+        """Calls `keras_node.odeint` with these options. `options` override them."""
         _check_metrics_of(vector_field)
         own = {
             "solver": self.solver,
@@ -54,7 +61,7 @@ class SolveOptions:
         }
         return odeint(vector_field, y0, ts, **{**own, **options})
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         return {
             "solver": keras.saving.serialize_keras_object(self.solver),
             "gradient": keras.saving.serialize_keras_object(self.gradient),
@@ -64,57 +71,68 @@ class SolveOptions:
 
 
 class SolvingLayer(NestedLayers):
-    """For a layer that solves as its `options` say: they are its attributes, and part of its config."""
+    """A layer with a solve inside. The options of the solve are attributes of the layer and part of its config."""
 
     options: SolveOptions
 
-    def set_options(self, solver, gradient, jit_compile, track_stats=False, counts_backward=True):
-        """To be called by the constructor of a layer, once it has a name."""
+    def set_options(
+        self,
+        solver: Solver,
+        gradient: Gradient,
+        jit_compile: bool | str,
+        track_stats: bool = False,
+        counts_backward: bool = True,
+    ) -> None:
+        """Sets the options. The constructor of a layer calls this after the layer has got its name."""
         name = self.name if track_stats else None
         self.options = SolveOptions(solver, gradient, jit_compile, name, counts_backward)
-        if track_stats:
-            self.statistic_metrics = self.options.metrics.metrics  # for Keras to find
+        if self.options.metrics is not None:
+            self.statistic_metrics = self.options.metrics.metrics  # Keras finds metrics that are attributes
 
     @property
-    def solver(self):
+    def solver(self) -> RungeKutta:
         return self.options.solver
 
     @solver.setter
-    def solver(self, value):
+    def solver(self, value: Solver) -> None:
         self.options.solver = solvers.get(value)
 
     @property
-    def gradient(self):
+    def gradient(self) -> Any:
         return self.options.gradient
 
     @gradient.setter
-    def gradient(self, value):
+    def gradient(self, value: Gradient) -> None:
         self.options.gradient = gradients.get(value)
         check_jit_compile(self.options.jit_compile, self.options.gradient)
 
     @property
-    def jit_compile(self):
+    def jit_compile(self) -> bool | str:
         return self.options.jit_compile
 
     @jit_compile.setter
-    def jit_compile(self, value):
+    def jit_compile(self, value: bool | str) -> None:
         check_jit_compile(value, self.gradient)
         self.options.jit_compile = value
 
     @property
-    def track_stats(self):
+    def track_stats(self) -> bool:
         return self.options.metrics is not None
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **self.options.get_config()}
 
 
 def _check_metrics_of(field: Any) -> None:
-    """Refuses a field with layers that count their solves: one evaluation of many has no meaning in the logs."""
+    """Raises for a field with layers that count their solves.
+
+    Such a layer solves again at every evaluation of the field, so one count would mean nothing in the logs.
+    """
     metrics = field.metrics if isinstance(field, keras.Layer) else ()
     nested = next((metric.layer for metric in metrics if isinstance(metric, SolverMetric)), None)
     if nested is not None:
         raise ValueError(
-            "A layer inside a vector field solves at every evaluation, and cannot tell the logs how often: leave out "
-            f"its `track_stats`. Received: a field {field!r}, in which layer {nested!r} has track_stats=True"
+            "A layer inside a vector field solves at every evaluation of the field, so its statistics mean nothing in "
+            "the logs: leave out its `track_stats`. "
+            f"Received: a field {field!r}, in which layer {nested!r} has track_stats=True"
         )

@@ -1,17 +1,20 @@
-"""How long the next step is: error norm, first step, constant steps and the PID controller.
+"""The length of the next step: error norm, first step, constant steps and the PID controller.
 
-Step sizes are positive readings of the solver's clock (see `clock.py`), scalars for a joint solve and
-`(batch,)` for per-sample steps. No gradient flows through a step size.
+Step sizes are positive lengths on the clock of the solve (see `clock.py`): scalars for a joint solve, and `(batch,)`
+for per-sample steps. No gradient flows through a step size.
 
-Eagerly an operator takes TensorFlow several times as long as its function: `tf.multiply` and the like are used here.
+In eager mode, a Python operator on tensors takes several times as long as the function that it calls. This is why
+`tf.multiply` and similar functions are used here.
 
-References: Hairer, Norsett & Wanner (1993), "Solving Ordinary Differential Equations I", II.4.
-Soderlind (2003), "Digital filters in adaptive time-stepping". ACM Trans. Math. Softw. 29(1).
+References:
+    Hairer, Norsett & Wanner (1993), "Solving Ordinary Differential Equations I", II.4: error norm and first step.
+    Söderlind (2002), "Automatic control and adaptive time-stepping", Numer. Algorithms 31.
+    Söderlind (2003), "Digital filters in adaptive time-stepping", ACM Trans. Math. Softw. 29(1).
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -19,17 +22,17 @@ import tensorflow as tf
 from keras_node import trees
 from keras_node.trees import Nest
 
-Norm = Callable[[Nest], tf.Tensor]
+Norm: TypeAlias = Callable[[Nest], tf.Tensor]
 
 
 class Decision(NamedTuple):
-    """What a controller says of an attempted step.
+    """The decision of a controller about an attempted step.
 
     Attributes:
-        accept: whether the step stands.
-        finite: whether the error estimate was a finite number.
-        step_size: what to attempt next.
-        history: the controller's memory for the next decision.
+        accept: whether to accept the step.
+        finite: whether the error estimate is a finite number.
+        step_size: the length of the next step to attempt.
+        history: the memory of the controller for the next decision.
     """
 
     accept: tf.Tensor
@@ -39,47 +42,47 @@ class Decision(NamedTuple):
 
 
 def error_scale(y: Nest, rtol: float, atol: float) -> Nest:
-    """`atol + rtol * |y|`, the error that is allowed."""
+    """The allowed error, `atol + rtol * |y|`."""
     return trees.each(lambda a: tf.add(tf.multiply(tf.abs(a), rtol), atol), y)
 
 
 def rms_norm(x: Nest, per_sample: bool) -> tf.Tensor:
-    """Root mean square over all elements of all leaves; with `per_sample`, over those of each sample."""
+    """Root mean square over all elements of all leaves, or with `per_sample` over the elements of each sample."""
     leaves, first = tf.nest.flatten(x), int(per_sample)
     squares = [tf.raw_ops.Sum(input=tf.square(x), axis=np.arange(first, x.shape.rank)) for x in leaves]
     total, count = trees.total(squares), sum(_size(leaf, first) for leaf in leaves)
-    # Without elements there is no error.
+    # A state without elements has the error zero.
     count = max(count, 1) if isinstance(count, int) else tf.cast(tf.maximum(count, 1), total.dtype)
     return tf.sqrt(tf.realdiv(total, count))
 
 
 def _size(x: tf.Tensor, first: int) -> int | tf.Tensor:
-    """How many elements lie on the axes from the `first` one; a number, wherever it can be."""
+    """The number of elements on the axes from `first` on, as a Python integer if the shape is known."""
     size = x.shape[first:].num_elements()
     return tf.reduce_prod(tf.shape(x)[first:]) if size is None else size
 
 
 def first_step_size(
-    rate_of_change,
+    rate_of_change: Callable[[tf.Tensor, Nest], Nest],
     y0: Nest,
     k1: Nest,
     longest: tf.Tensor,
     controller: "PIDController",
     norm: Norm,
 ) -> tf.Tensor:
-    """The starting step of Hairer, Norsett & Wanner II.4, at the cost of one evaluation.
+    """Chooses the first step by the algorithm of Hairer, Norsett & Wanner, II.4, which takes one evaluation.
 
     Args:
-        rate_of_change: `g(clock, y)`, the derivative of the state with respect to the clock.
+        rate_of_change: `g(reading, y)`, the derivative of the state with respect to the reading of the clock.
         y0: the initial state.
         k1: `g(0, y0)`.
-        longest: the length of the solve, which the trial step must not leave.
-        controller: gives tolerances and the order of the error estimate.
-        norm: measures a state, as one value or one for each sample.
+        longest: the length of the solve. The trial step is not longer.
+        controller: provides the tolerances and the order of the error estimate.
+        norm: the norm of a state, one value or one for each sample.
     """
     scale = error_scale(y0, controller.rtol, controller.atol)
 
-    def size(x):
+    def size(x: Nest) -> tf.Tensor:
         return norm(trees.each(tf.realdiv, x, scale))
 
     d0, d1 = size(y0), size(k1)
@@ -94,7 +97,7 @@ def first_step_size(
         (0.01 / tf.maximum(steepest, 1e-15)) ** (1.0 / controller.error_order),
     )
     h = tf.minimum(tf.minimum(100 * h0, h1), longest)
-    # A non-finite trial says nothing of the step; h0 is a careful choice, and the first step will tell.
+    # If the trial step gives a value that is not finite, h0 is a careful choice: the first step may still be rejected.
     return tf.stop_gradient(tf.where(tf.math.is_finite(h), h, h0))
 
 
@@ -103,10 +106,20 @@ class ConstantSteps:
     """Accepts every step and keeps its size."""
 
     def start(self, like: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        """The history before the first step, which is empty."""
         del like
         return ()
 
-    def decide(self, step_size, error, y0, y1, history, norm) -> Decision:
+    def decide(
+        self,
+        step_size: tf.Tensor,
+        error: Nest,
+        y0: Nest,
+        y1: Nest,
+        history: tuple[tf.Tensor, ...],
+        norm: Norm,
+    ) -> Decision:
+        """Accepts the step."""
         del error, y0, y1, norm
         always = tf.ones_like(step_size, tf.bool)
         return Decision(always, always, step_size, history)
@@ -114,10 +127,14 @@ class ConstantSteps:
 
 @dataclasses.dataclass(frozen=True)
 class PIDController:
-    """Accepts a step whose error norm `e` is at most 1, and chooses the next from the last norms.
+    """Accepts a step if its error norm `e` is at most 1, and chooses the next step from the last error norms.
 
-    The factor between the two is
-    `safety * e[n] ** -(p + i + d) * e[n-1] ** (p + 2 d) * e[n-2] ** -d`, exponents divided by `error_order`.
+    The next step is the last one times the factor
+
+    `safety * e[n] ** -((p + i + d) / q) * e[n-1] ** ((p + 2 d) / q) * e[n-2] ** -(d / q)`
+
+    where `q` is `error_order` and `p`, `i`, `d` are the coefficients. The factor stays between `min_factor` and
+    `max_factor`.
     """
 
     error_order: float
@@ -131,14 +148,23 @@ class PIDController:
     max_factor: float
 
     def start(self, like: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        """The history before the first step: as many past error norms as the coefficients look at."""
+        """The history before the first step: ones, as many as the coefficients need past error norms."""
         depth = 2 if self.dcoeff else 1 if self.pcoeff else 0
         return (tf.ones_like(like),) * depth
 
-    def decide(self, step_size, error, y0, y1, history, norm) -> Decision:
+    def decide(
+        self,
+        step_size: tf.Tensor,
+        error: Nest,
+        y0: Nest,
+        y1: Nest,
+        history: tuple[tf.Tensor, ...],
+        norm: Norm,
+    ) -> Decision:
+        """Decides about a step of this size, with the estimated `error`, from the state `y0` to `y1`."""
         largest = trees.each(lambda a, b: tf.maximum(tf.abs(a), tf.abs(b)), y0, y1)
         size = tf.stop_gradient(norm(trees.each(tf.realdiv, error, error_scale(largest, self.rtol, self.atol))))
-        # A non-finite error counts as a very large one: a smaller step may stay in the field's domain.
+        # An error that is not finite counts as a very large one: a smaller step may stay in the domain of the field.
         finite = tf.math.is_finite(size)
         accept = size <= 1
         size = tf.where(finite, tf.maximum(size, 1e-10), 1e10)
@@ -148,7 +174,7 @@ class PIDController:
         for past, exponent in zip(history, exponents[1:], strict=False):
             factor = factor * past**exponent
         if history:
-            # After a rejection the step must shrink, whatever the history says.
+            # After a rejection the next step must be shorter, even if the history gives a longer one.
             most = tf.where(accept, tf.constant(most, size.dtype), self.safety)
         factor = tf.maximum(tf.minimum(factor, most), self.min_factor)
         new_history = (size, *history)[: len(history)]

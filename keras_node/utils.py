@@ -71,21 +71,21 @@ def series_from_frame(
             or if a series is longer than `length`.
 
     Example:
-    >>> table = {
-    ...     "patient": ["a", "a", "a", "b"],
-    ...     "hour": [0.0, 2.0, 2.0, 5.0],
-    ...     "name": ["pulse", "pulse", "lactate", "pulse"],
-    ...     "value": [80.0, 90.0, 1.5, 70.0],
-    ... }
-    >>> series = keras_node.utils.series_from_frame(table, id="patient", time="hour", variable="name")
-    >>> series.channels
-    ('lactate', 'pulse')
-    >>> series.values[0]
-    array([[ nan, 80. ],
-           [ 1.5, 90. ]], dtype=float32)
-    >>> series.mask
-    array([[ True,  True],
-           [ True, False]])
+        >>> table = {
+        ...     "patient": ["a", "a", "a", "b"],
+        ...     "hour": [0.0, 2.0, 2.0, 5.0],
+        ...     "name": ["pulse", "pulse", "lactate", "pulse"],
+        ...     "value": [80.0, 90.0, 1.5, 70.0],
+        ... }
+        >>> series = keras_node.utils.series_from_frame(table, id="patient", time="hour", variable="name")
+        >>> series.channels
+        ('lactate', 'pulse')
+        >>> series.values[0]
+        array([[ nan, 80. ],
+               [ 1.5, 90. ]], dtype=float32)
+        >>> series.mask
+        array([[ True,  True],
+               [ True, False]])
     """
     names, rows = _distinct(_column(frame, id))
     elapsed = _elapsed(_column(frame, time), rows, len(names), unit, origin)

@@ -131,6 +131,19 @@ def test_auto_leaves_convolutions_to_tensorflow_on_a_cpu(shape, field, monkeypat
     assert compiles(field())
 
 
+def test_auto_sees_convolutions_in_the_field_of_a_recurrent_layer():
+    """Although the loop over the observations is recorded without its solves."""
+    convolving = keras.Sequential(
+        [keras.layers.Reshape((3, 2)), keras.layers.Conv1D(2, 3, padding="same"), keras.layers.Flatten()]
+    )
+    for field, expected in ((convolving, False), (keras.layers.Dense(6), True)):
+        layer = keras_node.ODERNN(keras.layers.GRUCell(6), field, solver="bosh3")
+        inputs = tf.ones((2, 4, 1)), tf.ones((2, 4))
+        layer(*inputs)
+        function = tf.function(lambda x, times, layer=layer: layer(x, times, training=True))
+        assert bool(compiled_functions(function.get_concrete_function(*inputs))) is expected
+
+
 @pytest.mark.parametrize("jit_compile", [True, False])
 def test_the_choice_is_saved(jit_compile):
     layers = [

@@ -131,12 +131,12 @@ def test_an_empty_batch_costs_nothing_but_the_regularizers():
 
 def test_what_cannot_be_used_is_refused():
     for name, value in {"loss": "mse", "metrics": ["mae"], "weighted_metrics": ["mae"], "loss_weights": [1.0]}.items():
-        with pytest.raises(ValueError, match=f"Gaussian brings its own loss and metrics: `compile` takes no `{name}`"):
+        with pytest.raises(ValueError, match=f"Gaussian has its own loss and metrics: leave `{name}` out of `compile`"):
             Gaussian().compile("sgd", **{name: value})
-    with pytest.raises(ValueError, match=r"takes no `loss`. Received: loss='mse'"):
+    with pytest.raises(ValueError, match=r"leave `loss` out of `compile`. Received: loss='mse'"):
         Gaussian().compile("sgd", "mse")
     for call in (gaussian().fit, gaussian().train_on_batch):
-        with pytest.raises(ValueError, match=r"no classes to weigh.*Received: class_weight={0: 1.0}"):
+        with pytest.raises(ValueError, match=r"`class_weight` needs targets.*Received: class_weight={0: 1.0}"):
             call(X, class_weight={0: 1.0})
     with pytest.raises(ValueError, match=r"`sample_weight` must have the shape.*sample_weight.shape=\(None, 2\)"):
         gaussian().fit(X, sample_weight=np.ones((10, 2)), verbose=0)

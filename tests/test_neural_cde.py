@@ -189,7 +189,7 @@ def test_only_differences_of_times_matter_and_large_ones_keep_their_digits():
 def test_times_that_decrease_are_refused_where_they_can_be_seen():
     layer, (x, times) = cde(), series()
     times[1, 3] = times[1, 1]
-    with pytest.raises(ValueError, match=r"must not decrease.*received: times=\[.*\] for sample 1"):
+    with pytest.raises(ValueError, match=r"must not decrease.*Received: times=\[.*\] for sample 1"):
         layer(x, times)
     with pytest.raises(tf.errors.InvalidArgumentError, match="must not decrease"):
         tf.function(layer, autograph=False)(tf.constant(x), tf.constant(times))
@@ -266,11 +266,11 @@ def test_what_does_not_fit_is_refused():
     x, times = series()
     with pytest.raises(ValueError, match=r"\(batch, 3, 3\) or \(batch, 9\). Received: shape=\(None, 4\)"):
         NeuralCDE(UNITS, layers.Dense(4))(x, times)
-    with pytest.raises(ValueError, match="takes the state alone"):
+    with pytest.raises(ValueError, match="must take only the state"):
         NeuralCDE(UNITS, lambda t, z: z)
     with pytest.raises(ValueError, match="Received: units=0"):
         NeuralCDE(0)
-    with pytest.raises(ValueError, match=r"`interpolation` must be one of .* Received: 'cubic'"):
+    with pytest.raises(ValueError, match=r"`interpolation` must be one of .* Received: interpolation='cubic'"):
         NeuralCDE(UNITS, interpolation="cubic")
     with pytest.raises(ValueError, match=r"Received: x.shape=\(3, 5\)"):
         NeuralCDE(UNITS)(times, times)

@@ -1,4 +1,6 @@
-"""Gradients: one file for each way to differentiate a solve. A gradient is called with a `Problem`."""
+"""Gradients: one file for each way to differentiate a solve. You call a gradient with a `Problem`."""
+
+from typing import Any, TypeAlias
 
 import keras
 
@@ -7,17 +9,23 @@ from keras_node.gradients.backsolve import BacksolveAdjoint
 from keras_node.gradients.checkpointed import CheckpointedAdjoint
 from keras_node.gradients.direct import DirectGradient
 
-GRADIENTS = {"backsolve": BacksolveAdjoint, "checkpointed": CheckpointedAdjoint, "direct": DirectGradient}
+Gradient: TypeAlias = BacksolveAdjoint | CheckpointedAdjoint | DirectGradient
+
+GRADIENTS: dict[str, type[Gradient]] = {
+    "backsolve": BacksolveAdjoint,
+    "checkpointed": CheckpointedAdjoint,
+    "direct": DirectGradient,
+}
 
 
-def get(identifier):
-    """Returns the gradient that `identifier` stands for: an object, a name or a config.
+def get(identifier: Gradient | str | dict[str, Any]) -> Gradient:
+    """Returns a gradient from an object, a name or a config.
 
     Raises:
         ValueError: for an unknown name.
-        TypeError: for anything else.
+        TypeError: for an `identifier` of another type.
     """
-    if isinstance(identifier, tuple(GRADIENTS.values())):
+    if isinstance(identifier, Gradient):
         return identifier
     if isinstance(identifier, dict):
         return keras.saving.deserialize_keras_object(identifier)

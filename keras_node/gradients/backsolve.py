@@ -1,6 +1,8 @@
-"""The adjoint method: the gradient as a second ODE, solved backwards in time."""
+"""The adjoint method: the gradient is the solution of a second ODE, solved backward in time."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -8,76 +10,97 @@ import tensorflow as tf
 
 from keras_node import solvers, trees
 from keras_node.arguments import positive_integer
-from keras_node.clock import merge, pick, reorder
-from keras_node.gradients.custom_vjp import solve_with_gradient
+from keras_node.clock import Clock, merge, pick, reorder
+from keras_node.gradients.custom_vjp import Gradients, solve_with_gradient
 from keras_node.gradients.vjp import vjp
-from keras_node.integrate import integrate
+from keras_node.integrate import VectorFieldWithSpeed, integrate
+from keras_node.interpolation import Progress
 from keras_node.solution import Stats
-from keras_node.solve import Problem, Trajectory, adjoint_clock, solve
-from keras_node.solvers.step import Rates
+from keras_node.solve import Problem, PureField, Trajectory, adjoint_clock, solve
+from keras_node.solvers.runge_kutta import RungeKutta
+from keras_node.solvers.step import Rates, Step
+from keras_node.solvers.tableaus import ButcherTableau
 from keras_node.step_size import rms_norm
 from keras_node.trees import Nest
 
 
 @keras.saving.register_keras_serializable(package="keras_node")
 class BacksolveAdjoint:
-    """Solves for the gradient backwards in time, in memory that does not grow with the number of steps.
+    """Computes the gradient by a solve backward in time, in memory that does not grow with the number of steps.
 
-    With the adjoint `a = dL/dy`, the augmented state `(y, a, g)` is integrated from the last time to the first,
+    The adjoint is `a = dL/dy`, where `L` is the loss. The augmented state `(y, a, g)` is integrated from the last time
+    to the first:
 
-    `dy/dt = f(t, y, p)`, `da/dt = -a df/dy`, `dg/dt = -a df/dp`,
+    `dy/dt = f(t, y, p)`, `da/dt = -a df/dy`, `dg/dt = -a df/dp`
 
-    and at every time of `ts` the loss's own gradient is added to `a` and `y` starts again from the forward
-    solution. `g` ends as the gradient of the parameters.
+    At every time of `ts`, the gradient of the loss with respect to the state at this time is added to `a`, and `y`
+    starts again from the forward solution. At the end, `g` is the gradient with respect to the parameters `p`.
 
-    This is the gradient of the exact solution, solved approximately: its error falls with the tolerances, and it
-    differs from the gradient of the discrete solution by about as much as the solution itself is off. A field
-    that is strongly contracting forwards in time is unstable backwards, and `y` then drifts from the path it came:
-    give `num_checkpoints`, or use another gradient. Second derivatives go through the steps of the backward solve.
+    This is an approximation of the gradient of the exact solution. Its error decreases with the tolerances, and it
+    differs from the gradient of the discrete solution by about the error of the solution. A field that contracts
+    strongly forward in time is unstable backward, and then `y` leaves the path of the forward solution: set
+    `num_checkpoints`, or use another gradient. Second derivatives are computed through the steps of the backward solve.
 
     Args:
-        solver: the solver of the backward solve; `None` is the one of the forward solve, which then goes on with the
-            length of step that it has come to.
-        norm: `"state"` controls the error of `(y, a)` only, `"full"` that of the parameters' gradient as well, at
-            the cost of more steps. Per-sample steps need `"state"`.
-        num_checkpoints: number of states of the forward solution, evenly spaced in time, from which `y` starts again
-            on its way back, as it does at every time of `ts`. The adjoint is then a solve over shorter intervals, in
-            which less drift builds up, at the cost of about one more step for each and of keeping these states.
+        solver: the solver of the backward solve, a `RungeKutta` or the name of a method. Defaults to `None`, for the
+            solver of the forward solve, which then begins with the step size that the forward solve reached.
+        norm: `"state"` (default) controls the error of `(y, a)` only. `"full"` also controls the error of `g`, and
+            takes more steps. Per-sample steps, and times that differ between samples, need `"state"`.
+        num_checkpoints: number of states of the forward solution, evenly spaced in time, from which `y` starts again in
+            the backward solve, as it does at the times of `ts`. This limits how far `y` can drift. It costs about one
+            more step for each state, and the memory of these states. Defaults to `None`, for none.
+
+    Raises:
+        ValueError: for an option out of range. When the solve begins, for `norm="full"` with per-sample steps or times,
+            and for `num_checkpoints` with a forward solver that has `num_steps`.
 
     Example:
-    >>> gradient = keras_node.BacksolveAdjoint(solver=keras_node.RungeKutta("tsit5", rtol=1e-5))
-    >>> layer = keras_node.ODELayer(keras.layers.Dense(2), gradient=gradient)
+        >>> gradient = keras_node.BacksolveAdjoint(solver=keras_node.RungeKutta("tsit5", rtol=1e-5))
+        >>> layer = keras_node.ODELayer(keras.layers.Dense(2), gradient=gradient)
+        >>> layer(keras.ops.ones((3, 2))).shape
+        TensorShape([3, 2])
 
     Reference:
 
-    - Chen et al. (2018), "Neural Ordinary Differential Equations", appendix B and C.
-    - Kidger, Chen & Lyons (2021), "Hey, that's not an ODE": the norm over the state only.
+        - Chen, Rubanova, Bettencourt & Duvenaud (2018), "Neural Ordinary Differential Equations", arXiv:1806.07366,
+          appendices B and C.
+        - Kidger, Chen & Lyons (2021), "Hey, that's not an ODE: Faster ODE Adjoints via Seminorms", arXiv:2009.09457,
+          for `norm="state"`.
     """
 
-    def __init__(self, solver=None, norm: str = "state", num_checkpoints: int | None = None):
+    def __init__(
+        self, solver: RungeKutta | str | None = None, norm: str = "state", num_checkpoints: int | None = None
+    ) -> None:
         if norm not in ("state", "full"):
             raise ValueError(f'`norm` must be "state" or "full". Received: norm={norm!r}')
-        self.solver = None if solver is None else solvers.get(solver)
+        self.solver: RungeKutta | None = None if solver is None else solvers.get(solver)
         self.norm = norm
         if num_checkpoints is not None:
             num_checkpoints = positive_integer("num_checkpoints", num_checkpoints)
         self.num_checkpoints = num_checkpoints
-        self._known = None
+        self._known: Nest = None
 
     def given(self, y1: Nest) -> "BacksolveAdjoint":
-        """The same gradient, of a solve between two times whose result `y1` is known and not solved for again."""
+        """Returns the same gradient for a solve between two times whose result `y1` is already known.
+
+        A call of it does not solve forward again. With `num_checkpoints` it does, because it needs states in between.
+
+        Args:
+            y1: the state at the second time.
+        """
         if self.num_checkpoints is not None:
-            return self  # it needs states in between
+            return self
         gradient = copy.copy(self)
         gradient._known = y1
         return gradient
 
     def __call__(self, problem: Problem) -> Trajectory:
+        """Solves the problem with this gradient. The layers and `keras_node.odeint` call it."""
         solver = self.solver or problem.solver
         if self.norm == "full" and (solver.per_sample or problem.ts.shape.rank == 2):
             raise ValueError(
-                "The gradient of the parameters is shared by the samples: it has no error where every sample has a "
-                'time of its own. Use norm="state", or times and steps that the samples share. '
+                '`norm="full"` needs times and steps that all samples share, because they share the '
+                'gradient of the parameters. Use `norm="state"`, or shared times without `per_sample=True`. '
                 f'Received: norm="full", ts of shape {tuple(problem.ts.shape)}, solver={solver!r}'
             )
 
@@ -87,14 +110,14 @@ class BacksolveAdjoint:
             return solve_with_gradient(problem, self._forward, self._backward)
         if problem.solver.num_steps is not None:
             raise ValueError(
-                "`num_checkpoints` needs adaptive steps or a `step_size`: with `num_steps`, steps are counted between "
-                "two times of `ts`, of which you may ask for more. "
+                "`num_checkpoints` needs adaptive steps or a `step_size`, because `num_steps` counts the steps between "
+                "two times of `ts`. Leave out `num_checkpoints`, and pass more times in `ts` if `y` drifts. "
                 f"Received: num_checkpoints={self.num_checkpoints}, solver={problem.solver!r}"
             )
-        # A state of the solution to start again from is what a time of `ts` has.
+        # At every time of `ts`, `y` starts again from the solution. So checkpoints are more times of `ts`.
         parts = np.arange(1, self.num_checkpoints + 1) / (self.num_checkpoints + 1)
 
-        def with_checkpoints(ts):
+        def with_checkpoints(ts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             first, last = tf.stop_gradient(ts[0]), tf.stop_gradient(ts[-1])
             return merge(ts, tf.stack([first + part * (last - first) for part in parts]))
 
@@ -108,23 +131,23 @@ class BacksolveAdjoint:
         return trajectory._replace(ys=tf.nest.map_structure(lambda y: reorder(y, place), trajectory.ys))
 
     def _forward(self, problem: Problem) -> tuple[Trajectory, tuple]:
-        """Solves, and keeps the length of step with which the way back can begin."""
+        """Solves forward, and keeps the step size with which the backward solve can begin."""
         solver = problem.solver
         if self.solver is not None or not solver.adaptive or solver.first_step is not None:
             return solve(problem)
         batch = tf.shape(tf.nest.flatten(problem.y0)[0])[:1] if solver.per_sample else []
         trajectory, ((last, before),) = solve(problem, [LastSteps(tf.zeros(batch, problem.dtype))])
-        # The last step is cut short at the end.
+        # The end may have cut the last step short.
         return trajectory, (tf.maximum(last, before),)
 
     def _recall(self, problem: Problem) -> tuple[Trajectory, tuple]:
-        """The known result, as if solved for."""
+        """The trajectory of a known result."""
         ys = tf.nest.map_structure(lambda a, b: tf.stack([a, tf.cast(b, a.dtype)]), problem.y0, self._known)
         none = tf.constant(0)
         return Trajectory(ys, Stats(none, none, none), none), ()
 
-    def _backward(self, problem: Problem, memory: tuple, ys: Nest, dys: Nest) -> tuple[tuple, Stats, tf.Tensor]:
-        """The gradients of `y0`, `ts` and `params`, from those of the states at `ts`, and how their solve went."""
+    def _backward(self, problem: Problem, memory: tuple, ys: Nest, dys: Nest) -> tuple[Gradients, Stats, tf.Tensor]:
+        """The gradients of `y0`, `ts` and `params`, and the stats and status of their solve."""
         first_step = memory[0] if memory else None
         vector_field, params = problem.vector_field, problem.params
         solver = self.solver or problem.solver
@@ -133,7 +156,7 @@ class BacksolveAdjoint:
         one_each = not kinks and _tells_apart(problem)
         state_at, arriving = _loss_by_stop(None if one_each else stops, clock, ys, dys)
 
-        def jump(i, state):
+        def jump(i: tf.Tensor, state: Nest) -> Nest:
             y, adjoint = state
             return state_at(i, y), trees.add(adjoint, arriving(i))
 
@@ -155,15 +178,15 @@ class BacksolveAdjoint:
             gradients = trees.poison(tf.reduce_any(integral.status != 0), gradients)
         elif self.norm == "full" and params:
 
-            def rates(t, state, speed):
+            def rates(t: tf.Tensor, state: Nest, speed: tf.Tensor) -> Rates:
                 dstate, dgradients = augmented(t, state[:2], speed)
                 return Rates((*dstate, dgradients))
 
-            def full_jump(i, state):
+            def full_jump(i: tf.Tensor, state: Nest) -> Nest:
                 return (*jump(i, state[:2]), state[2])
 
-            def norm(error):
-                # Not one mean over both: where weights are many, it would allow the state any error.
+            def norm(error: Nest) -> tf.Tensor:
+                # One mean over both would allow the state any error if there are many weights.
                 return tf.maximum(rms_norm(error[:2], False), rms_norm(error[2], False))
 
             integral = integrate(
@@ -177,7 +200,7 @@ class BacksolveAdjoint:
             (_, adjoint), gradients = integral.y1, integral.quadrature
 
         if not one_each:
-            # Those of times that equal the first; where all do, they are there already.
+            # Add the gradients of times that equal the first. If all of them do, the adjoint contains these already.
             adjoint = trees.where(clock.count > 0, trees.add(adjoint, arriving(clock.count)), adjoint)
         dts = tf.zeros_like(problem.ts)
         if problem.numbers is None:
@@ -187,28 +210,31 @@ class BacksolveAdjoint:
         gradients = [tf.cast(g, p.dtype) for g, p in zip(gradients, params, strict=True)]
         return (adjoint, dts, gradients), integral.stats, integral.status
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         solver = keras.saving.serialize_keras_object(self.solver) if self.solver else None
         return {"solver": solver, "norm": self.norm, "num_checkpoints": self.num_checkpoints}
 
     @classmethod
-    def from_config(cls, config: dict) -> "BacksolveAdjoint":
+    def from_config(cls, config: dict[str, Any]) -> "BacksolveAdjoint":
         return cls(**config)
 
 
-def _loss_by_stop(stops, clock, ys, dys):
-    """What a backward solve meets at the stops of its clock.
+def _loss_by_stop(
+    stops: tf.Tensor | None, clock: Clock, ys: Nest, dys: Nest
+) -> tuple[Callable[[tf.Tensor, Nest], Nest], Callable[[tf.Tensor], Nest]]:
+    """Finds the states and the gradients of the loss at the stops of a backward solve.
 
     Args:
-        stops: the stop at every time, from the last to the first, or `None` where each has one of its own.
-        clock: the clock.
+        stops: the index of the stop at every time, from the last time to the first, or `None` if every time has its
+            own stop.
+        clock: the clock of the backward solve.
         ys: the states at `ts`.
         dys: the gradients of a loss with respect to them.
 
     Returns:
-        `state_at(i, y)`, the forward solution at the `i`-th stop, or `y` where there is no time of `ts`; and
-        `arriving(i)`, the sum of the gradients there, but for the one at the first time. `i` is one index, or one for
-        each sample.
+        Two functions. `state_at(i, y)` returns the forward solution at stop `i`, or `y` if no time of `ts` is there.
+        `arriving(i)` returns the sum of the gradients at stop `i`, without the one at the first time. `i` is one index,
+        or one for each sample.
     """
     last = tf.shape(tf.nest.flatten(ys)[0])[0] - 1
     if stops is None:
@@ -222,7 +248,7 @@ def _loss_by_stop(stops, clock, ys, dys):
     later = tf.nest.map_structure(lambda d: tf.concat([d[:0:-1], tf.zeros_like(d[:1])], axis=0), dys)
     sums = tf.nest.map_structure(lambda d: _sum_by_stop(tf.math.unsorted_segment_sum, d, stops, size), later)
 
-    def state_at(i, y):
+    def state_at(i: tf.Tensor, y: Nest) -> Nest:
         index = pick(which, i)
         known = tf.nest.map_structure(lambda a: pick(a, tf.minimum(index, last)), ys)
         return trees.where(index <= last, known, y)
@@ -230,16 +256,16 @@ def _loss_by_stop(stops, clock, ys, dys):
     return state_at, lambda i: tf.nest.map_structure(lambda d: pick(d, i), sums)
 
 
-def _tells_apart(problem):
-    """Whether no two of several times coincide, so far as that is known before the solve; two ends need no care."""
+def _tells_apart(problem: Problem) -> bool:
+    """Whether it is known before the solve that no two of several times coincide. True if there are only two."""
     if problem.numbers is None or problem.ts.shape[0] == 2:
         return problem.ts.shape[0] == 2
     elapsed = (problem.numbers - problem.numbers[0]).astype(problem.dtype.as_numpy_dtype)
     return bool(np.all(np.diff(elapsed, axis=0) != 0))
 
 
-def _sum_by_stop(segment_sum, x, stops, size):
-    """The sums, or the like, of `x` over the times at every stop, in order; samples may have stops of their own."""
+def _sum_by_stop(segment_sum: Callable[..., tf.Tensor], x: tf.Tensor, stops: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+    """The sum (or maximum) of `x` over the times at each stop. Samples may have their own stops."""
     if stops.shape.rank == 1:
         return segment_sum(x, stops, size)
     batch = tf.shape(stops)[1]
@@ -247,11 +273,11 @@ def _sum_by_stop(segment_sum, x, stops, size):
     return tf.reshape(sums, tf.concat([[size, batch], tf.shape(x)[2:]], axis=0))
 
 
-def _augmented(vector_field, params):
-    """The rates of `(y, adjoint)` and, as a quadrature, of the parameters' gradient."""
+def _augmented(vector_field: PureField, params: list[tf.Tensor]) -> VectorFieldWithSpeed:
+    """The rates of `(y, adjoint)`, and of the gradient of the parameters as a quadrature."""
     sources = vector_field.sources(params)
 
-    def augmented(t, state, speed):
+    def augmented(t: tf.Tensor, state: Nest, speed: tf.Tensor) -> Rates:
         y, adjoint = state
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(tf.nest.flatten(y) + sources)
@@ -259,8 +285,8 @@ def _augmented(vector_field, params):
         if speed.shape.rank == 0:
             dadjoint, dgradients = vjp(tape, dy, (y, sources), trees.scale(-1.0, adjoint))
             return Rates((dy, dadjoint), _in_precision_of(adjoint, dgradients))
-        # The product sums over samples, each of which must count at its own speed. A sample at rest must not count,
-        # yet a second derivative with respect to its times needs its adjoint's rate: a negligible speed gives both.
+        # The product sums over samples, and each must count at its own speed. A sample at rest must not count, but a
+        # second derivative with respect to its times needs the rate of its adjoint: a negligible speed gives both.
         speed = speed + tf.where(speed == 0, tf.cast(1e-20, speed.dtype), 0)
         dadjoint, dgradients = vjp(tape, dy, (y, sources), trees.scale(-speed, adjoint))
         return Rates((dy, trees.scale(1 / speed, dadjoint)), _in_precision_of(adjoint, dgradients))
@@ -269,13 +295,15 @@ def _augmented(vector_field, params):
 
 
 @tf.custom_gradient
-def _unknown_derivative(ts, stops, like):
-    """Zeros, with the derivative NaN with respect to times that coincide, between which no step is taken.
+def _unknown_derivative(
+    ts: tf.Tensor, stops: tf.Tensor, like: tf.Tensor
+) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple]]:
+    """Zeros whose derivative is NaN with respect to times that coincide.
 
-    A second derivative would miss there what moving one of the times does to the adjoint.
+    There is no step between such times. So a second derivative would miss how the adjoint changes if one of them moves.
     """
 
-    def gradient(upstream):
+    def gradient(upstream: tf.Tensor) -> tuple:
         del upstream
         coincide = stops[:0:-1] == stops[-2::-1]
         if stops.shape.rank > ts.shape.rank:
@@ -289,49 +317,52 @@ def _unknown_derivative(ts, stops, like):
     return tf.zeros_like(like), gradient
 
 
-def _in_precision_of(state, gradients):
-    """Gradients of parameters in the precision of the state, in which they are summed up."""
+def _in_precision_of(state: Nest, gradients: Nest) -> Nest:
+    """The gradients of parameters in the precision of the state, in which they are summed."""
     dtype = tf.nest.flatten(state)[0].dtype
     return trees.each(lambda g: g if g.dtype == dtype else tf.cast(g, dtype), gradients)
 
 
 class LastSteps:
-    """The lengths of the last accepted step and of the one before, an observer.
+    """An observer that keeps the lengths of the last accepted step and of the one before it.
 
     Args:
-        like: a time, or with per-sample steps one of each sample; the lengths are zero before there is a step.
+        like: a time, or with per-sample steps one for each sample. Its shape and dtype are those of the lengths.
     """
 
-    def __init__(self, like):
+    def __init__(self, like: tf.Tensor) -> None:
         self.like = like
 
-    def start(self, y0):
+    def start(self, y0: Nest) -> tuple[tf.Tensor, tf.Tensor]:
         del y0
-        return (tf.zeros_like(self.like),) * 2
+        zero = tf.zeros_like(self.like)
+        return zero, zero
 
-    def update(self, lengths, step, progress):
+    def update(
+        self, memory: tuple[tf.Tensor, tf.Tensor], step: Step, progress: Progress
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         del step
-        return trees.where(progress.accepted, (progress.length, lengths[0]), lengths)
+        return trees.where(progress.accepted, (progress.length, memory[0]), memory)
 
 
 class ParameterGradient:
-    """The parameters' gradient of a backward solve with per-sample steps, an observer of its steps.
+    """An observer that sums the gradient of the parameters in a backward solve with per-sample steps.
 
-    Every sample then has a step of its own and the parameters are shared, so the weights of the quadrature go into
-    the vector-Jacobian products: one sum over stages and samples for every attempted step.
+    Samples have their own steps but share the parameters. So the vector-Jacobian products contain the weights of the
+    quadrature, and one product per attempted step gives the sum over all stages and samples.
     """
 
-    def __init__(self, vector_field, params, clock, tableau):
+    def __init__(self, vector_field: PureField, params: list[tf.Tensor], clock: Clock, tableau: ButcherTableau) -> None:
         self.vector_field = vector_field
         self.params = params
         self.clock = clock
         self.tableau = tableau
 
-    def start(self, state):
-        return _in_precision_of(state, tf.nest.map_structure(tf.zeros_like, self.params))
+    def start(self, y0: Nest) -> Nest:
+        return _in_precision_of(y0, tf.nest.map_structure(tf.zeros_like, self.params))
 
-    def update(self, gradients, step, progress):
-        # A rejected step may have left the field's domain: its stages are replaced before they are evaluated.
+    def update(self, memory: Nest, step: Step, progress: Progress) -> Nest:
+        # A rejected step may have left the domain of the field, so its stages are replaced before they are evaluated.
         sources = self.vector_field.sources(self.params)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(sources)
@@ -342,20 +373,20 @@ class ParameterGradient:
                     rates.append(self.vector_field(self.clock.inside(progress.segment, t), y, self.params))
                     dt = tf.where(progress.accepted, step.dt, 0)
                     weights.append(trees.scale(-weight * dt, adjoint))
-        return trees.add(gradients, _in_precision_of(step.y0, vjp(tape, rates, sources, weights)))
+        return trees.add(memory, _in_precision_of(step.y0, vjp(tape, rates, sources, weights)))
 
 
-def _time_gradient(problem, ys, dys, adjoint):
-    """`dL/dts`: a later time moves its state along the field, the first time moves the whole path."""
+def _time_gradient(problem: Problem, ys: Nest, dys: Nest, adjoint: Nest) -> tf.Tensor:
+    """`dL/dts`. A later time moves its state along the field, and the first time moves the whole path."""
     times = problem.times
 
-    def along_field(t, y, dy):
+    def along_field(t: tf.Tensor, y: Nest, dy: Nest) -> tf.Tensor:
         rate = problem.vector_field(t, y, problem.params)
         products = tf.nest.map_structure(tf.multiply, dy, rate)
         axes = 1 if times.shape.rank == 2 else 0
         return tf.add_n([tf.reduce_sum(p, list(range(axes, p.shape.rank))) for p in tf.nest.flatten(products)])
 
-    def at(i, states):
+    def at(i: int | tf.Tensor, states: Nest) -> Nest:
         return tf.nest.map_structure(lambda x: pick(x, i), states)
 
     later = tf.map_fn(

@@ -1,61 +1,72 @@
-"""Computations whose gradient is a computation of our own.
+"""Computations with a gradient that this package defines.
 
-How a solve and its gradient are computed depends on where they are:
+How a solve and its gradient run depends on the mode:
 
-- Eagerly both run as Python goes along. A tape records nothing of the solve but the call of `custom_vjp`.
-- In a graph both are parts of it. With `jit_compile`, each is an XLA program, a `tf.function` in the graph.
-- Where the whole graph is compiled by XLA, they are parts of that program.
-- A second derivative differentiates the gradient's own computation. What a loop in an XLA program keeps for its
-  gradient cannot leave the program, so there `differentiated_as` computes the gradient again outside of it.
+- In eager mode, both run operation by operation. A tape records only the call of `custom_vjp`, and nothing inside it.
+- In a graph, both are parts of the graph. With `jit_compile`, each is an XLA program: a `tf.function` in the graph.
+- If XLA compiles the whole graph, both are parts of that program.
+- A second derivative differentiates the computation of the gradient. A loop in an XLA program cannot pass the values
+  that its gradient needs out of the program. This is why `differentiated_as` computes the gradient again, outside it.
 
-`tf.vectorized_map` drops custom gradients and differentiates what is inside. That is closed to it, and the gradient is
-NaN.
+`tf.vectorized_map` ignores custom gradients and differentiates what is inside them. There, nothing depends on the
+inputs any more, so the gradient would be zero; it is made NaN instead.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import tensorflow as tf
 
 from keras_node.gradients.vjp import vjp
+from keras_node.pure_function import PureFunction
 from keras_node.solution import Stats, Status, check_status
 from keras_node.solve import Problem, Trajectory
 from keras_node.trees import Nest
+
+Gradients: TypeAlias = tuple[Nest, tf.Tensor, list[tf.Tensor]]  # of `y0`, `ts` and `params`
 
 
 def solve_with_gradient(
     problem: Problem,
     forward: Callable[[Problem], tuple[Trajectory, Any]],
-    backward: Callable[[Problem, Any, Nest, Nest], tuple[tuple[Nest, tf.Tensor, list[tf.Tensor]], Stats, tf.Tensor]],
+    backward: Callable[[Problem, Any, Nest, Nest], tuple[Gradients, Stats, tf.Tensor]],
 ) -> Trajectory:
-    """Solves by `forward`, with a gradient by `backward`.
+    """Solves a problem by `forward` and computes its gradient by `backward`.
 
     Args:
-        problem: what to solve.
-        forward: `forward(problem)` gives the trajectory and a memory for `backward`, constants of differentiation.
-        backward: `backward(problem, memory, ys, dys)` gives the gradients of `y0`, `ts` and `params` from those of
-            `ys`, and the stats and the status of what it solved for them. It is differentiated in its turn for second
-            derivatives: the tensors of `problem` and `ys` are connected to what the solve came from.
+        problem: the problem to solve.
+        forward: `forward(problem)` returns the trajectory and a memory for `backward`, which counts as a constant.
+        backward: `backward(problem, memory, ys, dys)` returns the gradients of `y0`, `ts` and `params` from the
+            gradients `dys` of `ys`, and the stats and the status of its own solve. For a second derivative TensorFlow
+            differentiates `backward`; the tensors of its `problem` and `ys` depend on the inputs of the solve.
     """
     field = problem.vector_field
 
-    def run(y0, ts, params):
+    def run(y0: Nest, ts: tf.Tensor, params: list[tf.Tensor]) -> tuple[Nest, Nest, Nest]:
         trajectory, memory = forward(problem._replace(y0=y0, ts=ts, params=params))
         return trajectory.ys, (trajectory.stats, trajectory.status), memory
 
-    def run_back(memory, variables, y0, ts, params, ys, dys):
+    def run_back(
+        memory: Nest,
+        variables: Sequence[tf.Variable],
+        y0: Nest,
+        ts: tf.Tensor,
+        params: list[tf.Tensor],
+        ys: Nest,
+        dys: Nest,
+    ) -> tuple[Gradients, list[tf.Tensor], Nest]:
         reading = field.also_reading(variables)
         more = reading.params[len(params) :]
         problem_again = problem._replace(vector_field=reading, y0=y0, ts=ts, params=[*params, *more])
         (dy0, dts, dparams), *report = backward(problem_again, memory, ys, dys)
         return (dy0, dts, dparams[: len(params)]), dparams[len(params) :], report
 
-    def conclude(gradients, report, dys):
+    def conclude(gradients: Gradients, report: Nest, dys: Nest) -> Gradients:
         if not problem.throw and problem.on_backward is None:
             return gradients
         stats, status = report
-        # An upstream gradient that is not finite is the loss's own affair (a loss scaler skips that step), and so is
-        # one so large that a field in float16 overflows on it.
+        # A failure is excused if it comes from the loss: if the upstream gradient is not finite (a loss scaler skips
+        # this step), or if it is so large that a float16 field overflows.
         excused = ~tf.reduce_all([tf.reduce_all(tf.math.is_finite(d)) for d in tf.nest.flatten(dys)])
         if field.precision == tf.float16:
             excused |= status == int(Status.NON_FINITE)
@@ -63,8 +74,8 @@ def solve_with_gradient(
             problem.on_backward(stats, status, excused)
         if not problem.throw:
             return gradients
-        adjoint, *others = gradients
-        return check_status(tf.where(excused, 0, status), adjoint, "The solve of the adjoint"), *others
+        adjoint, dts, dparams = gradients
+        return check_status(tf.where(excused, 0, status), adjoint, "The solve of the adjoint"), dts, dparams
 
     inputs = (problem.y0, problem.ts, problem.params)
     ys, (stats, status) = custom_vjp(run, run_back, conclude, inputs, field.pure, problem.jit_compile)
@@ -72,58 +83,66 @@ def solve_with_gradient(
 
 
 def custom_vjp(
-    forward: Callable, backward: Callable, conclude: Callable, inputs: tuple, pure: Any, jit_compile: bool
-) -> tuple:
-    """`forward(*inputs)` with a gradient by `backward`.
+    forward: Callable[..., tuple[Nest, Nest, Nest]],
+    backward: Callable[..., tuple[tuple, list[tf.Tensor], Nest]],
+    conclude: Callable[[Any, Nest, Nest], tuple],
+    inputs: tuple,
+    pure: PureFunction,
+    jit_compile: bool,
+) -> tuple[Nest, Nest]:
+    """Computes `forward(*inputs)`, with a gradient that `backward` computes.
 
     Args:
-        forward: `forward(*inputs)` gives `(ys, others, memory)`, nests of float tensors, of any tensors, and of what
-            `backward` needs beside them, a constant of differentiation.
-        backward: `backward(memory, variables, *inputs, ys, dys)` gives the gradients of `inputs` from those of `ys`,
-            those of TensorFlow variables that `forward` has read by itself, and a report. It is differentiated in its
-            turn for second derivatives.
-        conclude: `conclude(gradients, report, dys)` returns the gradients once it has looked at the report.
+        forward: `forward(*inputs)` returns `(ys, others, memory)`: a nest of float tensors, a nest of any tensors, and
+            a nest of further tensors that `backward` needs, which count as constants.
+        backward: `backward(memory, variables, *inputs, ys, dys)` returns the gradients of `inputs` from the gradients
+            `dys` of `ys`, the gradients of TensorFlow variables that `forward` has read by itself, and a report. For a
+            second derivative TensorFlow differentiates it.
+        conclude: `conclude(gradients, report, dys)` checks the report and returns the gradients.
         inputs: nests of float tensors.
-        pure: the `PureFunction` that forward and backward evaluate: what it closes over, and in which call context.
-        jit_compile: whether forward and backward are XLA programs, where they are parts of a graph.
+        pure: the `PureFunction` that forward and backward evaluate. It knows the tensors that it closes over, and the
+            call context.
+        jit_compile: whether to make XLA programs of forward and backward, if they are parts of a graph.
 
     Returns:
         `(ys, others)`.
     """
     compiles = jit_compile and not tf.executing_eagerly()
-    structure, solved = [], []
+    structure: list[tuple[Nest, Nest]] = []
+    solved: list[Nest] = []
 
     @tf.custom_gradient
-    def differentiable(*flat):
+    def differentiable(*flat: tf.Tensor) -> tuple[list[tf.Tensor], Callable]:
         arguments = tf.nest.pack_sequence_as(inputs, flat)
         ys, others, memory = _undifferentiated(forward, arguments, compiles)
         if not tf.executing_eagerly():
             ys = _without_gradient(flat, ys)
         structure.append((ys, others))
 
-        def gradient(*upstream, variables=None):
+        def gradient(*upstream: tf.Tensor, variables: Sequence[tf.Variable] | None = None) -> Any:
             return pure.context.run(lambda: differentiate(upstream, variables))
 
-        def differentiate(upstream, variables):
+        def differentiate(upstream: Sequence[tf.Tensor], variables: Sequence[tf.Variable] | None) -> Any:
             dys, _ = tf.nest.pack_sequence_as((ys, others), upstream)
-            # The gradient of a lookup comes as IndexedSlices, which a loop cannot carry.
+            # The gradient of a lookup is an `IndexedSlices`, which cannot be the variable of a loop.
             dys = tf.nest.map_structure(tf.convert_to_tensor, dys)
             if not solved:
-                # Only forward mode asks before the solve has returned, and would get zeros.
+                # Only forward-mode differentiation gets here before the solve has returned. It would get zeros.
                 raise NotImplementedError(
-                    "tf.autodiff.ForwardAccumulator cannot see through this gradient method. Use "
-                    'gradient="direct" (eagerly, or with the accumulator around a `tf.function`), or reverse mode.'
+                    "`tf.autodiff.ForwardAccumulator` does not work with this gradient method. Use reverse mode, or "
+                    'gradient="direct", in eager mode or with the accumulator around a `tf.function`. '
+                    f"Received: the field {pure.function!r}"
                 )
 
             if compiles and (variables or any(tf.is_symbolic_tensor(x) for x in pure.captured)):
                 raise ValueError(
-                    "With `jit_compile=True` a gradient needs a field that closes over no tensor of the graph and no "
-                    "TensorFlow variable: pass tensors through `args` to a field `f(t, y, args)`, make variables "
-                    'weights of a Keras layer, or leave `jit_compile="auto"`. '
+                    "With `jit_compile=True` a field that needs a gradient must not close over tensors of the graph or "
+                    "TensorFlow variables: pass tensors through `args` to a field `f(t, y, args)`, make the variables "
+                    'weights of a Keras layer, or use `jit_compile="auto"`. '
                     f"Received: {pure.function!r}"
                 )
 
-            def run_back(*arguments):
+            def run_back(*arguments: Nest) -> tuple[tuple, list[tf.Tensor], Nest]:
                 return backward(memory, variables or [], *arguments)
 
             again = (*arguments, *solved, dys)
@@ -144,29 +163,32 @@ def custom_vjp(
     return ys, others
 
 
-def differentiated_as(function: Callable, again: Callable, arguments: tuple, pure: Any, jit_compile: bool) -> Any:
-    """`function(*arguments)`, differentiated as `again(*arguments)`, an equal computation that can be.
+def differentiated_as(
+    function: Callable[..., Nest], again: Callable[..., Nest], arguments: tuple, pure: PureFunction, jit_compile: bool
+) -> Nest:
+    """Computes `function(*arguments)`. Its derivative is that of `again(*arguments)`.
 
     Args:
-        function: gives a nest of tensors.
-        again: gives the same.
+        function: returns a nest of tensors, and may be a computation that TensorFlow cannot differentiate.
+        again: returns the same values by a computation that TensorFlow can differentiate.
         arguments: nests of float tensors.
         pure: the `PureFunction` that both evaluate.
-        jit_compile: whether `function` is an XLA program, where it is part of a graph.
+        jit_compile: whether to make an XLA program of `function`, if it is part of a graph.
     """
     compiles = jit_compile and not tf.executing_eagerly()
-    structure, count = [], len(tf.nest.flatten(arguments))
+    structure: list[Nest] = []
+    count = len(tf.nest.flatten(arguments))
 
     @tf.custom_gradient
-    def differentiable(*flat):
+    def differentiable(*flat: tf.Tensor) -> tuple[list[tf.Tensor], Callable]:
         results = _undifferentiated(function, tf.nest.pack_sequence_as(arguments, flat[:count]), compiles)
         structure.append(results)
 
-        def gradient(*upstream, variables=None):
+        def gradient(*upstream: tf.Tensor, variables: Sequence[tf.Variable] | None = None) -> Any:
             return pure.context.run(lambda: differentiate(upstream, variables))
 
-        def differentiate(upstream, variables):
-            def derivative(here, upstream):
+        def differentiate(upstream: Sequence[tf.Tensor], variables: Sequence[tf.Variable] | None) -> Any:
+            def derivative(here: list[tf.Tensor], upstream: Sequence[tf.Tensor]) -> list[tf.Tensor]:
                 sources = [*here, *pure.captured, *(variables or [])]
                 with tf.GradientTape(watch_accessed_variables=False) as tape:
                     tape.watch(sources)
@@ -174,47 +196,47 @@ def differentiated_as(function: Callable, again: Callable, arguments: tuple, pur
                 floats = [i for i, x in enumerate(outputs) if x.dtype.is_floating]
                 return vjp(tape, [outputs[i] for i in floats], sources, [upstream[i] for i in floats])
 
-            # From one seed XLA draws other noise than TensorFlow does. So a computation with noise must be compiled
-            # again, at the price of memory for as many steps as there may be.
+            # From the same seed, XLA draws other noise than TensorFlow. So a computation with noise must be compiled
+            # here too, although this reserves memory for the largest possible number of steps.
             compute = compiled(derivative) if compiles and pure.draws_noise else derivative
-            # In the gradient of a `while_loop` the inputs belong to the forward graph and are replaced by captures.
-            # Copy them first, so that the tape watches the tensors that are used.
+            # In the gradient of a `while_loop`, the inputs belong to the forward graph and are replaced by captures.
+            # Copy them first, so that the tape watches the tensors that are really used.
             gradients = compute([tf.identity(x) for x in flat[:count]], upstream)
             return gradients if variables is None else (gradients[: len(flat)], gradients[len(flat) :])
 
         return tf.nest.flatten(results), gradient
 
-    # What the function closes over has its gradient here, though it is read inside.
+    # The tensors that the function closes over are inputs here, so that they get their gradients.
     results = differentiable(*tf.nest.flatten(arguments), *pure.captured)
     return tf.nest.pack_sequence_as(structure[0], results)
 
 
-def compiled(function: Callable) -> Callable:
-    """The function as an XLA program."""
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function as an XLA program."""
     return tf.function(function, autograph=False, jit_compile=True)
 
 
-def _undifferentiated(function, arguments, compiles):
-    """`function(*arguments)`, of which a tape does not record what a custom gradient makes superfluous."""
+def _undifferentiated(function: Callable[..., Any], arguments: tuple, compiles: bool) -> Any:
+    """Computes `function(*arguments)` hidden from tapes, because a custom gradient replaces what they would record."""
     constants = tf.nest.map_structure(tf.stop_gradient, arguments)
     return (compiled(function) if compiles else function)(*constants)
 
 
 def _without_gradient(inputs: Sequence[tf.Tensor], ys: Nest) -> Nest:
-    """`ys`, whose gradient is NaN for `tf.vectorized_map`, which drops our own; without this it would be zero."""
+    """Returns `ys` with the gradient NaN for `tf.vectorized_map`, which ignores custom gradients and would get zero."""
     total = tf.add_n([tf.reduce_sum(tf.cast(x, tf.float32)) for x in inputs])
     nothing = tf.sqrt(0 * tf.where(tf.math.is_finite(total), total, 0))
     return tf.nest.map_structure(lambda y: y + tf.cast(nothing, y.dtype), ys)
 
 
 def _without_known_gradient(tensors: Sequence[tf.Tensor], ys: Nest) -> Nest:
-    """`ys`, whose gradient with respect to these tensors is NaN: they have a part in it, and nobody knows which."""
+    """Returns `ys` with the gradient NaN with respect to these tensors, because their part in `ys` is not known."""
     if not tensors:
         return ys
 
     @tf.custom_gradient
-    def zero(*tensors):
-        def gradient(upstream):
+    def zero(*tensors: tf.Tensor) -> tuple[tf.Tensor, Callable]:
+        def gradient(upstream: tf.Tensor) -> list[tf.Tensor]:
             return [
                 tf.fill(tf.shape(x), tf.constant(float("nan"), x.dtype)) * tf.cast(upstream, x.dtype) for x in tensors
             ]

@@ -1,4 +1,4 @@
-"""Accepted steps: recorded by a solve, and replayed for its gradient."""
+"""Accepted steps, which a solve records and its gradient replays."""
 
 from typing import NamedTuple
 
@@ -7,6 +7,7 @@ import tensorflow as tf
 from keras_node import trees
 from keras_node.buffers import new_buffer, read, stack, write
 from keras_node.clock import Clock, pick
+from keras_node.gradients.custom_vjp import Gradients
 from keras_node.gradients.vjp import vjp
 from keras_node.integrate import step_limit
 from keras_node.interpolation import DenseOutput, Progress, interpolate
@@ -16,12 +17,13 @@ from keras_node.trees import Nest
 
 
 class Record(NamedTuple):
-    """What a forward solve leaves behind for its replay.
+    """What a forward solve keeps for its replay.
 
     Attributes:
-        count: how many steps were accepted, by one sample at least.
-        stride: every how many steps a state was kept.
-        steps: `Progress` of every step, each of its parts with a new first axis; of no length where a sample rejected.
+        count: the number of steps that at least one sample accepted.
+        stride: the number of steps from one kept state to the next.
+        steps: the `Progress` of every step; each part has a new first axis. For samples that rejected the step, the
+            length is zero.
         states: the states before the steps 0, `stride`, `2 * stride` and so on, with a new first axis.
     """
 
@@ -36,16 +38,16 @@ class Recorder:
 
     Args:
         clock: the clock of the solve.
-        max_steps: how many steps there may be.
-        slots: how many states to keep at most.
+        max_steps: the largest possible number of steps.
+        slots: the largest number of states to keep.
     """
 
-    def __init__(self, clock: Clock, max_steps: int | tf.Tensor, slots: int | tf.Tensor):
+    def __init__(self, clock: Clock, max_steps: int | tf.Tensor, slots: int | tf.Tensor) -> None:
         self.clock = clock
         self.max_steps = max_steps
         self.slots = slots
 
-    def start(self, y0: Nest):
+    def start(self, y0: Nest) -> Record:
         nothing = tf.zeros_like(self.clock.end)
         none = tf.zeros_like(nothing, dtype=tf.int32)
         step = Progress(none, nothing, nothing, tf.zeros_like(none, dtype=tf.bool))
@@ -53,9 +55,9 @@ class Recorder:
         states = tf.nest.map_structure(lambda y: new_buffer(self.slots + 1, y), y0)
         return Record(tf.constant(0), tf.constant(1), steps, states)
 
-    def update(self, memory: Record, step: Step, progress: Progress):
+    def update(self, memory: Record, step: Step, progress: Progress) -> Record:
         count, stride, steps, states = memory
-        # A sample that rejects its step stands still while others go on.
+        # A sample that rejects its step does not move while others do.
         seen = progress._replace(
             segment=tf.broadcast_to(progress.segment, tf.shape(progress.start)),
             end=tf.where(progress.accepted, progress.end, progress.start),
@@ -67,36 +69,43 @@ class Recorder:
             (stride, states),
             maximum_iterations=1,
         )
-        # A state that is not to be kept goes where the next one will.
+        # Every state is written. The next one overwrites a state that is not kept.
         slot = (count + stride - 1) // stride
         states = tf.nest.map_structure(lambda buffer, y: write(buffer, slot, y), states, step.y0)
         return Record(count + tf.cast(tf.reduce_any(progress.accepted), tf.int32), stride, steps, states)
 
     def result(self, memory: Record) -> Record:
+        """Returns the record with tensors in place of its buffers."""
         steps, states = tf.nest.map_structure(stack, (memory.steps, memory.states))
         return memory._replace(steps=steps, states=states)
 
     def _thinned(self, buffers: Nest) -> Nest:
-        """Every second state, moved to the front."""
+        """Moves every second state to the front."""
 
-        def move(i, buffers):
+        def move(i: tf.Tensor, buffers: Nest) -> tuple[tf.Tensor, Nest]:
             return i + 1, tf.nest.map_structure(lambda buffer: write(buffer, i, read(buffer, 2 * i)), buffers)
 
         return tf.while_loop(lambda i, _: 2 * i < self.slots, move, (1, buffers))[1]
 
 
 class Replay:
-    """The accepted steps of a solve as functions of the state, the times and the parameters."""
+    """The accepted steps of a solve, as functions of the state, the times and the parameters.
 
-    def __init__(self, problem: Problem, record: Record, capacity: int | tf.Tensor):
+    Args:
+        problem: the problem that was solved.
+        record: the record of the solve.
+        capacity: the largest possible number of states from one kept state to the next.
+    """
+
+    def __init__(self, problem: Problem, record: Record, capacity: int | tf.Tensor) -> None:
         self.problem = problem
         self.record = record
-        self.capacity = capacity  # states between two checkpoints, at most
+        self.capacity = capacity
         self.tableau = problem.solver.tableau
         self.dense = problem.ts.shape[0] != 2
 
     def step(self, n: tf.Tensor, y: Nest, params: list[tf.Tensor], clock: Clock) -> tuple[Step, Progress]:
-        """The `n`-th accepted step, from `y`."""
+        """Computes the accepted step number `n` from the state `y`."""
         progress = tf.nest.map_structure(lambda x: tf.gather(x, n), self.record.steps)
         segment = clock.segment(progress.segment)
         step = rk_step(
@@ -110,16 +119,17 @@ class Replay:
         return step, progress
 
     def states(self, y0: Nest, ts: tf.Tensor, params: list[tf.Tensor]) -> Nest:
-        """The states at `ts`, by all steps at once; differentiable by ordinary backpropagation."""
+        """Computes the states at `ts` in one loop over all steps, which ordinary backpropagation can differentiate."""
         clock, readings = solve_clock(self.problem._replace(y0=y0, ts=ts))
         output = DenseOutput(self.tableau, readings) if self.dense else None
         limit = step_limit(self.problem.solver, clock)
 
-        def body(n, y, memory):
+        def body(n: tf.Tensor, y: Nest, memory: Nest) -> tuple[tf.Tensor, Nest, Nest]:
             step, progress = self.step(n, y, params, clock)
-            if not self.dense:
+            if output is None:
                 return n + 1, step.y1, memory
-            # Stays for a round for each state that it writes: XLA cannot differentiate a loop in a loop twice.
+            # The loop repeats a step for each state that it writes, because XLA cannot differentiate a loop inside a
+            # loop twice.
             stays = tf.reduce_any(output.due(memory, progress))
             y = trees.where(stays, y, step.y1)
             return n + tf.cast(~stays, tf.int32), y, output.emit(memory, step, progress)
@@ -127,24 +137,24 @@ class Replay:
         _, y1, memory = tf.while_loop(
             lambda n, *_: n < self.record.count,
             body,
-            (0, y0, output.start(y0) if self.dense else ()),
-            maximum_iterations=limit + output.size if self.dense else limit,
+            (0, y0, () if output is None else output.start(y0)),
+            maximum_iterations=limit if output is None else limit + output.size,
         )
-        if self.dense:
+        if output is not None:
             return output.result(memory, y0)
         return tf.nest.map_structure(lambda a, b: tf.stack([a, b]), y0, y1)
 
-    def gradient(self, dys: Nest) -> tuple[Nest, tf.Tensor, list[tf.Tensor]]:
-        """The gradients of `y0`, `ts` and `params`, step by step from the last to the first."""
+    def gradient(self, dys: Nest) -> Gradients:
+        """Computes the gradients of `y0`, `ts` and `params`, step by step from the last to the first."""
         ts, params = self.problem.ts, self.problem.params
         times_vary = self.problem.numbers is None
         with tf.GradientTape(watch_accessed_variables=False) as clock_tape:
             clock_tape.watch(ts)
             clock, readings = solve_clock(self.problem)
-        timing = (clock.times, clock.speed, readings) if times_vary else ()
+        timing: tuple[tf.Tensor, ...] = (clock.times, clock.speed, readings) if times_vary else ()
         sources = self.problem.vector_field.sources(params)
 
-        def through_step(n, y, total):
+        def through_step(n: tf.Tensor, y: Nest, total: tuple) -> tuple:
             adjoint, dparams, dtiming, written = total
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(tf.nest.flatten((y, sources, timing[:2])))
@@ -161,17 +171,17 @@ class Replay:
             dtiming = (*trees.add(dtiming[:2], dclock), *dreadings)
             return trees.add(dy, direct), trees.add(dparams, dstep), dtiming, written
 
-        def through_stretch(stretch, total):
+        def through_stretch(stretch: tf.Tensor, total: tuple) -> tuple[tf.Tensor, tuple]:
             first = stretch * self.record.stride
             length = tf.minimum(self.record.stride, self.record.count - first)
             y = tf.nest.map_structure(lambda states: tf.gather(states, stretch), self.record.states)
             kept = tf.nest.map_structure(lambda a: new_buffer(self.capacity, a), y)
 
-            def again(i, y, kept):
+            def again(i: tf.Tensor, y: Nest, kept: Nest) -> tuple[tf.Tensor, Nest, Nest]:
                 y = self.step(first + i - 1, y, params, clock)[0].y1
                 return i + 1, y, tf.nest.map_structure(lambda buffer, a: write(buffer, i, a), kept, y)
 
-            def back(i, total):
+            def back(i: tf.Tensor, total: tuple) -> tuple[tf.Tensor, tuple]:
                 y = tf.nest.map_structure(lambda buffer: read(buffer, i), kept)
                 return i - 1, through_step(first + i, y, total)
 
@@ -179,7 +189,7 @@ class Replay:
             _, total = tf.while_loop(lambda i, _: i >= 0, back, (length - 1, total))
             return stretch - 1, total
 
-        # The last state is where the last step leads; other states go through the dense output.
+        # With two times, the last state is the end of the last step. With more, all states come from the dense output.
         last = tf.nest.map_structure(lambda d: tf.zeros_like(d[-1]) if self.dense else d[-1], dys)
         written = tf.zeros_like(readings[0], dtype=tf.int32) + tf.shape(readings)[0] - 1 if self.dense else ()
         zeros = tf.nest.map_structure(tf.zeros_like, (params, timing))
@@ -188,7 +198,7 @@ class Replay:
             lambda stretch, _: stretch >= 0,
             through_stretch,
             (num_stretches - 1, (last, *zeros, written)),
-            parallel_iterations=1,  # else the states of several stretches are computed ahead
+            parallel_iterations=1,  # otherwise the states of several stretches would be in memory at once
         )
 
         at_start = readings <= 0 if self.dense else tf.constant([True, False])
@@ -196,13 +206,23 @@ class Replay:
         dts = vjp(clock_tape, (clock.times, clock.speed, readings), ts, dtiming) if times_vary else tf.zeros_like(ts)
         return adjoint, dts, dparams
 
-    def _through_outputs(self, step, progress, readings, dys, cotangent, direct, dreadings, written):
-        """Adds what the states asked for within a step give to the cotangents of the step's parts."""
+    def _through_outputs(
+        self,
+        step: Step,
+        progress: Progress,
+        readings: tf.Tensor,
+        dys: Nest,
+        cotangent: Nest,
+        direct: Nest,
+        dreadings: tuple[tf.Tensor, ...],
+        written: tf.Tensor,
+    ) -> tuple[Nest, Nest, tuple[tf.Tensor, ...], tf.Tensor]:
+        """Adds the gradients of the requested states inside a step to the cotangents of the parts of this step."""
 
-        def due(i):
+        def due(i: tf.Tensor) -> tf.Tensor:
             return (i > 0) & (pick(readings, tf.maximum(i, 0)) > progress.start)
 
-        def body(cotangent, direct, dreadings, i):
+        def body(cotangent: Nest, direct: Nest, dreadings: tuple[tf.Tensor, ...], i: tf.Tensor) -> tuple:
             now, index = due(i), tf.maximum(i, 0)
             theta = progress.fraction(pick(readings, index))
             parts = (step.y1, [rates.y for rates in step.k], step.dt)
@@ -225,6 +245,6 @@ class Replay:
 
 
 def _select(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
-    """`x` where `mask`, which has its leading axes, and zero elsewhere."""
+    """Returns `x` where `mask` is true and zero elsewhere. The axes of `mask` are the first axes of `x`."""
     shape = tf.concat([tf.shape(mask), tf.ones([x.shape.rank - mask.shape.rank], tf.int32)], 0)
     return tf.where(tf.reshape(mask, shape), x, tf.zeros_like(x))

@@ -1,36 +1,35 @@
-"""A loop over the steps of a series, and its reverse: the gradient goes back step by step.
+"""A loop over the steps of a series, and the loop backward that computes its gradient.
 
-The loop keeps the states before every step and after its solves. Its reverse differentiates each step from there: by
-the adjoint method without solving forward again, and without TensorFlow's gradient of a loop, which would keep
-everything that a step computes.
+The forward loop keeps the states before every step and after the solves of the step. The backward loop differentiates
+each step from these states. So the adjoint method need not solve forward again, and TensorFlow's gradient of a loop,
+which would keep everything that a step computes, is not used.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
 import tensorflow as tf
 
 from keras_node import trees
-from keras_node.buffers import new_buffer, stack, write
+from keras_node.buffers import Buffer, new_buffer, stack, write
 from keras_node.gradients.vjp import vjp
 from keras_node.pure_function import PureFunction
 from keras_node.trees import Nest
 
 
 class Scan:
-    """The loop over the steps of a series.
+    """The loop over the steps of a series, in a graph.
 
     Args:
-        step: as a `PureFunction`, `step(x, states, solved, constants)` returns `(output, states, moved, status)`:
-            `moved` are the states after each of its solves, and `status` the worst status of these. If `solved` is not
-            empty, it holds `moved`, and the step needs not solve again.
+        step: a `PureFunction`. `step(x, states, solved, constants)` returns `(output, states, moved, status)`, where
+            `moved` are the states after each of its solves, and `status` is the worst status of these solves. If
+            `solved` is not empty, it holds `moved`, and the step need not solve again.
         x: the inputs, `(T, batch, ...)`.
-        constants: a nest of tensors that every step is given, and that no gradient is asked for.
+        constants: a nest of tensors that is passed to every step and needs no gradient.
         valid: which steps are not masked, `(T, batch)`, or `None`. A masked step changes nothing.
-        keeps_outputs: whether all outputs are wanted, or the last one.
-        zero_output: whether the output of a masked step is zero, or that of the step before.
-        knows_solutions: whether the gradient of a step can do with `solved`.
-        backward_statuses: a list to which the gradients of a step's solves append their status.
+        keeps_outputs: whether to return all outputs, or only the last one.
+        zero_output: whether the output of a masked step is zero. Otherwise it is the output of the step before.
+        knows_solutions: whether to pass `solved` to a step for its gradient.
+        backward_statuses: a list to which the gradients of the solves of a step append their status.
     """
 
     def __init__(
@@ -43,8 +42,8 @@ class Scan:
         keeps_outputs: bool,
         zero_output: bool,
         knows_solutions: bool,
-        backward_statuses: list,
-    ):
+        backward_statuses: list[tf.Tensor],
+    ) -> None:
         self.step = step
         self.constants = constants
         self.valid = valid
@@ -53,24 +52,30 @@ class Scan:
         self.zero_output = zero_output
         self.knows_solutions = knows_solutions
         self.backward_statuses = backward_statuses
+        assert step.trace is not None  # a `Scan` is only made in a graph
         (output, _, moved, _), _ = step.trace.structured_outputs
         batch = x.shape[1] or tf.shape(x)[1]
         self.no_output, *self.not_moved = [tf.zeros([batch, *a.shape[1:]], a.dtype) for a in (output, *moved)]
 
-    def forward(self, x: tf.Tensor, states: list, params: list, keeps: bool = False) -> tuple:
-        """All outputs and states, what every step carried on from the one before, and how the solves ended.
+    def forward(
+        self, x: tf.Tensor, states: list[tf.Tensor], params: list[tf.Tensor], keeps: bool = False
+    ) -> tuple[Nest, Nest, Nest]:
+        """Runs the steps.
 
-        It also returns what the loop kept for a gradient, if it does: of every step the states before it, those after
-        its solves, and what was carried on to it.
+        Returns:
+            `(output, states, outputs)`, the last output and states and the list of all outputs, which is empty unless
+            they are wanted; `(carried, status)`, the last values of `step.carried` and the worst status of a solve; and
+            what a gradient needs: for every step the states before it, the states after its solves, and the values of
+            `step.carried` before it. This is empty unless `keeps` is true.
         """
 
-        def rows(output, *values):
+        def rows(output: tf.Tensor, *values: Nest) -> list[Nest]:
             return [[output] if self.keeps_outputs else [], values if keeps else ()]
 
         kept = rows(self.no_output, states, self.not_moved, self.step.carried)
         kept = tf.nest.map_structure(lambda like: new_buffer(self.size, like), kept)
 
-        def body(i, output, before, carried, worst, kept):
+        def body(i: tf.Tensor, output: tf.Tensor, before: Nest, carried: Nest, worst: tf.Tensor, kept: Nest) -> tuple:
             inputs = tf.gather(x, i), output, before, params
             output, states, moved, status, after = self._advance(self.step, i, *inputs, carried)
             values = rows(output, before, moved, carried)
@@ -84,15 +89,28 @@ class Scan:
         outputs, kept = tf.nest.map_structure(lambda buffer: stack(buffer)[: self.size], kept)
         return (output, states, outputs), (carried, worst), kept
 
-    def keeping(self, x: tf.Tensor, states: list, params: list) -> tuple:
-        """The same, for a gradient."""
+    def keeping(
+        self, x: tf.Tensor, states: list[tf.Tensor], params: list[tf.Tensor]
+    ) -> tuple[tuple, Nest, list[tf.Tensor]]:
+        """Runs the steps and keeps what a gradient needs: `forward` for `custom_vjp`."""
         ys, others, (before, moved, carries) = self.forward(x, states, params, keeps=True)
         return (*ys, before, moved), others, carries
 
-    def backward(self, carries: list, variables: list, x: tf.Tensor, states: list, params: list, ys: Any, dys: Any):
-        """The gradients of the inputs, the initial states and the parameters, and how the adjoint's solves ended.
+    def backward(
+        self,
+        carries: list[tf.Tensor],
+        variables: Sequence[tf.Variable],
+        x: tf.Tensor,
+        states: list[tf.Tensor],
+        params: list[tf.Tensor],
+        ys: Nest,
+        dys: Nest,
+    ) -> tuple[tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor]], list[tf.Tensor], tf.Tensor]:
+        """Computes the gradients from the last step to the first: `backward` for `custom_vjp`.
 
-        Between the two, the gradients of TensorFlow variables that a step reads by itself.
+        Returns:
+            The gradients of the inputs, the initial states and the parameters; the gradients of TensorFlow variables
+            that a step reads by itself; and the worst status of the solves of the adjoint.
         """
         del states
         step, count = self.step.also_reading(variables), len(params)
@@ -101,10 +119,10 @@ class Scan:
         _, _, _, before, moved = ys
         doutput, dstates, doutputs, dbefore, dmoved = dys
 
-        def at(i, nest):
+        def at(i: tf.Tensor, nest: Nest) -> Nest:
             return tf.nest.map_structure(lambda a: tf.gather(a, i), nest)
 
-        def body(i, doutput, dstates, dparams, dx, worst):
+        def body(i: tf.Tensor, doutput: tf.Tensor, dstates: Nest, dparams: Nest, dx: Buffer, worst: tf.Tensor) -> tuple:
             inputs = tf.gather(x, i), tf.zeros_like(doutput), at(i, before), params
             watched = (*inputs[:-1], sources)
             with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -113,7 +131,7 @@ class Scan:
                 output, states, after, _, _ = self._advance(step, i, *inputs, at(i, carries), solved)
             if doutputs:
                 doutput += tf.gather(doutputs[0], i)
-            self.backward_statuses.clear()  # a second derivative has left some of another graph
+            self.backward_statuses.clear()  # a second derivative may have appended tensors of another graph
             cotangents = (doutput, dstates, at(i, dmoved))
             dx_i, doutput, dstates, dstep = vjp(tape, (output, states, after), watched, cotangents)
             dstates, dparams = trees.add(dstates, at(i, dbefore)), trees.add(dparams, dstep)
@@ -127,8 +145,22 @@ class Scan:
         )
         return (stack(dx)[: self.size], dstates, dparams[:count]), dparams[count:], worst
 
-    def _advance(self, step: Callable, i, x, output, states, params, carried, solved=()):
-        """The output, the states, those after solves, how these ended, and `carried`; masked, it changes nothing."""
+    def _advance(
+        self,
+        step: PureFunction,
+        i: tf.Tensor,
+        x: tf.Tensor,
+        output: tf.Tensor,
+        states: list[tf.Tensor],
+        params: list[tf.Tensor],
+        carried: list[tf.Tensor],
+        solved: Nest = (),
+    ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor], tf.Tensor, list[tf.Tensor]]:
+        """Does step `i`, which keeps the output and the states of masked samples.
+
+        Returns:
+            The output, the states, the states after the solves, the status of the solves, and `carried`.
+        """
         (new_output, new_states, moved, status), carried = step(params, carried, x, states, solved, self.constants)
         new_states = [tf.ensure_shape(new, old.shape) for new, old in zip(new_states, states, strict=True)]
         if self.valid is not None:

@@ -6,7 +6,7 @@ from keras_node.trees import Nest
 
 
 def vjp(tape: tf.GradientTape, outputs: Nest, inputs: Nest, cotangent: Nest) -> Nest:
-    """`cotangent * d outputs / d inputs` in the structure of `inputs`; zeros where nothing depends on them."""
+    """Returns `cotangent * d outputs / d inputs` in the structure of `inputs`, with zeros for independent inputs."""
     flat = tf.nest.flatten(inputs)
     gradients = tape.gradient(
         tf.nest.flatten(outputs),
@@ -14,5 +14,5 @@ def vjp(tape: tf.GradientTape, outputs: Nest, inputs: Nest, cotangent: Nest) -> 
         output_gradients=tf.nest.flatten(cotangent),
         unconnected_gradients=tf.UnconnectedGradients.ZERO,
     )
-    # The gradient of a lookup comes as IndexedSlices, which a loop cannot carry.
+    # The gradient of a lookup is an `IndexedSlices`, which cannot be the variable of a loop.
     return tf.nest.pack_sequence_as(inputs, [tf.convert_to_tensor(g) for g in gradients])

@@ -1,7 +1,8 @@
-"""Times of observations: what passed since the last valid one, and whether they are in order."""
+"""Times of observations: how much time passed since the last valid one, and whether the times are in order."""
 
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops
@@ -9,11 +10,13 @@ from keras import ops
 from keras_node.control import last_valid
 
 
-def elapsed_times(times, mask, start, backwards):
-    """The time at every step since the last valid one, `(batch, T)`, and the last valid time, `(batch,)`.
+def elapsed_times(
+    times: tf.Tensor, mask: tf.Tensor | None, start: tf.Tensor | None, backwards: bool
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the time since the last valid step, `(batch, T)`, and the time of the last valid step, `(batch,)`.
 
-    The time is counted from `start`, `(batch,)`, before the first valid step. Where there is no start, or it is NaN,
-    the first valid step is at zero. So are masked ones.
+    At the first valid step, it is the time since `start`, `(batch,)`. If there is no start, or if it is NaN, it is zero
+    there. At masked steps it is zero too.
     """
     if backwards:
         times = ops.flip(times, axis=1)
@@ -23,38 +26,46 @@ def elapsed_times(times, mask, start, backwards):
     if mask is not None:
         known = last_valid(known, with_start(mask))
     previous = known[:, :-1]
-    # A difference also where there is no previous time, so that a NaN among the times shows.
+    # Without a previous time the difference is `times - times`: zero, or NaN, so that a NaN among the times shows.
     elapsed = times - ops.where(ops.isnan(previous), times, previous)
     elapsed = elapsed if mask is None else ops.where(mask, elapsed, 0)
     return ops.flip(elapsed, axis=1) if backwards else elapsed, known[:, -1]
 
 
-def with_start(mask):
-    """The mask with a valid step before the first."""
+def with_start(mask: tf.Tensor) -> tf.Tensor:
+    """Returns the mask with one more valid step, before the first."""
     return ops.concatenate([ops.ones_like(mask[:, :1]), mask], axis=1)  # ONNX cannot pad booleans
 
 
-def check_order(ordered, times, layer):
-    """Raises for times that turn back: now, or in a graph when the returned assertions run."""
-    must = "The times of a sample must be finite and must not decrease from one valid step to the next"
+def check_order(ordered: tf.Tensor, times: tf.Tensor, layer: keras.Layer) -> list[Any]:
+    """Raises if times decrease: at once or, in a graph, when the returned assertions run."""
+    must = (
+        "The times of a sample must be finite and must not decrease from one valid step to the next. Sort the "
+        "observations of each sample by time, and mask the padding"
+    )
     values = tf.get_static_value(ordered)
     if values is None:
-        return [tf.debugging.Assert(tf.reduce_all(ordered), [f"{must}. Layer {layer.name!r} received:", times])]
+        return [
+            tf.debugging.Assert(tf.reduce_all(ordered), [f"{must}. Received, in layer {layer.name!r}: times =", times])
+        ]
     if not values.all():
         sample = int(values.argmin())
-        received = tf.get_static_value(times)
-        received = "" if received is None else f": times={received[sample].tolist()}"
-        raise ValueError(f"{must}. Layer {layer.name!r} received{received} for sample {sample}")
+        known = tf.get_static_value(times)
+        received = "times that decrease or are not finite" if known is None else f"times={known[sample].tolist()}"
+        raise ValueError(f"{must}. Received: {received} for sample {sample}, in layer {layer.name!r}")
     return []
 
 
 def as_array(times: Any) -> Any:
-    """Times in a list as an array, in which Keras takes them; what has a shape stays as it is."""
+    """Returns times in a list as an array, since Keras takes no lists here; other times stay as they are."""
     return np.asarray(times, "float64") if isinstance(times, list | tuple) else times
 
 
-def check_steps(x, layer):
-    """Refuses a series without steps, which has no last state."""
+def check_steps(x: Any, layer: keras.Layer) -> None:
+    """Raises for a series without steps, because it has no last state."""
     shape = tf.TensorShape(getattr(x, "shape", None))
     if shape.rank is not None and shape.rank > 1 and shape[1] == 0:
-        raise ValueError(f"A series needs one step or more. Layer {layer.name!r} received: x.shape={tuple(shape)}")
+        raise ValueError(
+            "A series needs one step or more. Pad an empty series with a masked step. "
+            f"Received: x.shape={tuple(shape)}, in layer {layer.name!r}"
+        )

@@ -1,5 +1,8 @@
 """A layer of continuous depth."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -7,98 +10,109 @@ from keras import ops
 
 from keras_node.arguments import non_negative_integer
 from keras_node.signatures import build, call_arguments
-from keras_node.solve_options import SolvingLayer
+from keras_node.solve_options import Gradient, Solver, SolvingLayer
 from keras_node.times import as_numbers, prepare_times
+from keras_node.trees import Nest
 
 
 @keras.saving.register_keras_serializable(package="keras_node")
-class ODELayer(SolvingLayer, keras.layers.Layer):
-    """Integrates `dy/dt = f(t, y)` from its input.
+class ODELayer(SolvingLayer):
+    """Solves an ODE that starts at the input of the layer.
 
-    The output is the state at `t1`,
+    `dy/dt = f(t, y)`
 
-    `y(t1) = inputs + integral of f(t, y(t)) dt from t0 to t1`,
+    `y(t1) = inputs + integral of f(t, y(t)) dt from t0 to t1`
 
-    or, where `ts` is given, the states at these times. It is a residual network of continuous depth; every sample
-    of a batch follows the same field.
+    The output is the state at `t1` or, if you pass `ts`, the states at these times. The layer is a residual network of
+    continuous depth. Every sample of a batch follows the same field.
 
     Args:
-        vector_field: what gives the rate of change: a Keras layer or model, or a callable registered with
-            `keras.saving.register_keras_serializable`. Its arguments are `(y)`, `(t, y)` or `(t, y, args)`; it
-            returns the shape of `y`. A functional model has the inputs `[t, y]` or `[t, y, args]`, and receives `t` in
-            the shape of its input. Noise inside the field (dropout) is drawn once for a solve. State that it updates on
-            every evaluation (BatchNormalization in training) is refused. A field that several layers share is saved
-            once, so that Keras cannot load the model from a `.keras` file, as with its own wrappers: make the model in
-            code and `load_weights`.
-        t0: time of the input, a number. Defaults to `0.0`.
-        t1: time of the output, a number, before or after `t0`. Defaults to `1.0`.
+        vector_field: the field `f`, a Keras layer or model, or a callable registered with
+            `keras.saving.register_keras_serializable`. It takes `(y)`, `(t, y)` or `(t, y, args)` and returns the
+            shape of `y`. A functional model has the inputs `[t, y]` or `[t, y, args]`, and receives `t` in the shape of
+            its input. Noise inside the field (dropout) is drawn once for each solve. A field that updates a state at
+            every evaluation (BatchNormalization in training) raises an error. If several layers share a field, Keras
+            saves its weights only once and cannot load the model from a `.keras` file, as with its own wrappers:
+            build the model in code and call `load_weights`.
+        t0: time of the input, a number in any unit. Defaults to `0.0`.
+        t1: time of the output, a number in the same unit, before or after `t0`. Defaults to `1.0`.
         solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`.
-        gradient: `"backsolve"` (default), `"checkpointed"`, `"direct"`, or an object such as
-            `keras_node.BacksolveAdjoint()`.
-        augment_dims: number of zeros appended to the last axis of the input, which let trajectories pass each
-            other (augmented neural ODE). Defaults to `0`.
-        jit_compile: whether to compile the solve with XLA even if the rest of the model is not compiled: `"auto"`
-            (default) in training, but not with `"direct"` and, on a CPU, not with convolutions in the field; or `True`
-            or `False`.
-        track_stats: whether evaluations, steps, rejected steps and failures of the solves, forward and backward, are
-            metrics of the model, in the logs of `fit` and `evaluate` (see `keras_node.SolverMonitor`). The name of the
-            layer comes first in theirs: give layers that count different names, in nested models too. A call that does
-            not say whether it is `training` counts nothing. Defaults to `False`.
+        gradient: how to differentiate the solve: `"backsolve"` (default), `"checkpointed"`, `"direct"`, or an object
+            such as `keras_node.BacksolveAdjoint()`.
+        augment_dims: number of zeros to append to the last axis of the input, an integer of 0 or more. In the extra
+            dimensions, trajectories can pass each other (augmented neural ODE). Defaults to `0`.
+        jit_compile: whether to compile the solve with XLA, even if the rest of the model is not compiled: `True`,
+            `False` or `"auto"` (default). `"auto"` compiles in training. It does not compile with `"direct"` nor, on a
+            CPU, if the field contains convolutions; `odeint` lists some more exceptions.
+        track_stats: whether the model gets metrics of the work of the solves, forward and backward: evaluations,
+            steps, rejected steps and failures. They appear in the logs of `fit` and `evaluate` (see
+            `keras_node.SolverMonitor`). Their names begin with the name of the layer, so give layers that count
+            different names, in nested models too. A call without a known `training` counts nothing. Defaults to
+            `False`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
         inputs: the state at `t0`, a float tensor `(batch, ...)`, or a nest (tuple, list, dict) of them.
-        ts: times of the output, `(T,)`, or `(batch, T)` where every sample has its own; monotonic, from `t0` on.
-            Numbers and arrays are constants, tensors and variables have gradients; for their precision see `odeint`.
+        ts: times of the output, `(T,)`, or `(batch, T)` if each sample has its own times, in the unit of `t0`. They
+            must be monotonic, beginning at `t0`. The field sees `t` as it runs from `t0` to the last time; if it does
+            not use `t`, only differences of times matter. Numbers and arrays are constants, and tensors and variables
+            have gradients. For their precision see `odeint`. Defaults to `None`, for the state at `t1`.
         args: nest of tensors for a field `f(t, y, args)`. Numbers and NumPy arrays take the precision of the state.
-        training: Python boolean, handed on to the field.
-        mask: boolean, for a field that takes `mask`; of the shape of the state up to the axis that it masks. By default
-            that which a layer such as `Masking` or `Embedding` gave to `inputs`. Masked steps are solved like others.
-            The output carries the mask on, with `ts` as `(batch, T, ...)`: once for each of the times.
-        inputs_mask: filled in by Keras with the mask of `inputs`; pass `mask` instead.
+            Defaults to `None`.
+        training: Python boolean, passed to the field.
+        mask: boolean, with the shape of the state up to the axis that it masks. By default the mask that a layer such
+            as `Masking` or `Embedding` gave to `inputs`.
+        inputs_mask: Keras passes the mask of `inputs` here; pass `mask` instead.
 
     Input shape:
         `(batch, ..., features)`, or a nest of such shapes.
 
     Output shape:
-        The input's, its last axis longer by `augment_dims`; with `ts`, `(batch, T, ..., features)`.
+        The input shape, with a last axis that is longer by `augment_dims`. With `ts`, `(batch, T, ..., features)`.
 
-    A solve that fails (too many steps, a NaN, a vanishing step size) raises `tf.errors.InvalidArgumentError`, except
-    under XLA, where nothing can raise: its output is NaN there.
+    Masking:
+        The mask is passed to a field that takes `mask`. The layer solves masked steps like the others. The output
+        carries the mask; with `ts` the mask is repeated for each time, `(batch, T, ...)`.
+
+    Raises:
+        ValueError: for an option out of range, and for `ts` of another shape or not monotonic.
+        TypeError: for inputs that are not floating-point.
+        tf.errors.InvalidArgumentError: if a solve fails (too many steps, a NaN, or a step size that becomes too
+            small). Under XLA nothing can raise; the output is NaN instead.
 
     Example:
-    >>> field = keras.Sequential([keras.layers.Dense(32, activation="tanh"), keras.layers.Dense(8)])
-    >>> layer = keras_node.ODELayer(field)
-    >>> x = keras.random.normal((4, 8))
-    >>> layer(x).shape
-    TensorShape([4, 8])
-    >>> layer(x, ts=[0.0, 0.5, 1.0]).shape
-    TensorShape([4, 3, 8])
+        >>> field = keras.Sequential([keras.layers.Dense(32, activation="tanh"), keras.layers.Dense(8)])
+        >>> layer = keras_node.ODELayer(field)
+        >>> x = keras.random.normal((4, 8))
+        >>> layer(x).shape
+        TensorShape([4, 8])
+        >>> layer(x, ts=[0.0, 0.5, 1.0]).shape
+        TensorShape([4, 3, 8])
 
     Reference:
 
-    - Chen et al. (2018), "Neural Ordinary Differential Equations".
-    - Dupont, Doucet & Teh (2019), "Augmented Neural ODEs".
+        - Chen, Rubanova, Bettencourt & Duvenaud (2018), "Neural Ordinary Differential Equations", arXiv:1806.07366.
+        - Dupont, Doucet & Teh (2019), "Augmented Neural ODEs", arXiv:1904.01681.
     """
 
     def __init__(
         self,
-        vector_field,
+        vector_field: keras.Layer | Callable,
         t0: float = 0.0,
         t1: float = 1.0,
         *,
-        solver="tsit5",
-        gradient="backsolve",
+        solver: Solver = "tsit5",
+        gradient: Gradient = "backsolve",
         augment_dims: int = 0,
         jit_compile: bool | str = "auto",
         track_stats: bool = False,
-        **kwargs,
-    ):
-        # The state keeps its precision under a mixed policy; the field casts for itself.
+        **kwargs: Any,
+    ) -> None:
+        # Without autocast, the state keeps its precision under a mixed policy. The field casts its own input.
         super().__init__(autocast=False, **kwargs)
         if not np.isfinite(t0) or not np.isfinite(t1):
             raise ValueError(f"`t0` and `t1` must be finite numbers. Received: t0={t0}, t1={t1}")
-        call_arguments(vector_field)
+        call_arguments(vector_field)  # raises for a field that cannot be called
         self.vector_field = vector_field
         self.t0 = float(t0)
         self.t1 = float(t1)
@@ -107,56 +121,72 @@ class ODELayer(SolvingLayer, keras.layers.Layer):
         self.supports_masking = True
         self.masked = _Masked(autocast=False, dtype=self.dtype_policy)
 
-    def __call__(self, inputs, ts=None, args=None, **kwargs):
-        # Keras would make float64 tensors of NumPy arrays, and refuse lists of numbers that are not keywords.
+    def __call__(self, inputs: Nest, ts: Any = None, args: Any = None, **kwargs: Any) -> Nest:
+        # Keras would convert NumPy arrays to float64 tensors, and it takes lists of numbers only as keyword arguments.
         args = tf.nest.map_structure(self._argument, args)
         if ts is not None:
             _check_times(_shape(ts))
         if isinstance(ts, np.ndarray):
-            # Keras would make a tensor of it, and nothing would tell that no gradient is wanted for these times.
+            # Keras would convert the array to a tensor, and then the solve would compute a gradient for these times.
             ts = ts.tolist()
         return super().__call__(inputs, ts=ts, args=args, **kwargs)
 
-    def build(self, inputs_shape, ts_shape=None):
-        # Keras does not tell the shapes of an argument called `args`; with it, the first call builds the field.
+    def build(self, inputs_shape: Nest, ts_shape: tuple | None = None) -> None:
+        # Keras does not pass the shapes of an argument called `args`. A field that takes it is built by the first call.
         if isinstance(self.vector_field, keras.Layer) and call_arguments(self.vector_field)[0] < 3:
             self._build_field(inputs_shape, ts_shape is not None and len(ts_shape) == 2, None)
 
-    def call(self, inputs, ts=None, args=None, training=None, mask=None, inputs_mask=None):
+    def call(
+        self,
+        inputs: Nest,
+        ts: Any = None,
+        args: Any = None,
+        training: bool | None = None,
+        mask: Nest = None,
+        inputs_mask: Nest = None,
+    ) -> Nest:
         mask = _known(inputs_mask if mask is None else mask)
         y0 = tf.nest.map_structure(self._initial_state, inputs)
         times = [self.t0, self.t1] if ts is None else self._times(ts)
         solution = self.options.solve(self.vector_field, y0, times, args=args, training=training, mask=mask)
 
-        def output(y):
+        def output(y: tf.Tensor) -> tf.Tensor:
             y = y[-1] if ts is None else ops.moveaxis(y[1:], 0, 1)
             return ops.cast(y, self.compute_dtype)
 
         return self._with_mask(tf.nest.map_structure(output, solution.ys), mask, ts)
 
-    def compute_output_spec(self, inputs, ts=None, args=None, training=None, mask=None, inputs_mask=None):
+    def compute_output_spec(
+        self,
+        inputs: Nest,
+        ts: Any = None,
+        args: Any = None,
+        training: bool | None = None,
+        mask: Nest = None,
+        inputs_mask: Nest = None,
+    ) -> Nest:
         del training
         ts_shape = None if ts is None else _shape(ts)
         if args is not None and isinstance(self.vector_field, keras.Layer):
             own_times = ts_shape is not None and len(ts_shape) == 2
             self._build_field(tf.nest.map_structure(lambda x: tuple(x.shape), inputs), own_times, args)
 
-        def output(x):
+        def output(x: keras.KerasTensor) -> keras.KerasTensor:
             return keras.KerasTensor(self._output_shape(tuple(x.shape), ts_shape), dtype=self.compute_dtype)
 
         outputs = tf.nest.map_structure(output, inputs)
         return self._with_mask(outputs, _known(inputs_mask if mask is None else mask), ts)
 
-    def compute_output_shape(self, inputs_shape, ts_shape=None):
+    def compute_output_shape(self, inputs_shape: Nest, ts_shape: tuple | None = None) -> Nest:
         return _map_shapes(lambda shape: self._output_shape(shape, ts_shape), inputs_shape)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update(t0=self.t0, t1=self.t1, augment_dims=self.augment_dims)
         return config
 
-    def _build_field(self, inputs_shape, own_times, args):
-        def spec(shape):
+    def _build_field(self, inputs_shape: Nest, own_times: bool, args: Any) -> None:
+        def spec(shape: tuple) -> keras.KerasTensor:
             return keras.KerasTensor(shape, dtype=self.variable_dtype)
 
         y = _map_shapes(lambda shape: spec(self._augmented_shape(shape)), inputs_shape)
@@ -164,20 +194,20 @@ class ODELayer(SolvingLayer, keras.layers.Layer):
         own_times = own_times or self.solver.per_sample
         build(self.vector_field, spec((None,) + (1,) * (rank - 1) if own_times else ()), y, args)
 
-    def _initial_state(self, x):
+    def _initial_state(self, x: tf.Tensor) -> tf.Tensor:
         if not tf.as_dtype(x.dtype).is_floating:
             raise TypeError(
-                f"Layer {self.name!r} integrates floating-point states; cast or embed its input first. "
+                f"The input of layer {self.name!r} must be floating-point; cast or embed it first. "
                 f"Received: inputs of dtype {tf.as_dtype(x.dtype).name} and shape {tuple(x.shape)}"
             )
         x = ops.cast(x, self.variable_dtype)
         if self.augment_dims:
-            self._augmented_shape(x.shape)  # checks it
+            self._augmented_shape(x.shape)  # raises if there is no axis to extend
             x = ops.pad(x, [(0, 0)] * (len(x.shape) - 1) + [(0, self.augment_dims)])
         return x
 
-    def _times(self, ts):
-        """The times of a solve, `t0` first: `(T + 1,)` or `(T + 1, batch)`."""
+    def _times(self, ts: Any) -> Any:
+        """Returns the times of a solve, with `t0` first: `(T + 1,)` or `(T + 1, batch)`."""
         known = as_numbers(ts)
         if known is not None and known.ndim in (1, 2):
             return np.concatenate([np.full_like(known.T[:1], self.t0), known.T], axis=0)
@@ -187,29 +217,32 @@ class ODELayer(SolvingLayer, keras.layers.Layer):
         ts = ops.transpose(ts)
         return ops.concatenate([ops.full_like(ts[:1], self.t0), ts], axis=0)
 
-    def _argument(self, x):
+    def _argument(self, x: Any) -> Any:
         if not isinstance(x, np.ndarray | np.generic) or not np.issubdtype(x.dtype, np.floating):
             return x
         return ops.convert_to_tensor(x, self.variable_dtype)
 
-    def _with_mask(self, outputs, mask, ts):
-        """The outputs with the mask of the inputs, once for each of the asked times."""
+    def _with_mask(self, outputs: Nest, mask: Nest, ts: Any) -> Nest:
+        """Returns the outputs with the mask of the inputs, which is repeated for each time in `ts`."""
         if mask is None:
             return outputs
 
-        def leaf(y, mask):
+        def leaf(y: Any, mask: Any) -> Any:
             if mask is not None and ts is not None:
                 mask = ops.repeat(ops.expand_dims(mask, 1), _shape(ts)[-1] or ops.shape(ts)[-1], axis=1)
             return y if mask is None else self.masked(y, mask=mask)
 
         return tf.nest.map_structure(leaf, outputs, mask)
 
-    def _augmented_shape(self, shape):
+    def _augmented_shape(self, shape: tuple) -> tuple:
         if len(shape) < 2 and self.augment_dims:
-            raise ValueError(f"`augment_dims` needs an axis beside the batch. Received: inputs of shape {tuple(shape)}")
+            raise ValueError(
+                "With `augment_dims` the input needs an axis of features after that of the batch. "
+                f"Received: inputs of shape {tuple(shape)}"
+            )
         return (*shape[:-1], None if shape[-1] is None else shape[-1] + self.augment_dims)
 
-    def _output_shape(self, shape, ts_shape):
+    def _output_shape(self, shape: tuple, ts_shape: tuple | None) -> tuple:
         shape = self._augmented_shape(shape)
         if ts_shape is None:
             return shape
@@ -218,38 +251,38 @@ class ODELayer(SolvingLayer, keras.layers.Layer):
 
 
 class _Masked(keras.layers.Layer):
-    """Gives its input the mask that it is called with."""
+    """Returns its input with the mask that it is called with."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
-        self.built = True  # which `quantize` asks of every layer
+        self.built = True  # `quantize` needs every layer to be built
 
-    def call(self, x, mask=None):
+    def call(self, x: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
         return x
 
-    def compute_output_spec(self, x, mask=None):
+    def compute_output_spec(self, x: keras.KerasTensor, mask: Any = None) -> keras.KerasTensor:
         return x
 
 
-def _shape(ts):
+def _shape(ts: Any) -> tuple:
     return tuple(ts.shape) if hasattr(ts, "shape") else np.shape(ts)
 
 
-def _check_times(shape):
+def _check_times(shape: tuple) -> None:
     if len(shape) not in (1, 2) or shape[-1] == 0:
         raise ValueError(
             f"`ts` must be of shape (T,) or (batch, T), with one time or more. Received: ts.shape={tuple(shape)}"
         )
 
 
-def _known(mask):
-    """A nest of masks, or `None` if all of it is."""
+def _known(mask: Nest) -> Nest:
+    """Returns a nest of masks, or `None` if all its masks are `None`."""
     return None if all(m is None for m in tf.nest.flatten(mask)) else mask
 
 
-def _map_shapes(function, shapes):
-    """Applies a function to every shape of a nest, whose leaves are tuples or lists of dimensions."""
+def _map_shapes(function: Callable[[tuple], Any], shapes: Nest) -> Nest:
+    """Applies a function to every shape in a nest. A shape is a tuple or a list of dimensions."""
     if isinstance(shapes, dict):
         return {key: _map_shapes(function, shape) for key, shape in shapes.items()}
     if all(d is None or isinstance(d, int) for d in shapes):

@@ -1,110 +1,127 @@
-"""A recurrent cell whose state keeps moving between observations."""
+"""A recurrent cell whose state follows an ODE between observations."""
 
 import inspect
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from keras_node.layers.series import for_short_intervals
+from keras_node.metrics import SolverMetrics
 from keras_node.signatures import build, call_arguments
-from keras_node.solve_options import SolvingLayer
+from keras_node.solution import Solution
+from keras_node.solve_options import Gradient, Solver, SolvingLayer
 
-# `keras.layers.RNN` renews the dropout masks of cells of this class, which has no public name of its own.
-(_DropoutRNNCell,) = (base for base in keras.layers.GRUCell.__bases__ if hasattr(base, "reset_dropout_mask"))
+# `keras.layers.RNN` resets the dropout masks of a cell only if it has this base class, which Keras does not export.
+_DropoutRNNCell: Any = next(base for base in keras.layers.GRUCell.__bases__ if hasattr(base, "reset_dropout_mask"))
 
 
 @keras.saving.register_keras_serializable(package="keras_node")
-class ODERNNCell(SolvingLayer, keras.layers.Layer, _DropoutRNNCell):
-    """Wraps a recurrent cell: its state follows an ODE until the observation comes, which the cell then takes in.
+class ODERNNCell(SolvingLayer, _DropoutRNNCell):
+    """Wraps a recurrent cell, whose state then follows an ODE until the next observation.
 
-    From the observation at `t[i - 1]` to that at `t[i]`,
+    From the observation at `t[i - 1]` to the one at `t[i]`:
 
     `h' = h[i - 1] + integral of f(t, h(t)) dt from 0 to t[i] - t[i - 1]`
 
     `output[i], h[i] = cell(x[i], h')`
 
-    It serves wherever a Keras cell does: in `keras.layers.RNN`, stateful or not, and in
-    `keras.layers.StackedRNNCells`. Every sample of a batch has an interval of its own, all in one solve. For series
-    with times and masks, `keras_node.ODERNN` is the layer.
+    You can use it wherever Keras takes a cell: in `keras.layers.RNN`, stateful or not, and in
+    `keras.layers.StackedRNNCells`. Each sample of a batch may have a different interval; one solve does them all. For
+    series with times and masks use `keras_node.ODERNN`.
+
+    In a stack of cells only the first cell receives the time. To move the states of several cells, wrap the stack,
+    `ODERNNCell(keras.layers.StackedRNNCells([...]), field, evolve=(0, 1))`, or stack `keras_node.ODERNN` layers.
 
     Args:
         cell: the Keras cell to wrap: a `SimpleRNNCell`, `GRUCell`, `LSTMCell`, `StackedRNNCells` or your own layer.
-        vector_field: what moves the state: a Keras layer or model, or a registered callable, `(h)` or `(t, h)`. `t` is
-            the time since the last observation; it runs from 0 to the interval.
+        vector_field: the field that moves the state, a Keras layer or model, or a registered callable. It takes `(h)`
+            or `(t, h)`. `t` is the time since the last observation, which runs from 0 to the interval.
         time_feature: whether the last channel of the input is the interval, the time elapsed since the previous
-            observation; the cell does not see that channel. An interval of zero leaves the state exactly as it was,
-            a negative one moves it backwards. Defaults to `True`.
-        interval: without `time_feature`, the interval before every observation. Defaults to `1.0`.
-        solver: as in `keras_node.ODELayer`. An adaptive one attempts the whole interval first, unless it has a
+            observation, in any unit. The cell does not see this channel. An interval of zero leaves the state exactly
+            as it was, and a negative interval moves it backward in time. Defaults to `True`.
+        interval: the interval before every observation if `time_feature` is false. Defaults to `1.0`.
+        solver: as in `keras_node.ODELayer`. An adaptive solver tries the whole interval first, unless it has a
             `first_step` or the gradient is `"direct"`.
         gradient: as in `keras_node.ODELayer`.
-        evolve: which of the cell's states move, an index or several; of several, the field sees and moves the
-            concatenation. Defaults to `0`, the first: `h` of an `LSTMCell` moves and its memory `c` stays (ODE-LSTM).
-            `(0, 1)` moves both. States of stacked cells are counted through.
+        evolve: which states of the cell the ODE moves, an index or a tuple of indices. If there are several, the field
+            sees and moves their concatenation. Defaults to `0`, the first state: `h` of an `LSTMCell` moves, and its
+            memory `c` stays (ODE-LSTM). `(0, 1)` moves both. The states of stacked cells are numbered one after the
+            other.
         jit_compile: as in `keras_node.ODELayer`.
-        track_stats: as in `keras_node.ODELayer`, of the forward solves. Defaults to `False`.
-        **kwargs: arguments of `keras.layers.Layer`, such as `name`. `dtype` defaults to the cell's.
+        track_stats: as in `keras_node.ODELayer`, but for forward solves only. Defaults to `False`.
+        **kwargs: arguments of `keras.layers.Layer`, such as `name`. `dtype` defaults to that of the cell.
 
     Call arguments:
-        inputs: the observation, `(batch, features)`, with `time_feature` `(batch, features + 1)`.
+        inputs: the observation, `(batch, features)`, or `(batch, features + 1)` with `time_feature`.
         states: the states of the wrapped cell.
-        training: Python boolean, handed on to the field and the cell.
-
-    Masks of steps are the concern of the layer around the cell: `keras.layers.RNN` leaves the states of a masked step
-    as they were, and its interval is lost; `keras_node.ODERNN` adds it to the next one.
+        training: Python boolean, passed to the field and the cell.
 
     Input shape:
         `(batch, features)`, or `(batch, features + 1)` with `time_feature`.
 
     Output shape:
-        That of the wrapped cell: its output, and its states.
+        The output and the states of the wrapped cell, `(output, states)`.
 
-    In a stack of cells only the first receives the time. To move the states of several cells, wrap the stack:
-    `ODERNNCell(keras.layers.StackedRNNCells([...]), field, evolve=(0, 1))`, or stack `keras_node.ODERNN` layers.
+    Masking:
+        The layer around the cell handles masked steps. `keras.layers.RNN` leaves the states of a masked step as they
+        were and loses its interval; `keras_node.ODERNN` adds this interval to the next one.
+
+    Raises:
+        TypeError: if `cell` is not a Keras cell.
+        ValueError: for an `evolve` that the cell does not have, for `interval` together with `time_feature`, and for a
+            field that takes `args`.
+        tf.errors.InvalidArgumentError: if a solve fails. Under XLA nothing can raise; the states are NaN instead.
 
     Example:
-    >>> field = keras.Sequential([keras.layers.Dense(16, activation="tanh"), keras.layers.Dense(8)])
-    >>> cell = keras_node.ODERNNCell(keras.layers.LSTMCell(8), field)
-    >>> x, elapsed = keras.random.normal((2, 5, 3)), keras.random.uniform((2, 5, 1))
-    >>> keras.layers.RNN(cell)(keras.ops.concatenate([x, elapsed], axis=-1)).shape
-    TensorShape([2, 8])
+        >>> field = keras.Sequential([keras.layers.Dense(16, activation="tanh"), keras.layers.Dense(8)])
+        >>> cell = keras_node.ODERNNCell(keras.layers.LSTMCell(8), field)
+        >>> x, elapsed = keras.random.normal((2, 5, 3)), keras.random.uniform((2, 5, 1))
+        >>> keras.layers.RNN(cell)(keras.ops.concatenate([x, elapsed], axis=-1)).shape
+        TensorShape([2, 8])
 
     Reference:
 
-    - Rubanova, Chen & Duvenaud (2019), "Latent ODEs for Irregularly-Sampled Time Series".
-    - Lechner & Hasani (2020), "Learning Long-Term Dependencies in Irregularly-Sampled Time Series".
+        - Rubanova, Chen & Duvenaud (2019), "Latent ODEs for Irregularly-Sampled Time Series", arXiv:1907.03907,
+          section 3.
+        - Lechner & Hasani (2020), "Learning Long-Term Dependencies in Irregularly-Sampled Time Series",
+          arXiv:2006.04418.
     """
 
     nested: ClassVar = {"cell": "cell", "vector_field": "vector_field"}
 
     def __init__(
         self,
-        cell,
-        vector_field,
+        cell: keras.Layer,
+        vector_field: keras.Layer | Callable,
         *,
         time_feature: bool = True,
         interval: float = 1.0,
-        solver="tsit5",
-        gradient="backsolve",
-        evolve=None,
+        solver: Solver = "tsit5",
+        gradient: Gradient = "backsolve",
+        evolve: int | Sequence[int] | None = None,
         jit_compile: bool | str = "auto",
         track_stats: bool = False,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         if not isinstance(cell, keras.Layer) or not hasattr(cell, "state_size"):
             raise TypeError(
                 "`cell` must be a Keras layer with `state_size`, such as `keras.layers.GRUCell(32)`. "
                 f"Received: cell={cell!r} (of type {type(cell).__name__})"
             )
-        # The input is not cast: a time must not lose its digits under a mixed policy.
+        # Without autocast, a time keeps its digits under a mixed policy.
         super().__init__(autocast=False, **{"dtype": cell.dtype_policy, **kwargs})
         if call_arguments(vector_field)[0] == 3:
-            raise ValueError(f"The field of a cell takes `(h)` or `(t, h)`. Received: vector_field={vector_field!r}")
+            raise ValueError(
+                "The field of a cell must take `(h)` or `(t, h)`, without further arguments. Remove its `args`. "
+                f"Received: vector_field={vector_field!r}"
+            )
         if time_feature and interval != 1.0:
             raise ValueError(
-                "`interval` has no effect where the last channel of the input is the interval; pass "
-                f"`time_feature=False` with it. Received: interval={interval}, time_feature={time_feature}"
+                "`interval` has no effect if the last channel of the input is the interval. Pass `time_feature=False` "
+                f"together with it, or leave it out. Received: interval={interval}, time_feature={time_feature}"
             )
         self.cell = cell
         self.vector_field = vector_field
@@ -114,26 +131,27 @@ class ODERNNCell(SolvingLayer, keras.layers.Layer, _DropoutRNNCell):
         self.evolve = _indices(evolve, len(self._state_sizes()))
 
     @property
-    def state_size(self):
+    def state_size(self) -> Any:
         return self.cell.state_size
 
     @property
-    def output_size(self):
+    def output_size(self) -> Any:
         return getattr(self.cell, "output_size", None)
 
-    def get_initial_state(self, batch_size=None):
+    def get_initial_state(self, batch_size: int | tf.Tensor | None = None) -> Any:
         if hasattr(self.cell, "get_initial_state"):
             return self.cell.get_initial_state(batch_size=batch_size)
         return keras.tree.map_structure(
             lambda size: ops.zeros((batch_size, size), dtype=self.compute_dtype), self.state_size
         )
 
-    def build(self, input_shape):
+    def build(self, input_shape: tuple) -> None:
         if self.time_feature:
             if len(input_shape) != 2 or input_shape[-1] < 2:
                 raise ValueError(
-                    "With `time_feature` the input of a step is `(batch, features + 1)`: the observation's features "
-                    f"and, in the last channel, the time elapsed. Received: input_shape={tuple(input_shape)}"
+                    "With `time_feature` the input of a step must be `(batch, features + 1)`: the features of the "
+                    "observation and, in the last channel, the time elapsed. "
+                    f"Received: input_shape={tuple(input_shape)}"
                 )
             input_shape = (input_shape[0], input_shape[-1] - 1)
         if not self.cell.built:
@@ -144,12 +162,12 @@ class ODERNNCell(SolvingLayer, keras.layers.Layer, _DropoutRNNCell):
             t = keras.KerasTensor((None, 1) if own_times else (), dtype=self.variable_dtype)
             build(self.vector_field, t, keras.KerasTensor((None, size), dtype=self.variable_dtype))
 
-    def call(self, inputs, states, training=None):
+    def call(self, inputs: tf.Tensor, states: Any, training: bool | None = None) -> tuple[tf.Tensor, Any]:
         return self.advance(inputs, states, training, lambda *args, **options: self.solve(*args, **options).ys[-1])
 
-    def advance(self, inputs, states, training, move):
-        """A step in which `move(y0, ts, training=training)` gives the states behind the interval."""
-        ts = [0.0, self.interval]
+    def advance(self, inputs: tf.Tensor, states: Any, training: bool | None, move: Callable) -> tuple[tf.Tensor, Any]:
+        """Computes one step. `move(y0, ts, training=training)` returns the moving state after the interval."""
+        ts: Any = [0.0, self.interval]
         if self.time_feature:
             inputs, elapsed = inputs[:, :-1], inputs[:, -1]
             ts = ops.stack([ops.zeros_like(elapsed), elapsed])
@@ -164,65 +182,66 @@ class ODERNNCell(SolvingLayer, keras.layers.Layer, _DropoutRNNCell):
         keywords = {"training": training} if takes_training else {}
         return self.cell(inputs, keras.tree.pack_sequence_as(states, leaves), **keywords)
 
-    def solve(self, y0, ts, **options):
-        """`keras_node.odeint` with the field and the options of this cell."""
+    def solve(self, y0: tf.Tensor, ts: Any, **options: Any) -> Solution:
+        """Calls `keras_node.odeint` with the field and the options of this cell."""
         own = {"solver": for_short_intervals(self.solver, self.gradient)}
         return self.options.solve(self.vector_field, y0, ts, **{**own, **options})
 
     @property
-    def statistics(self):
+    def statistics(self) -> SolverMetrics | None:
         return self.options.metrics
 
     @property
-    def is_nested(self):
+    def is_nested(self) -> bool:
         """Whether a wrapped cell solves an ODE as well."""
         return any(isinstance(cell, ODERNNCell) for cell in (self.cell, *getattr(self.cell, "cells", ())))
 
     @property
-    def dropout_cells(self):
+    def dropout_cells(self) -> list:
         """The wrapped cells that draw dropout masks."""
         return _dropout_cells(self.cell)
 
-    def _state_sizes(self):
+    def _state_sizes(self) -> list[int]:
         return keras.tree.flatten(self.state_size)
 
-    # The wrapped cell draws its masks at its first step and keeps them for the series.
+    # `keras.layers.RNN` calls these methods before and after a series. The wrapped cell draws its masks itself, at its
+    # first step, and keeps them for the series; so only the resets are passed on to it.
 
-    def get_dropout_mask(self, step_input):
+    def get_dropout_mask(self, step_input: tf.Tensor) -> None:
         del step_input
 
-    def get_recurrent_dropout_mask(self, step_input):
+    def get_recurrent_dropout_mask(self, step_input: tf.Tensor) -> None:
         del step_input
 
-    def reset_dropout_mask(self):
+    def reset_dropout_mask(self) -> None:
         for cell in self.dropout_cells:
             cell.reset_dropout_mask()
 
-    def reset_recurrent_dropout_mask(self):
+    def reset_recurrent_dropout_mask(self) -> None:
         for cell in self.dropout_cells:
             cell.reset_recurrent_dropout_mask()
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update(time_feature=self.time_feature, interval=self.interval, evolve=self.evolve)
         return config
 
 
-def _indices(evolve, num_states):
-    """The states to move, as a tuple of different indices from 0 on."""
+def _indices(evolve: Any, num_states: int) -> tuple[int, ...]:
+    """Returns the states to move as a tuple of different indices of 0 or more."""
     indices = (0,) if evolve is None else tuple(evolve) if isinstance(evolve, list | tuple) else (evolve,)
     usable = all(isinstance(i, int) and not isinstance(i, bool) and -num_states <= i < num_states for i in indices)
     positive = tuple(i % num_states for i in indices) if usable else ()
     if not positive or len(set(positive)) < len(positive):
         raise ValueError(
-            "`evolve` must be the index of one of the cell's states, or a tuple of different ones. "
+            "`evolve` must be the index of one of the states of the cell, or a tuple of different indices. "
             f"Received: evolve={evolve!r} for a cell with {num_states} state(s)"
         )
     return positive
 
 
-def _dropout_cells(cell):
-    """The cells with dropout masks in a cell, which may be a stack."""
+def _dropout_cells(cell: keras.Layer) -> list:
+    """Returns the cells that draw dropout masks: the cell itself, or the cells inside it."""
     if isinstance(cell, ODERNNCell):
         return cell.dropout_cells
     if hasattr(cell, "reset_dropout_mask"):

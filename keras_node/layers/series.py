@@ -1,8 +1,11 @@
-"""The recurrent layer of cells that solve an ODE at every step."""
+"""The recurrent layer for cells that solve an ODE at every step."""
 
 import contextlib
 import dataclasses
+import functools
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -11,30 +14,35 @@ from keras_node.gradients.custom_vjp import custom_vjp, differentiated_as
 from keras_node.gradients.direct import DirectGradient
 from keras_node.gradients.scan import Scan
 from keras_node.jit_compile import compiles
+from keras_node.metrics import SolverMetrics
 from keras_node.pure_function import PureFunction, RecordingScope, is_seed
-from keras_node.solution import check_status
+from keras_node.solution import Stats, check_status
+from keras_node.solve import Problem, Trajectory
+from keras_node.solvers.runge_kutta import RungeKutta
 
 
 class SeriesRNN(keras.layers.RNN):
-    """`keras.layers.RNN` for cells that solve an ODE at every step; in a graph its loop is a `Scan`.
+    """A `keras.layers.RNN` for cells that solve an ODE at every step. In a graph its loop is a `Scan`.
 
-    With `training=False` the loop keeps nothing for a gradient, and runs once more if one is asked for. In training,
-    the loop and its gradient are one XLA program each, as `jit_compile` says. With `gradient="direct"` TensorFlow
-    differentiates the loop itself, and keeps all that a step computes. Eagerly, unrolled and where wrapped cells solve
-    as well, the loop is Keras' own.
+    With `training=False` the loop keeps nothing for a gradient; if a gradient is needed after all, the loop runs once
+    more. In training, the loop and its gradient are one XLA program each, if `jit_compile` says so. With
+    `gradient="direct"` TensorFlow differentiates the loop itself and keeps everything that a step computes. In eager
+    mode, unrolled, and if a wrapped cell solves as well, the loop of Keras runs instead.
 
-    A cell has `gradient`, `jit_compile`, `statistics`, `dropout_cells` and `is_nested`; `solve(y0, ts, **options)`,
-    which is `odeint` of its field; and `advance(inputs, states, training, move)`, a step in which
-    `move(y0, ts, **options)` gives the state after a solve.
+    A cell must have the attributes `gradient`, `jit_compile`, `statistics`, `dropout_cells` and `is_nested`, and two
+    methods: `solve(y0, ts, **options)` calls `odeint` with its field, and `advance(inputs, states, training, move)`
+    computes one step, in which `move(y0, ts, **options)` returns the state after a solve.
     """
 
-    def inner_loop(self, sequences, initial_state, mask, training=False):
-        # A solve within a wrapped cell could not raise from an XLA program, and its gradient could not be told of it.
+    def inner_loop(
+        self, sequences: tf.Tensor, initial_state: Any, mask: tf.Tensor | None, training: bool | None = False
+    ) -> tuple[tf.Tensor, tf.Tensor, Any]:
+        # The solve of a wrapped cell could not raise inside an XLA program, and no status of it would reach the loop.
         if tf.executing_eagerly() or self.unroll or self.cell.is_nested:
             return super().inner_loop(sequences, initial_state, mask, training)
         cell, x = self.cell, self._steps(sequences)
         states = keras.tree.flatten(initial_state)
-        # Dropout has one mask for the whole series.
+        # One dropout mask serves the whole series.
         masks = _dropout_masks(cell, x[0], initial_state) if training else ()
         reports = _Reports(cell.statistics)
         scan = Scan(
@@ -57,31 +65,35 @@ class SeriesRNN(keras.layers.RNN):
         outputs = _swapped(outputs[0]) if self.return_sequences else output[:, None]
         return output, outputs, keras.tree.pack_sequence_as(initial_state, states)
 
-    def _with_gradient(self, scan, inputs, training):
+    def _with_gradient(self, scan: Scan, inputs: tuple, training: bool | None) -> Any:
         step = scan.step
         jit_compile = compiles(self.cell.jit_compile, self.cell.gradient, training, step)
 
-        def in_training(*inputs):
+        def in_training(*inputs: Any) -> Any:
             (*ys, _, _), others = custom_vjp(scan.keeping, scan.backward, _conclude, inputs, step, jit_compile)
             return tuple(ys), others
 
-        def in_inference(*inputs):
+        def in_inference(*inputs: Any) -> Any:
             return scan.forward(*inputs)[:2]
 
         if training is not False:
             return in_training(*inputs)
-        # Nothing is kept for a gradient that is not expected. Should one be asked for, the loop runs once more.
+        # In inference, nothing is kept for a gradient. If a gradient is needed after all, the loop runs once more.
         return differentiated_as(in_inference, in_training, inputs, step, jit_compile)
 
-    def _step(self, x, initial_state, masks, training, reports):
-        """A step of the cell as a `PureFunction`, for a `Scan`."""
+    def _step(
+        self, x: tf.Tensor, initial_state: Any, masks: Any, training: bool | None, reports: "_Reports"
+    ) -> PureFunction:
+        """Returns one step of the cell as a `PureFunction`, for a `Scan`."""
         cell = self.cell
 
-        def step(x, states, solved, masks):
-            moved, statuses = [], []
+        def step(x: tf.Tensor, states: Any, solved: Any, masks: Any, solves: bool = True) -> tuple:
+            moved: list[tf.Tensor] = []
+            statuses: list[tf.Tensor] = []
 
-            def move(y0, ts, **options):
+            def move(y0: tf.Tensor, ts: Any, **options: Any) -> tf.Tensor:
                 gradient = cell.gradient.given(solved[len(moved)]) if solved else cell.gradient
+                gradient = gradient if solves else _NoSolve()
                 options.update(gradient=gradient, throw=False, jit_compile=False, statistics=reports)
                 solution = cell.solve(y0, ts, **options)
                 moved.append(solution.ys[-1])
@@ -93,59 +105,72 @@ class SeriesRNN(keras.layers.RNN):
                 output, states = cell.advance(x, states, training, move)
             return output, keras.tree.flatten(states), moved, tf.reduce_max(statuses)
 
-        pure = PureFunction(step, x, keras.tree.flatten(initial_state), (), masks)
+        # To see what a step reads, it is enough to evaluate its field. To trace whole solves would take far longer.
+        without_solves = functools.partial(step, solves=False)
+        pure = PureFunction(step, x, keras.tree.flatten(initial_state), (), masks, recorded_as=without_solves)
         if pure.losses:
             raise ValueError(
                 "A step of a recurrent layer cannot add losses: activity regularizers and `add_loss` have no effect in "
-                "the loop over a series. Regularize the layer's output, or its weights. "
-                f"Received: {len(pure.losses)} loss(es) a step"
+                "the loop over a series. Regularize the output of the layer, or its weights. "
+                f"Received: {len(pure.losses)} loss(es) in a step"
             )
         return pure
 
-    def _steps(self, x):
-        """`(batch, T, ...)` as `(T, batch, ...)`, in the order of processing."""
+    def _steps(self, x: tf.Tensor) -> tf.Tensor:
+        """Transposes `(batch, T, ...)` to `(T, batch, ...)`, in the order of processing."""
         return tf.reverse(_swapped(x), [0]) if self.go_backwards else _swapped(x)
 
 
-def for_short_intervals(solver, gradient):
-    """The solver of a cell: adaptive, and not told how to start, it attempts the whole interval first.
+def for_short_intervals(solver: RungeKutta, gradient: Any) -> RungeKutta:
+    """Returns the solver of a cell, which tries the whole interval first if it is adaptive and has no `first_step`.
 
-    Observations are mostly so near that one step does, where the trial of a first step and a short one to begin with
-    would double the work. A step that is too long is rejected and tells how long one may be.
+    Observations are mostly so close to each other that one step is enough. Estimating a first step, and beginning with
+    a short one, would double the work. If the whole interval is too long a step, the solver rejects it and learns from
+    its error how long a step may be.
     """
-    # TensorFlow's own gradient goes through rejected steps too: under XLA it is NaN if one has left the field's domain.
+    # The "direct" gradient goes through rejected steps too. Under XLA it is NaN if one of them left the field's domain.
     if not solver.adaptive or solver.first_step is not None or isinstance(gradient, DirectGradient):
         return solver
     return dataclasses.replace(solver, first_step=math.inf)
 
 
-def _conclude(gradients, worst, dys):
+def _conclude(gradients: Any, worst: tf.Tensor, dys: Any) -> Any:
     del dys
     return check_status(worst, gradients, "The solve of the adjoint")
 
 
-class _Reports:
-    """Passes what solves report on to the statistics of a layer, and keeps how the adjoint's ended.
+class _NoSolve(DirectGradient):
+    """Takes the place of a gradient. It evaluates the field once and solves nothing: the state stays where it is."""
 
-    A gradient returns nothing but gradients. So the status of an adjoint's solve comes by way of a list, which is read
-    in the same graph right after that solve.
+    def __call__(self, problem: Problem) -> Trajectory:
+        problem.vector_field(problem.times[0], problem.y0, problem.params)
+        ys = tf.nest.map_structure(lambda y: tf.stack([y, y]), problem.y0)
+        nothing = tf.constant(0)
+        return Trajectory(ys, Stats(nothing, nothing, nothing), nothing)
+
+
+class _Reports:
+    """Passes the reports of forward solves to the statistics of a layer, and keeps the status of backward solves.
+
+    A gradient can return only gradients. So the status of a backward solve goes into a list, which is read in the same
+    graph right after that solve.
     """
 
-    def __init__(self, statistics):
+    def __init__(self, statistics: SolverMetrics | None) -> None:
         self.statistics = statistics
-        self.statuses = []
+        self.statuses: list[tf.Tensor] = []
 
-    def forward(self, stats, status, training):
+    def forward(self, stats: Stats, status: tf.Tensor, training: bool | None) -> None:
         if self.statistics is not None:
             self.statistics.forward(stats, status, training)
 
-    def backward(self, stats, status, excused, training):
+    def backward(self, stats: Stats, status: tf.Tensor, excused: tf.Tensor, training: bool | None) -> None:
         del stats, training
         self.statuses.append(tf.reduce_max(tf.where(excused, 0, status)))
 
 
-def _dropout_masks(cell, x, states):
-    """The masks of a series, drawn by a step that solves nothing."""
+def _dropout_masks(cell: Any, x: tf.Tensor, states: Any) -> Sequence[tuple]:
+    """Returns the dropout masks of a series. A step that solves nothing draws them."""
     cells = cell.dropout_cells
     if not any(getattr(c, "dropout", 0) or getattr(c, "recurrent_dropout", 0) for c in cells):
         return ()
@@ -160,8 +185,8 @@ def _dropout_masks(cell, x, states):
 
 
 @contextlib.contextmanager
-def _fixed(cells, masks):
-    """Gives cells their dropout masks, if any: when a gradient is computed, a layer has forgotten what it drew."""
+def _fixed(cells: Sequence[Any], masks: Sequence[tuple]) -> Iterator[None]:
+    """Sets the dropout masks of cells, because a layer has forgotten them by the time its gradient is computed."""
     for cell, pair in zip(cells, masks, strict=False):
         mask, recurrent_mask = (None if isinstance(m, tuple) else m for m in pair)
         cell.get_dropout_mask = lambda _, mask=mask: mask
@@ -173,6 +198,6 @@ def _fixed(cells, masks):
             del cell.get_dropout_mask, cell.get_recurrent_dropout_mask
 
 
-def _swapped(x):
-    """A tensor with its first two axes exchanged."""
+def _swapped(x: tf.Tensor) -> tf.Tensor:
+    """Exchanges the first two axes of a tensor."""
     return tf.transpose(x, [1, 0, *range(2, x.shape.rank)])

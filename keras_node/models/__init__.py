@@ -1,1 +1,1 @@
-"""Keras models, one public class a file."""
+"""Keras models. Each file holds one public class."""

@@ -1,6 +1,7 @@
 """A continuous normalizing flow."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -15,7 +16,7 @@ from keras_node.models.likelihood_model import LikelihoodModel
 from keras_node.models.probability import make_bijector, make_distribution
 from keras_node.pure_function import is_seed
 from keras_node.signatures import build, call_arguments
-from keras_node.solve_options import SolvingLayer
+from keras_node.solve_options import Gradient, Solver, SolvingLayer
 from keras_node.solvers.runge_kutta import RungeKutta
 
 _TRACES = ("exact", "hutchinson")
@@ -24,84 +25,97 @@ _NOISES = ("rademacher", "gaussian")
 
 @keras.saving.register_keras_serializable(package="keras_node")
 class ContinuousFlow(SolvingLayer, LikelihoodModel):
-    """A probability density of vectors (FFJORD): an ODE moves normally distributed noise to where the data are.
+    """A probability density of vectors: an ODE moves normally distributed noise to the data (FFJORD).
 
-    A sample starts as `z`, drawn from the standard normal distribution, at time 0 and follows `dx/dt = f(t, x)` until
-    `t1`. Its log-density is
+    `z ~ Normal(0, I)` at time 0
 
-    `log p(x(t1)) = log N(z) - integral of tr(df/dx) dt from 0 to t1`.
+    `dx/dt = f(t, x)` from `x(0) = z` until `t1`
 
-    The integral is solved together with the path, backward in time from `x(t1)`. `fit` minimises the mean of
-    `-log p(x)`, in nats. In training it adds the means of the integrals of `||f||^2` and `||df/dx||_F^2` along the
-    paths, times `kinetic_energy` and `jacobian_norm` (RNODE). Both make paths straight, so that the solver can take
-    long steps. `evaluate` gives the negative log-likelihood alone, and regularizers of weights.
+    `log p(x(t1)) = log Normal(z) - integral of tr(df/dx) dt from 0 to t1`
 
-    `fit` and `evaluate` take no targets. With `sample_weight` they give the sum of the weighted losses over the number
-    of samples, as Keras' losses do; the two energies are not weighted. A `tf.data.Dataset` or generator yields
-    `(x, None, sample_weight)`, a `keras.utils.PyDataset` `(x, {"sample_weight": sample_weight})`.
+    The model solves for the integral together with the path, backward in time from `x(t1)`. `fit` minimises the mean
+    of `-log p(x)`, in nats. In training it adds the means of the integrals of `||f||^2` and `||df/dx||_F^2` along the
+    paths, multiplied by `kinetic_energy` and `jacobian_norm` (RNODE). Both make the paths straighter, so the solver can
+    take longer steps. `evaluate` returns the mean negative log-likelihood, plus any regularizers of weights.
+
+    `fit` and `evaluate` take no targets. With `sample_weight` the loss is the sum of the weighted losses, divided by
+    the number of samples, as for the losses of Keras. The two energies are not weighted. A `tf.data.Dataset` or a
+    generator yields `(x, None, sample_weight)`, and a `keras.utils.PyDataset` yields
+    `(x, {"sample_weight": sample_weight})`.
+
+    If the solver chooses its steps for the whole batch (`per_sample=False`), a density changes slightly with the other
+    samples of its batch, by about the tolerances.
 
     Args:
-        event_dim: length of the vectors.
-        vector_field: a Keras layer or model, or a callable registered with
-            `keras.saving.register_keras_serializable`: `f(x)`, `f(t, x)` or `f(t, x, condition)`, of each sample by
-            itself. Defaults to `keras_node.ConcatSquashField()`.
-        t1: time of the data, positive. Defaults to `1.0`.
+        event_dim: length of the vectors, a positive integer.
+        vector_field: the field `f`, a Keras layer or model, or a callable registered with
+            `keras.saving.register_keras_serializable`. It takes `(x)`, `(t, x)` or `(t, x, condition)` and must treat
+            each sample independently of the others. Defaults to `keras_node.ConcatSquashField()`.
+        t1: time of the data, a positive number; the noise is at time 0. The field sees `t` between 0 and `t1`. Defaults
+            to `1.0`.
         solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"` with `rtol=atol=1e-5`.
-        gradient: `"backsolve"` (default), `"checkpointed"`, `"direct"`, or an object.
-        trace: `"exact"` (default) costs `event_dim` vector-Jacobian products for an evaluation of the field.
-            `"hutchinson"` costs one product and gives an unbiased estimate, in training and elsewhere. A flow with
-            the one may share its field with a flow with the other, to train fast and evaluate exactly. A field with
-            noise of its own, such as dropout, needs `"hutchinson"` in training.
-        noise: the distribution of the noise in Hutchinson's estimate, `"rademacher"` (default) or `"gaussian"`. It is
-            drawn once for a solve.
-        kinetic_energy: weight of the kinetic energy of the paths in training. Defaults to `0.0`.
-        jacobian_norm: weight of the Frobenius norm of the Jacobian in training, estimated where the trace is.
-            Defaults to `0.0`.
-        steer: where training solves end: at a time drawn uniformly from `(-steer, steer)` for every batch, and not
-            at 0 (STEER). Less than `t1`. Defaults to `0.0`.
+        gradient: as in `keras_node.ODELayer`. Defaults to `"backsolve"`.
+        trace: how to compute `tr(df/dx)`. `"exact"` (default) needs `event_dim` vector-Jacobian products at each
+            evaluation of the field. `"hutchinson"` needs one product and gives an unbiased estimate, in training and in
+            inference. Two flows may share a field, so you can train fast with `"hutchinson"` and evaluate with
+            `"exact"`. A field that draws noise, such as dropout, needs `"hutchinson"` in training.
+        noise: the distribution of the noise in Hutchinson's estimate, `"rademacher"` (default) or `"gaussian"`. The
+            noise is drawn once for each solve.
+        kinetic_energy: weight of the integral of `||f||^2` in training, 0 or more. Defaults to `0.0`.
+        jacobian_norm: weight of the integral of `||df/dx||_F^2` in training, 0 or more. It is estimated if the trace is
+            estimated. Defaults to `0.0`.
+        steer: in training, solves end at a random time instead of at 0, which is drawn for each batch from the uniform
+            distribution on `(-steer, steer)` (STEER). Must be less than `t1`. Defaults to `0.0`.
         jit_compile: as in `keras_node.ODELayer`. Defaults to `"auto"`.
         track_stats: as in `keras_node.ODELayer`. Defaults to `False`.
-        seed: of the noise, the end times and the samples; an integer or a `keras.random.SeedGenerator`.
+        seed: the seed of the noise, the random end times and the samples; an integer or a
+            `keras.random.SeedGenerator`. Defaults to `None`, for a random seed.
         **kwargs: arguments of `keras.Model`, such as `name` and `dtype`.
 
     Call arguments:
-        inputs: `x`, or `(x, condition)`, or `{"x": x, "condition": condition}`; `fit` and `evaluate` take the same.
-        training: Python boolean, handed on to the field.
+        inputs: `x`, or `(x, condition)`, or `{"x": x, "condition": condition}`. `fit` and `evaluate` take the same.
+        training: Python boolean, passed to the field.
 
     Input shape:
-        `(..., event_dim)`, the condition `(..., features)`.
+        `x`: `(..., event_dim)`. `condition`: `(..., features)`.
 
     Output shape:
         `(...)`, the log-densities.
 
-    A solve that fails raises `tf.errors.InvalidArgumentError`, except under XLA, where it gives NaN. Where the solver
-    chooses its steps for a batch as a whole (`per_sample=False`), a density changes a little with the batch it is in,
-    by about the tolerances.
+    Masking:
+        A mask has no effect, and the model does not pass it on.
+
+    Raises:
+        ValueError: for an option out of range, for inputs of another shape, for targets, for a condition that the field
+            does not take, and for a field with dropout that is trained with `trace="exact"`.
+        tf.errors.InvalidArgumentError: if a solve fails. Under XLA nothing can raise; the densities are NaN instead.
 
     Example:
-    >>> flow = keras_node.ContinuousFlow(2, solver="bosh3", seed=0)
-    >>> flow.compile("adam")
-    >>> history = flow.fit(keras.random.normal((64, 2)), verbose=0)
-    >>> flow.sample(5).shape
-    TensorShape([5, 2])
-    >>> flow.as_distribution().log_prob(tf.zeros((3, 2))).shape
-    TensorShape([3])
+        >>> flow = keras_node.ContinuousFlow(2, solver="bosh3", seed=0)
+        >>> flow.compile("adam")
+        >>> history = flow.fit(keras.random.normal((64, 2)), verbose=0)
+        >>> flow.sample(5).shape
+        TensorShape([5, 2])
+        >>> flow.as_distribution().log_prob(tf.zeros((3, 2))).shape
+        TensorShape([3])
 
     Reference:
 
-    - Grathwohl et al. (2019), "FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models".
-    - Finlay et al. (2020), "How to Train Your Neural ODE: the World of Jacobian and Kinetic Regularization".
-    - Ghosh et al. (2020), "STEER: Simple Temporal Regularization For Neural ODEs".
+        - Grathwohl et al. (2019), "FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models",
+          arXiv:1810.01367.
+        - Finlay et al. (2020), "How to Train Your Neural ODE: the World of Jacobian and Kinetic Regularization",
+          arXiv:2002.02798: `kinetic_energy` and `jacobian_norm`.
+        - Ghosh et al. (2020), "STEER: Simple Temporal Regularization For Neural ODEs", arXiv:2006.10711: `steer`.
     """
 
     def __init__(
         self,
         event_dim: int,
-        vector_field=None,
+        vector_field: keras.Layer | Callable | None = None,
         *,
         t1: float = 1.0,
-        solver=None,
-        gradient="backsolve",
+        solver: Solver | None = None,
+        gradient: Gradient = "backsolve",
         trace: str = "exact",
         noise: str = "rademacher",
         kinetic_energy: float = 0.0,
@@ -109,13 +123,15 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         steer: float = 0.0,
         jit_compile: bool | str = "auto",
         track_stats: bool = False,
-        seed=None,
-        **kwargs,
-    ):
-        # The state keeps its precision under a mixed policy; the field casts for itself.
+        seed: int | keras.random.SeedGenerator | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Without autocast, the state keeps its precision under a mixed policy. The field casts its own input.
         super().__init__(autocast=False, **kwargs)
         if not 0 <= steer < t1 < math.inf:
-            raise ValueError(f"A flow needs `0 <= steer < t1`, both finite. Received: steer={steer}, t1={t1}")
+            raise ValueError(
+                f"`steer` and `t1` must be finite, with `0 <= steer < t1`. Received: steer={steer}, t1={t1}"
+            )
         if trace not in _TRACES:
             raise ValueError(f"`trace` must be one of {', '.join(_TRACES)}. Received: trace={trace!r}")
         if noise not in _NOISES:
@@ -139,19 +155,20 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
 
-    jit_compile = keras.Model.jit_compile  # what `compile` was told of the model as a whole
+    # For a model, `jit_compile` is the option of `compile`, for the whole model.
+    jit_compile = keras.Model.jit_compile
 
     @property
-    def jit_compile_solves(self):
+    def jit_compile_solves(self) -> bool | str:
         return self.options.jit_compile
 
-    def build(self, input_shape):
+    def build(self, input_shape: Any) -> None:
         x, condition = _parts(input_shape) if _is_nest_of_shapes(input_shape) else (input_shape, None)
         if x[-1] != self.event_dim:
             raise ValueError(f"`x` must be of shape (..., {self.event_dim}). Received: x.shape={tuple(x)}")
         if condition is not None and self.num_arguments < 3:
             raise ValueError(
-                "A condition needs a vector field `f(t, x, condition)`. "
+                "A condition needs a vector field `f(t, x, condition)`. Leave the condition out, or change the field. "
                 f"Received: {self.vector_field!r}, which takes {self.num_arguments} argument(s)"
             )
         if isinstance(self.vector_field, keras.Layer):
@@ -161,12 +178,13 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
                 condition = keras.KerasTensor((None, condition[-1]), dtype=self.variable_dtype)
             build(self.vector_field, t, x, condition)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Any, training: bool | None = None) -> tf.Tensor:
         x, condition = _parts(inputs)
         if training and self.trace == "exact" and _draws(self.vector_field):
             raise ValueError(
-                'With `trace="exact"` a field may be evaluated on several copies of its batch, which noise such as '
-                f'dropout would make different: use `trace="hutchinson"`. Received: {self.vector_field!r}'
+                'With `trace="exact"` a field may be evaluated on several copies of its batch, which must not differ, '
+                'but noise such as dropout makes them differ: use `trace="hutchinson"`, or remove the noise. '
+                f"Received: vector_field={self.vector_field!r}"
             )
         end = 0.0
         if training and self.steer:
@@ -174,29 +192,46 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         energies = bool(training and (self.kinetic_energy or self.jacobian_norm))
         z, integrals = self._solve(x, condition, [self.t1, end], energies, training)
         if energies:
-            # Integrals that run back in time.
+            # The solve runs backward in time, so its integrals have the opposite sign.
             kinetic_energy, jacobian_norm = -integrals[1], -integrals[2]
             energy = self.kinetic_energy * kinetic_energy + self.jacobian_norm * jacobian_norm
-            # A device may be left without samples.
+            # With several devices, one of them may get no samples.
             self.add_loss(tf.math.divide_no_nan(ops.sum(energy), ops.cast(tf.size(energy), energy.dtype)))
         log_base = -0.5 * (ops.sum(z**2, axis=-1) + self.event_dim * math.log(2 * math.pi))
         return log_base + integrals[0]
 
-    def sample_losses(self, x, y, y_pred, training):
-        """The negative log-likelihood of each sample, `(...)`."""
+    def sample_losses(self, x: Any, y: Any, y_pred: Any, training: bool) -> tuple[tf.Tensor, dict[str, tuple]]:
+        """Returns the negative log-likelihood of each sample, `(...)`."""
         if y is not None:
             raise ValueError(
-                "A flow is trained by maximum likelihood, without targets: `fit(x)`, `fit((x, condition))`, "
-                f"`validation_data=x` or `((x, condition),)`. Received: y={y!r}"
+                "A flow is trained by maximum likelihood, without targets. Call `fit(x)` or `fit((x, condition))`, and "
+                f"pass `validation_data=x` or `validation_data=((x, condition),)`. Received: y={y!r}"
             )
         return -(self(x, training=training) if y_pred is None else y_pred), {}
 
     def log_prob(self, x: Any, condition: Any = None) -> tf.Tensor:
-        """The log-density of `x`, `(..., event_dim)`, in nats; `condition` broadcasts against it."""
+        """Returns the log-density of vectors, in nats.
+
+        Args:
+            x: the vectors, `(..., event_dim)`.
+            condition: the condition, `(..., features)`, which broadcasts against `x`. Defaults to `None`.
+
+        Returns:
+            The log-densities, `(...)`.
+        """
         return self(x if condition is None else (x, condition))
 
     def sample(self, n: int, condition: Any = None, seed: Any = None) -> tf.Tensor:
-        """Draws `n` samples, `(n, event_dim)`, or `(n, ..., event_dim)` for a condition `(..., features)`."""
+        """Draws samples from the flow.
+
+        Args:
+            n: number of samples, for each condition if there are conditions.
+            condition: the conditions, `(..., features)`. Defaults to `None`.
+            seed: an integer or a `keras.random.SeedGenerator`. Defaults to that of the model.
+
+        Returns:
+            The samples, `(n, event_dim)`, or `(n, ..., event_dim)` with conditions.
+        """
         batch = () if condition is None else tuple(np.shape(condition)[:-1])
         seed = self.seed_generator if seed is None else seed
         z = keras.random.normal((n, *batch, self.event_dim), dtype=self.variable_dtype, seed=seed)
@@ -205,35 +240,65 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         return tf.reshape(solution.ys[-1], tf.shape(z))
 
     def forward(self, z: Any, condition: Any = None) -> tuple[tf.Tensor, tf.Tensor]:
-        """From the base to the data: `x`, and `log |det dx/dz|`."""
+        """Maps noise to data.
+
+        Args:
+            z: points of the base distribution, `(..., event_dim)`.
+            condition: the condition, `(..., features)`, which broadcasts against `z`. Defaults to `None`.
+
+        Returns:
+            The data `x`, `(..., event_dim)`, and `log |det dx/dz|`, `(...)`.
+        """
         x, integrals = self._solve(z, condition, [0.0, self.t1])
         return x, integrals[0]
 
     def inverse(self, x: Any, condition: Any = None) -> tuple[tf.Tensor, tf.Tensor]:
-        """From the data to the base: `z`, and `log |det dz/dx|`."""
+        """Maps data to noise.
+
+        Args:
+            x: the data, `(..., event_dim)`.
+            condition: the condition, `(..., features)`, which broadcasts against `x`. Defaults to `None`.
+
+        Returns:
+            The noise `z`, `(..., event_dim)`, and `log |det dz/dx|`, `(...)`.
+        """
         z, integrals = self._solve(x, condition, [self.t1, 0.0])
         return z, integrals[0]
 
-    def as_bijector(self, condition: Any = None):
-        """The flow as a `tfp.bijectors.Bijector` from the base to the data, at one condition, which broadcasts.
+    def as_bijector(self, condition: Any = None) -> Any:
+        """Returns the map from the base to the data as a `tfp.bijectors.Bijector`.
 
-        Each method solves anew, so its results follow the weights and have gradients. A density by way of a bijector
-        therefore takes two solves. One is enough if other bijectors are applied to `as_distribution()` instead.
+        Each call of a method solves again, so the results follow the weights and have gradients. A density that you
+        compute from a bijector therefore needs two solves. To need only one, apply your other bijectors to
+        `as_distribution()` instead.
+
+        Args:
+            condition: the condition of the flow, `(..., features)`, which broadcasts. Defaults to `None`.
+
+        Returns:
+            A `tfp.bijectors.Bijector`.
         """
         return make_bijector(self, condition)
 
-    def as_distribution(self, condition: Any = None):
-        """The flow as a `tfp.distributions.Distribution`; a condition `(..., features)` makes a batch.
+    def as_distribution(self, condition: Any = None) -> Any:
+        """Returns the flow as a `tfp.distributions.Distribution`.
 
-        `log_prob` and `experimental_sample_and_log_prob` take one solve each, and follow the weights.
+        `log_prob` and `experimental_sample_and_log_prob` need one solve each, and their results follow the weights.
+
+        Args:
+            condition: the conditions, `(..., features)`; their leading axes are the batch shape of the distribution.
+                Defaults to `None`.
+
+        Returns:
+            A `tfp.distributions.Distribution`.
         """
         return make_distribution(self, condition)
 
-    def compute_output_spec(self, inputs, training=None):
+    def compute_output_spec(self, inputs: Any, training: bool | None = None) -> keras.KerasTensor:
         x, _ = _parts(inputs)
         return keras.KerasTensor(tuple(x.shape[:-1]), dtype=self.variable_dtype)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update(
             event_dim=self.event_dim,
@@ -247,8 +312,10 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         )
         return config
 
-    def _solve(self, x, condition, ts, energies=False, training=None):
-        """The states at the end, and the integrals of `DensityField` over time, one tensor each."""
+    def _solve(
+        self, x: Any, condition: Any, ts: list, energies: bool = False, training: bool | None = None
+    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """Returns the states at the end, and the integrals of the columns of `DensityField` over time."""
         rows, condition = self._rows(x, condition)
         field = DensityField(self.vector_field, energies)
         solution = self.options.solve(
@@ -262,8 +329,8 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         shape = tf.shape(x)
         return tf.reshape(rows, shape), [tf.reshape(i, shape[:-1]) for i in tf.unstack(integrals, axis=-1)]
 
-    def _rows(self, x, condition):
-        """The vectors and their conditions as batches with one axis."""
+    def _rows(self, x: Any, condition: Any) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """Returns the vectors and their conditions with one batch axis each."""
         x = ops.convert_to_tensor(x, self.variable_dtype)
         if condition is not None:
             condition = ops.convert_to_tensor(condition, self.variable_dtype)
@@ -275,7 +342,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
             self.build(shape if condition is None else (shape, (None, features)))
         return tf.reshape(x, (-1, self.event_dim)), condition
 
-    def _noise(self, like):
+    def _noise(self, like: tf.Tensor) -> tf.Tensor | None:
         if self.trace == "exact":
             return None
         if self.noise == "gaussian":
@@ -284,18 +351,18 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         return tf.where(uniform < 0, -tf.ones_like(like), tf.ones_like(like))
 
 
-def _parts(inputs):
-    """`x` and the condition, or `None`."""
+def _parts(inputs: Any) -> tuple:
+    """Returns `x`, and the condition or `None`."""
     if isinstance(inputs, dict):
         return inputs["x"], inputs.get("condition")
     return tuple(inputs) if isinstance(inputs, list | tuple) else (inputs, None)
 
 
-def _draws(function):
-    """Whether a field has a seed, and so may be noisy in training."""
+def _draws(function: Any) -> bool:
+    """Returns whether a field has a seed, which means that it may draw noise in training."""
     variables = function.non_trainable_variables if isinstance(function, keras.Layer) else []
     return any(is_seed(v) for v in variables)
 
 
-def _is_nest_of_shapes(shape):
+def _is_nest_of_shapes(shape: Any) -> bool:
     return isinstance(shape, dict) or not all(d is None or isinstance(d, int) for d in shape)

@@ -1,6 +1,7 @@
 """A variational autoencoder for irregular series, whose latent state follows an ODE."""
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import keras
 import tensorflow as tf
@@ -12,6 +13,7 @@ from keras_node.layers.irregular_times import check_order, elapsed_times, with_s
 from keras_node.layers.ode_layer import ODELayer
 from keras_node.models.likelihood_model import LikelihoodModel
 from keras_node.nested_layers import NestedLayers
+from keras_node.solve_options import Gradient, Solver
 from keras_node.times import prepare_times
 
 _SMALLEST_SCALE = 1e-5  # softplus underflows to zero, where the KL divergence is infinite
@@ -19,7 +21,7 @@ _SMALLEST_SCALE = 1e-5  # softplus underflows to zero, where the KL divergence i
 
 @keras.saving.register_keras_serializable(package="keras_node")
 class LatentODE(NestedLayers, LikelihoodModel):
-    """A generative model of series observed at irregular times: each is one path of an ODE in a latent space.
+    """A generative model of irregular series, in which each series is one path of an ODE in a latent space.
 
     `z(t0) ~ Normal(0, I)`
 
@@ -27,78 +29,89 @@ class LatentODE(NestedLayers, LikelihoodModel):
 
     `x[i] ~ Normal(decoder(z(t[i])), noise_scale)`
 
-    An encoder reads the observations from the last to the first, and on to `t0`, and gives `q(z(t0))`, the approximate
-    posterior. `fit` minimises the negative evidence lower bound (ELBO), in nats for a series,
+    An encoder reads the observations from the last to the first, and then on to `t0`. It returns the approximate
+    posterior `q(z(t0))`. `fit` minimises the negative evidence lower bound (ELBO) of a series, in nats:
 
-    `nll + KL(q || Normal(0, I))`
+    `loss = nll + KL(q || Normal(0, I))`
 
-    with `nll = -sum of log p(x[i] | z(t[i]))` over what was observed, for one `z(t0)` drawn from `q`.
+    `nll = -sum of log p(x[i] | z(t[i]))`
+
+    The sum is over all values that were observed, for one `z(t0)` drawn from `q`.
+
+    `fit(x)` with `x = (times, values, mask)` learns to reconstruct the observations. In `fit(x, y)` the encoder reads
+    `x`, and the loss compares with `y = (times, values, mask)`, which may have another length: for example, `x` holds a
+    part of the observations and `y` all of them. A `tf.data.Dataset` yields `(x,)`, `(x, y)` or
+    `(x, y, sample_weight)`, where `y` may be `None`. With `sample_weight`, one number for each series, the loss is the
+    sum of the weighted losses, divided by the number of series, as for the losses of Keras. `compile` takes no loss and
+    no metrics. The logs have `loss`, `nll`, `kl` and the mean squared error `mse`, all for one draw from `q`.
 
     Args:
-        latent_dim: number of latent dimensions.
-        units: width of the layers that are not given. Defaults to `32`.
-        encoder_cell: the Keras cell that takes in a step: the values, zero where none was observed, as many marks of
-            what was, and in the last channel the time, zero or more, from this step to the one taken in before it.
-            Defaults to `keras.layers.GRUCell(units)`; `keras_node.ODERNNCell(keras.layers.GRUCell(units), field)` makes
-            the encoder an ODE-RNN.
-        vector_field: what moves the latent state, a Keras layer or model or a registered callable, `(z)` or `(t, z)`.
-            Defaults to a network with one hidden layer.
-        decoder: the Keras layer or model from latent states `(batch, T, latent_dim)` to the means of observations.
-            Defaults to a network with one hidden layer.
-        noise_scale: standard deviation of the observations' noise, a number; or `None` (default) to learn one for every
-            channel, from 1 on.
-        kl_annealing_steps: number of steps of the optimizer over which the weight of the KL divergence in the training
-            loss rises from 0 to 1, linearly. Defaults to `0`: it is 1 throughout, as it always is in `evaluate`.
-        t0: time of the latent state's distribution, a number, at or before all observations. Defaults to `0.0`.
-        solver: as in `keras_node.ODELayer`.
-        gradient: as in `keras_node.ODELayer`.
+        latent_dim: number of latent dimensions, a positive integer.
+        units: width of the default cell and of the hidden layers of the default networks. Defaults to `32`.
+        encoder_cell: the Keras cell of the encoder. Its input at a step consists of the values (zero if not observed),
+            the marks of which values were observed (0 or 1), and one channel with the time between this step and the
+            step that was read before it, which is zero or more. Defaults to `keras.layers.GRUCell(units)`. For an
+            ODE-RNN as encoder, use `keras_node.ODERNNCell(keras.layers.GRUCell(units), field)`.
+        vector_field: the field `f` of the latent state, a Keras layer or model, or a registered callable. It takes
+            `(z)` or `(t, z)`. Defaults to a network with one hidden layer.
+        decoder: the Keras layer or model that maps latent states `(batch, T, latent_dim)` to the means of observations
+            `(batch, T, features)`. Defaults to a network with one hidden layer.
+        noise_scale: standard deviation of the noise of observations, a positive number in the unit of the values; or
+            `None` (default) to learn one for each channel, starting at 1.
+        kl_annealing_steps: number of optimizer steps in which the weight of the KL divergence in the training loss
+            rises linearly from 0 to 1. Defaults to `0`: the weight is always 1, as it is in `evaluate`.
+        t0: time at which the latent state has its distribution, a number in the unit of `times`. No observation may be
+            earlier. The field sees `t` as it runs from `t0` to the times of the observations. Defaults to `0.0`.
+        solver: as in `keras_node.ODELayer`. Defaults to `"tsit5"`.
+        gradient: as in `keras_node.ODELayer`. Defaults to `"backsolve"`.
         jit_compile: as in `keras_node.ODELayer`. Defaults to `"auto"`.
         track_stats: as in `keras_node.ODELayer`. Defaults to `False`.
         **kwargs: arguments of `keras.Model`, such as `name` and `dtype`.
 
     Call arguments:
-        inputs: the observations, a tuple `(times, values, mask)`. What `values` hold where `mask` is false, and `times`
-            at steps where it is false for all channels, has no effect on `q` and the loss. The times of the other steps
-            must not decrease. `mask` is boolean or, as several devices need it (`tf.distribute`), 0 and 1.
-        training: Python boolean, handed on to the layers.
+        inputs: the observations, a tuple `(times, values, mask)`. `times` are in any unit and must not decrease from
+            one step with observations to the next. `mask` is true for each value that was observed. It is boolean or,
+            because several devices (`tf.distribute`) need numbers, 0 and 1.
+        training: Python boolean, passed to the layers.
 
     Input shape:
-        `times`: `(batch, T)`, or `(T,)` where the batch shares them. `values` and `mask`: `(batch, T, features)`.
+        `times`: `(batch, T)`, or `(T,)` if all samples share them. `values` and `mask`: `(batch, T, features)`.
 
     Output shape:
-        `(batch, T, features)`: the reconstruction, from the mean of `q`, at all of `times`. A step without observations
-        whose time lies before the last one observed, such as padding by zeros, repeats that one.
+        `(batch, T, features)`: the reconstruction at all `times`, from the mean of `q`.
 
-    `fit(x)` with `x = (times, values, mask)` learns to reconstruct the observations. `fit(x, y)` with
-    `y = (times, values, mask)` of its own length has the encoder read `x` and the loss compare with `y`: all
-    observations, say, where `x` has a part of them. A `tf.data.Dataset` yields `(x,)`, `(x, y)` or
-    `(x, y, sample_weight)`, where `y` may be `None`. With `sample_weight`, one number for a series, the loss is the sum
-    of the weighted losses over the number of series, as Keras' losses do. `compile` takes no loss and no metrics; the
-    logs have `loss`, `nll`, `kl` and the mean squared error `mse`, all for one draw from `q`.
+    Masking:
+        The mask is an input. A value whose mask is false has no effect on `q` and the loss, and neither has the time of
+        a step that is masked in all channels. If the time of such a step is earlier than that of the last observation,
+        as in padding with zeros, the output repeats the reconstruction of that observation. The model neither reads nor
+        returns a Keras mask.
 
-    Times that decrease raise `ValueError`, in a graph `tf.errors.InvalidArgumentError`. Under XLA, where nothing can
-    raise, all results are NaN for that sample.
+    Raises:
+        ValueError: for an option out of range, for inputs of another shape, and for times that decrease.
+        tf.errors.InvalidArgumentError: in a graph, for times that decrease, and if a solve fails. Under XLA nothing
+            can raise; the results of that sample are NaN instead.
 
     Example:
-    >>> times = keras.ops.sort(keras.random.uniform((8, 5)), axis=1)
-    >>> values = keras.ops.sin(6 * times)[..., None]
-    >>> mask = keras.random.uniform((8, 5, 1)) < 0.8
-    >>> model = keras_node.LatentODE(4, solver="bosh3", kl_annealing_steps=100)
-    >>> model.compile("adam")
-    >>> history = model.fit((times, values, mask), epochs=2, verbose=0)
-    >>> sorted(history.history)
-    ['kl', 'loss', 'mse', 'nll']
-    >>> model.reconstruct((times, values, mask)).shape
-    TensorShape([8, 5, 1])
-    >>> model.extrapolate((times, values, mask), [1.0, 1.5, 2.0]).shape
-    TensorShape([8, 3, 1])
-    >>> model.sample(3, [0.0, 0.5, 1.0, 1.5]).shape
-    TensorShape([3, 4, 1])
+        >>> times = keras.ops.sort(keras.random.uniform((8, 5)), axis=1)
+        >>> values = keras.ops.sin(6 * times)[..., None]
+        >>> mask = keras.random.uniform((8, 5, 1)) < 0.8
+        >>> model = keras_node.LatentODE(4, solver="bosh3", kl_annealing_steps=100)
+        >>> model.compile("adam")
+        >>> history = model.fit((times, values, mask), epochs=2, verbose=0)
+        >>> sorted(history.history)
+        ['kl', 'loss', 'mse', 'nll']
+        >>> model.reconstruct((times, values, mask)).shape
+        TensorShape([8, 5, 1])
+        >>> model.extrapolate((times, values, mask), [1.0, 1.5, 2.0]).shape
+        TensorShape([8, 3, 1])
+        >>> model.sample(3, [0.0, 0.5, 1.0, 1.5]).shape
+        TensorShape([3, 4, 1])
 
     Reference:
 
-    - Chen et al. (2018), "Neural Ordinary Differential Equations", section 5.
-    - Rubanova, Chen & Duvenaud (2019), "Latent ODEs for Irregularly-Sampled Time Series".
+        - Chen, Rubanova, Bettencourt & Duvenaud (2018), "Neural Ordinary Differential Equations", arXiv:1806.07366,
+          section 5.
+        - Rubanova, Chen & Duvenaud (2019), "Latent ODEs for Irregularly-Sampled Time Series", arXiv:1907.03907.
     """
 
     measures = ("nll", "kl", "mse")
@@ -109,19 +122,19 @@ class LatentODE(NestedLayers, LikelihoodModel):
         latent_dim: int,
         *,
         units: int = 32,
-        encoder_cell=None,
-        vector_field=None,
-        decoder=None,
+        encoder_cell: keras.Layer | None = None,
+        vector_field: keras.Layer | Callable | None = None,
+        decoder: keras.Layer | None = None,
         noise_scale: float | None = None,
         kl_annealing_steps: int = 0,
         t0: float = 0.0,
-        solver="tsit5",
-        gradient="backsolve",
+        solver: Solver = "tsit5",
+        gradient: Gradient = "backsolve",
         jit_compile: bool | str = "auto",
         track_stats: bool = False,
-        **kwargs,
-    ):
-        # The input is not cast: times must not lose their digits under a mixed policy.
+        **kwargs: Any,
+    ) -> None:
+        # Without autocast, times keep their digits under a mixed policy.
         super().__init__(autocast=False, **kwargs)
         if noise_scale is not None and not noise_scale > 0:
             raise ValueError(f"`noise_scale` must be positive, or `None`. Received: noise_scale={noise_scale}")
@@ -148,7 +161,7 @@ class LatentODE(NestedLayers, LikelihoodModel):
         self.decoder = decoder
         self.seed_generator = keras.random.SeedGenerator()
 
-    def build(self, inputs_shape):
+    def build(self, inputs_shape: Any) -> None:
         _, values_shape, _ = inputs_shape
         features = values_shape[-1]
         self.encoder.build((None, None, 2 * features + 1))
@@ -165,40 +178,43 @@ class LatentODE(NestedLayers, LikelihoodModel):
         if self.noise_scale is None:
             self.log_noise_scale = self.add_weight(shape=(features,), initializer="zeros", name="log_noise_scale")
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: tuple, training: bool | None = None) -> tf.Tensor:
         times, values, _ = self._series(inputs)
-        # Also at times when nothing was observed, unless they go back, as in padding.
+        # Steps without observations keep their times too, unless these go back, as in padding.
         given = prepare_times(inputs[0], values.dtype)
         times = ops.maximum(ops.where(ops.isfinite(given), given, times), times)
         return self.decode(self.posterior(inputs, training).mean(), times, training)
 
     @property
-    def prior(self):
+    def prior(self) -> Any:
         """The distribution of the latent state at `t0`, a `tfd.MultivariateNormalDiag`."""
         from tensorflow_probability import distributions as tfd
 
         return tfd.MultivariateNormalDiag(ops.zeros(self.latent_dim, self.variable_dtype))
 
     @property
-    def kl_weight(self):
+    def kl_weight(self) -> tf.Tensor:
         """The weight of the KL divergence in the training loss of the next step."""
         if not self.kl_annealing_steps or getattr(self, "optimizer", None) is None:
             return ops.ones((), self.variable_dtype)
         steps = ops.cast(self.optimizer.iterations, self.variable_dtype)
         return ops.minimum(steps / self.kl_annealing_steps, 1)
 
-    def posterior(self, inputs, training=None):
-        """The approximate posterior of the latent state at `t0`, a `tfd.MultivariateNormalDiag` of a batch.
+    def posterior(self, inputs: tuple, training: bool | None = None) -> Any:
+        """Returns the approximate posterior of the latent state at `t0`.
 
         Args:
             inputs: the observations, `(times, values, mask)`.
-            training: Python boolean, handed on to the encoder.
+            training: Python boolean, passed to the encoder. Defaults to `None`.
+
+        Returns:
+            A `tfp.distributions.MultivariateNormalDiag` with the batch shape `(batch,)`.
         """
         from tensorflow_probability import distributions as tfd
 
         times, values, observed = self._series(inputs)
         times = ops.broadcast_to(times, ops.shape(values)[:2])
-        # A step at `t0` without observations lets the encoder know how long before them it is.
+        # An extra step at `t0` without observations tells the encoder how long before the observations `t0` is.
         front = [(0, 0), (1, 0)]
         times = ops.pad(times, front, constant_values=self.dynamics.t0)
         valid = with_start(ops.any(observed, axis=-1))
@@ -214,53 +230,72 @@ class LatentODE(NestedLayers, LikelihoodModel):
         loc = ops.where(ordered, loc, float("nan"))
         return tfd.MultivariateNormalDiag(loc, ops.softplus(scale) + _SMALLEST_SCALE)
 
-    def decode(self, z0, times, training=None):
-        """The means of observations `(batch, T, features)` on the paths that start in `z0`.
+    def decode(self, z0: Any, times: Any, training: bool | None = None) -> tf.Tensor:
+        """Returns the means of observations on paths that start at given latent states.
 
         Args:
             z0: latent states at `t0`, `(batch, latent_dim)`.
-            times: `(T,)` or `(batch, T)`, monotonic, from `t0` on.
-            training: Python boolean, handed on to the field and the decoder.
+            times: times of the observations, `(T,)` or `(batch, T)`; monotonic, beginning at `t0`.
+            training: Python boolean, passed to the field and the decoder. Defaults to `None`.
+
+        Returns:
+            The means, `(batch, T, features)`.
+
+        Raises:
+            ValueError: if the number of channels is not known yet.
         """
         if self.decoder is None:
             raise ValueError(
-                f"How many channels an observation of model {self.name!r} has is known once it has seen some: `fit` it "
-                "or call it, or give it a `decoder`."
+                f"Model {self.name!r} does not know yet how many channels an observation has: call it on observations "
+                "or `fit` it first, or give it a `decoder`. Received: decoder=None"
             )
         z = self.dynamics(z0, ts=times, training=training)
         return ops.cast(self.decoder(z, training=training), self.compute_dtype)
 
-    def reconstruct(self, inputs):
-        """The means of observations at the times of `inputs`, `(times, values, mask)`: what the model returns."""
-        return self(inputs)
-
-    def extrapolate(self, inputs, times):
-        """The means of observations at other times, `(batch, T, features)`, from the mean of the posterior.
+    def reconstruct(self, inputs: tuple) -> tf.Tensor:
+        """Returns the means of observations at the times of the inputs, as calling the model does.
 
         Args:
             inputs: the observations, `(times, values, mask)`.
-            times: `(T,)` or `(batch, T)`, among those of the observations or not; monotonic, from `t0` on.
+
+        Returns:
+            The means, `(batch, T, features)`.
+        """
+        return self(inputs)
+
+    def extrapolate(self, inputs: tuple, times: Any) -> tf.Tensor:
+        """Returns the means of observations at other times, from the mean of the posterior.
+
+        Args:
+            inputs: the observations, `(times, values, mask)`.
+            times: any times, `(T,)` or `(batch, T)`; monotonic, beginning at `t0`.
+
+        Returns:
+            The means, `(batch, T, features)`.
         """
         return self.decode(self.posterior(inputs).mean(), times)
 
-    def sample(self, n: int, times):
-        """The means of observations on `n` paths that start from the prior, `(n, T, features)`.
+    def sample(self, n: int, times: Any) -> tf.Tensor:
+        """Returns the means of observations on paths that start at draws from the prior.
 
         Args:
             n: number of paths.
-            times: `(T,)` or `(n, T)`, monotonic, from `t0` on.
+            times: times of the observations, `(T,)` or `(n, T)`; monotonic, beginning at `t0`.
+
+        Returns:
+            The means, `(n, T, features)`.
         """
         z0 = keras.random.normal((n, self.latent_dim), dtype=self.variable_dtype, seed=self.seed_generator)
         return self.decode(z0, times)
 
-    def sample_losses(self, x, y, y_pred, training):
-        """The negative ELBO of each series, for one draw from the posterior, and its parts.
+    def sample_losses(self, x: Any, y: Any, y_pred: Any, training: bool) -> tuple[tf.Tensor, dict[str, tuple]]:
+        """Returns the negative ELBO of each series for one draw from the posterior, and its parts.
 
         Args:
             x: the observations that the encoder reads, `(times, values, mask)`.
-            y: those whose likelihood counts, `(times, values, mask)`. `None` stands for `x`.
-            y_pred: not used; predictions depend on the draw.
-            training: whether layers are in training mode, and the KL divergence has its weight `kl_weight`.
+            y: the observations whose likelihood counts, `(times, values, mask)`, or `None` for those of `x`.
+            y_pred: not used, because predictions depend on the draw.
+            training: whether layers are in training mode, and the KL divergence has the weight `kl_weight`.
         """
         from tensorflow_probability import distributions as tfd
 
@@ -279,10 +314,10 @@ class LatentODE(NestedLayers, LikelihoodModel):
         measures = {"nll": (nll, each), "kl": (kl, each), "mse": (ops.square(mean - values), observed)}
         return nll + (self.kl_weight if training else 1) * kl, measures
 
-    def compute_output_shape(self, inputs_shape):
+    def compute_output_shape(self, inputs_shape: Any) -> tuple:
         return tuple(inputs_shape[1])
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.update(
             latent_dim=self.latent_dim,
@@ -293,10 +328,10 @@ class LatentODE(NestedLayers, LikelihoodModel):
         )
         return {**config, **self.dynamics.options.get_config()}
 
-    def _series(self, series):
-        """Times for a solve, values with zeros where none was observed, and where one was."""
+    def _series(self, series: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """Returns times for a solve, values with zeros where none was observed, and a mask of what was observed."""
         if not isinstance(series, list | tuple) or len(series) != 3:
-            raise ValueError(f"A batch of series is a tuple `(times, values, mask)`. Received: {series!r}")
+            raise ValueError(f"A batch of series must be a tuple `(times, values, mask)`. Received: {series!r}")
         times = prepare_times(series[0], self.variable_dtype)
         values, mask = (ops.convert_to_tensor(x) for x in series[1:])
         if len(values.shape) != 3 or len(mask.shape) != 3 or len(times.shape) not in (1, 2):
@@ -309,13 +344,13 @@ class LatentODE(NestedLayers, LikelihoodModel):
         observed = ops.cast(mask, "bool")
         values = ops.where(observed, ops.cast(values, self.variable_dtype), 0)
         if len(times.shape) == 2:
-            # A solve must not turn back for the time of a step without observations, which may be anything.
+            # The time of a step without observations may be anything, and must not make a solve turn back.
             front = [(0, 0), (1, 0)]
             valid = with_start(ops.any(observed, axis=-1))
             times = last_valid(ops.pad(times, front, constant_values=self.dynamics.t0), valid)[:, 1:]
         return times, values, observed
 
 
-def _network(units, outputs, dtype, name):
+def _network(units: int, outputs: int, dtype: Any, name: str) -> keras.Sequential:
     hidden = keras.layers.Dense(units, activation="tanh", dtype=dtype)
     return keras.Sequential([hidden, keras.layers.Dense(outputs, dtype=dtype)], name=name)

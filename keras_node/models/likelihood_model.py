@@ -1,7 +1,8 @@
-"""What the models that bring their own loss have in common."""
+"""The base class of models that are trained by likelihood, without targets."""
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -13,46 +14,51 @@ from keras import ops
 class LikelihoodModel(keras.Model):
     """A model that is trained by the likelihood of its inputs, and needs no targets.
 
-    A subclass gives the loss of each sample in `sample_losses`. `fit` minimises, for `n` samples,
-
     `loss = (w[0] * losses[0] + ... + w[n - 1] * losses[n - 1]) / n + sum(model.losses)`
 
-    where `w` is `sample_weight`, or 1. The sum is divided by `n` and not by the sum of the weights, as Keras' own
-    losses do by default. `model.losses` are the regularizers and what was given to `add_loss`, without weights.
+    A subclass computes the losses of the `n` samples in `sample_losses`. `w` is `sample_weight`, or 1. Like the losses
+    of Keras by default, this one divides by `n` and not by the sum of the weights. `model.losses` holds the
+    regularizers and the values that were passed to `add_loss`; they are not weighted.
 
-    On several devices (`tf.distribute`) each one counts as much as it has samples. So losses and gradients are those
-    of one device also where a batch does not divide evenly, or leaves a device without samples.
+    With several devices (`tf.distribute`), each device has a weight in proportion to its number of samples. So losses
+    and gradients are the same as on one device, even if a batch does not divide evenly or a device gets no samples.
     """
 
-    # Means to report next to the loss. `sample_losses` returns their values.
+    # The names of means that are reported in addition to the loss. `sample_losses` returns their values.
     measures: tuple[str, ...] = ()
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.trackers = [keras.metrics.Mean(name=name) for name in ("loss", *self.measures)]
 
     def sample_losses(self, x: Any, y: Any, y_pred: Any, training: bool) -> tuple[tf.Tensor, dict[str, tuple]]:
-        """The loss of each sample, and for each of `measures` its values and the weights (0 or 1) of these.
+        """Computes the loss of each sample.
 
         Args:
             x: a batch of inputs.
-            y: a batch of what the model compares with, or `None`.
-            y_pred: what the model returned for `x`, or `None`.
+            y: a batch of the data that the model is compared with, or `None`.
+            y_pred: the output of the model for `x`, or `None`.
             training: whether the model is in training mode.
+
+        Returns:
+            The losses, and for each name in `measures` a pair: its values, and their weights (0 or 1).
         """
         raise NotImplementedError
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """The loss of a batch, of shape `()`. On several devices, the part of this one: the sum is the loss.
-
-        Updates the metrics.
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> tf.Tensor:
+        """Computes the loss of a batch and updates the metrics.
 
         Args:
             x: the inputs.
-            y: what the model compares with, where it takes such.
-            y_pred: the output of the model for `x`, where it is known.
-            sample_weight: weights of the samples, in the shape of their losses, or of its first axes.
+            y: the data that the model is compared with, if the model takes them.
+            y_pred: the output of the model for `x`, if it is known.
+            sample_weight: weights of the samples, in the shape of their losses or of its first axes.
             training: whether the model is in training mode.
+
+        Returns:
+            The loss, a scalar. With several devices, the share of this device; their sum is the loss.
         """
         losses, measures = self.sample_losses(x, y, y_pred, training)
         weights = ops.ones_like(losses) if sample_weight is None else _weights(sample_weight, losses)
@@ -67,7 +73,7 @@ class LikelihoodModel(keras.Model):
             tracker.update_state(tf.stop_gradient(values), counts)
         return loss * ops.cast(_share_of_replica(count), loss.dtype)
 
-    def train_step(self, data):
+    def train_step(self, data: Any) -> dict[str, Any]:
         x, y, sample_weight = _unpacked(data)
         with tf.GradientTape() as tape:
             loss = self.compute_loss(x, y, sample_weight=sample_weight, training=True)
@@ -75,15 +81,15 @@ class LikelihoodModel(keras.Model):
         self.optimizer.apply(tape.gradient(loss, self.trainable_weights), self.trainable_weights)
         return self.get_metrics_result()
 
-    def test_step(self, data):
+    def test_step(self, data: Any) -> dict[str, Any]:
         x, y, sample_weight = _unpacked(data)
         self.compute_loss(x, y, sample_weight=sample_weight, training=False)
         return self.get_metrics_result()
 
-    # Keras drops weights that come with arrays but without targets, so here they travel in the place of the targets.
+    # Keras drops the weights of arrays without targets. So here the weights are passed in the place of the targets.
 
     @functools.wraps(keras.Model.fit)
-    def fit(self, *args, **kwargs):
+    def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
         arguments = _bound(super().fit, args, kwargs)
         _refuse_class_weight(arguments)
         validation_data = arguments.get("validation_data")
@@ -93,17 +99,25 @@ class LikelihoodModel(keras.Model):
         return super().fit(**_with_packed_weights(arguments))
 
     @functools.wraps(keras.Model.evaluate)
-    def evaluate(self, *args, **kwargs):
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         return super().evaluate(**_with_packed_weights(_bound(super().evaluate, args, kwargs)))
 
     @functools.wraps(keras.Model.train_on_batch)
-    def train_on_batch(self, *args, **kwargs):
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         arguments = _bound(super().train_on_batch, args, kwargs)
         _refuse_class_weight(arguments)
         return super().train_on_batch(**arguments)
 
-    def compile(self, optimizer="rmsprop", loss=None, loss_weights=None, metrics=None, weighted_metrics=None, **kwargs):
-        """Configures training as `keras.Model.compile` does, without a loss and metrics: the model brings its own."""
+    def compile(
+        self,
+        optimizer: str | keras.optimizers.Optimizer = "rmsprop",
+        loss: None = None,
+        loss_weights: None = None,
+        metrics: None = None,
+        weighted_metrics: None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Configures training like `keras.Model.compile`, but takes no loss and no metrics: the model has its own."""
         refused = {
             "loss": loss,
             "loss_weights": loss_weights,
@@ -113,25 +127,25 @@ class LikelihoodModel(keras.Model):
         for name, value in refused.items():
             if value is not None:
                 raise ValueError(
-                    f"A {type(self).__name__} brings its own loss and metrics: `compile` takes no `{name}`. "
+                    f"A {type(self).__name__} has its own loss and metrics: leave `{name}` out of `compile`. "
                     f"Received: {name}={value!r}"
                 )
         super().compile(optimizer, **kwargs)
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: dict[str, Any]) -> None:
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.built:
             self.optimizer.build(self.trainable_variables)
 
     @property
-    def metrics(self):
-        # `compile` makes a tracker for the loss as well, which this class does not use.
+    def metrics(self) -> list[keras.Metric]:
+        # `compile` of Keras creates another tracker for the loss, which this class does not use.
         others = [m for m in super().metrics if m not in self.trackers]
         return [*self.trackers, *(m for m in others if m.name != "loss")]
 
 
-def _share_of_replica(count):
-    """How much of the batch's samples this replica has: gradients of replicas are added up."""
+def _share_of_replica(count: tf.Tensor) -> Any:
+    """Returns the share of the batch that this replica has, because the gradients of replicas are added up."""
     replica = tf.distribute.get_replica_context()
     if replica is None or replica.num_replicas_in_sync == 1:
         return 1.0
@@ -139,57 +153,60 @@ def _share_of_replica(count):
     return count / replica.all_reduce(tf.distribute.ReduceOp.SUM, count)
 
 
-def _weights(sample_weight, losses):
-    """Weights in the shape of the losses."""
+def _weights(sample_weight: Any, losses: tf.Tensor) -> tf.Tensor:
+    """Returns weights in the shape of the losses."""
     weights = ops.cast(ops.convert_to_tensor(sample_weight), losses.dtype)
     if len(weights.shape) == len(losses.shape) + 1 and weights.shape[-1] == 1:
         weights = ops.squeeze(weights, axis=-1)
     known = zip(weights.shape, losses.shape, strict=False)
     if len(weights.shape) > len(losses.shape) or any(None not in pair and pair[0] != pair[1] for pair in known):
         raise ValueError(
-            "`sample_weight` must have the shape of the samples, or of their first axes. Received: "
+            "`sample_weight` must have the shape of the losses, or of their first axes. Received: "
             f"sample_weight.shape={tuple(weights.shape)} for losses of shape {tuple(losses.shape)}"
         )
     return ops.broadcast_to(_expanded(weights, losses), ops.shape(losses))
 
 
-def _expanded(weights, like):
-    """`weights` with axes at the end, to multiply `like`."""
+def _expanded(weights: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+    """Appends axes to `weights`, so that they can be multiplied with `like`."""
     return ops.reshape(weights, (*ops.shape(weights), *[1] * (len(like.shape) - len(weights.shape))))
 
 
-def _bound(method, args, kwargs):
-    """The arguments of a call, by name."""
+def _bound(method: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a call by their names."""
     arguments = dict(inspect.signature(method).bind(*args, **kwargs).arguments)
     others = arguments.pop("kwargs", {})
     return {**arguments, **others}
 
 
-def _refuse_class_weight(arguments):
+def _refuse_class_weight(arguments: dict[str, Any]) -> None:
     if arguments.get("class_weight") is not None:
         raise ValueError(
-            "There are no classes to weigh without targets: give every sample its weight in `sample_weight`. "
+            "`class_weight` needs targets, and this model takes none: give each sample its weight in `sample_weight`. "
             f"Received: class_weight={arguments['class_weight']!r}"
         )
 
 
-def _with_packed_weights(arguments):
-    """Arguments of `fit` or `evaluate` with the weights of arrays beside the targets. Data sets bring their own."""
+def _with_packed_weights(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Moves the weights of arrays into the targets, in the arguments of `fit` or `evaluate`.
+
+    Data sets contain their own weights, so their arguments stay as they are.
+    """
     are_arrays = all(hasattr(leaf, "shape") for leaf in keras.tree.flatten(arguments.get("x")))
     if arguments.get("sample_weight") is None or not are_arrays:
         return arguments
     return {**arguments, "y": _packed(arguments.get("y"), arguments["sample_weight"]), "sample_weight": None}
 
 
-def _packed(y, sample_weight):
+def _packed(y: Any, sample_weight: Any) -> Any:
     if sample_weight is None:
         return y
     targets = {} if y is None else {"y": y}
     return {**targets, "sample_weight": np.asarray(sample_weight)}
 
 
-def _unpacked(data):
-    """The inputs, targets and weights of a batch."""
+def _unpacked(data: Any) -> tuple:
+    """Returns the inputs, targets and weights of a batch."""
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     if isinstance(y, dict) and "sample_weight" in y:
         return x, y.get("y"), y["sample_weight"]

@@ -1,20 +1,22 @@
-"""Solvers: Butcher tableaus (data), one Runge-Kutta step, and the object that names a method and its steps."""
+"""Solvers: Butcher tableaus (data), one Runge-Kutta step, and the object that selects a method and its steps."""
+
+from typing import Any
 
 import keras
 
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.solvers.tableaus import TABLEAUS
 
-# Without an error estimate a method named alone cannot adapt; this many steps between two times, then.
+# The number of steps between two times for a method without an error estimate that is given by its name only.
 DEFAULT_NUM_STEPS = 10
 
 
-def get(identifier) -> RungeKutta:
-    """Returns the solver that `identifier` stands for: a `RungeKutta`, the name of a method, or a config.
+def get(identifier: RungeKutta | str | dict[str, Any]) -> RungeKutta:
+    """Returns a solver from a `RungeKutta`, the name of a method, or a config.
 
     Raises:
         ValueError: for an unknown method.
-        TypeError: for anything else.
+        TypeError: for an `identifier` of another type.
     """
     if isinstance(identifier, RungeKutta):
         return identifier

@@ -1,4 +1,4 @@
-"""Rooted trees: one for each condition that a Runge-Kutta method of some order must satisfy.
+"""Rooted trees. Each one stands for a condition that a Runge-Kutta method of some order must satisfy.
 
 Reference: Hairer, Norsett & Wanner (1993), "Solving Ordinary Differential Equations I", II.2.
 """
@@ -10,9 +10,13 @@ import numpy as np
 
 
 class RootedTree(NamedTuple):
-    """The tree that grafts `branch` onto the root of `trunk`, both indices of smaller trees.
+    """A tree that you get by attaching the tree `branch` to the root of the tree `trunk`.
 
-    The single node has neither: it says 0. `density` is gamma in HNW.
+    Attributes:
+        order: the number of nodes.
+        density: gamma in Hairer, Norsett & Wanner.
+        trunk, branch: the indices of these two smaller trees, or 0 for the tree with a single node.
+        brackets: the tree as nested brackets, such as `[[][]]`.
     """
 
     order: int
@@ -24,7 +28,7 @@ class RootedTree(NamedTuple):
 
 @functools.cache
 def rooted_trees(max_order: int) -> tuple[RootedTree, ...]:
-    """All rooted trees of at most `max_order` nodes, those with fewer nodes first."""
+    """All rooted trees with at most `max_order` nodes. Trees with fewer nodes come first."""
     if max_order == 1:
         return (RootedTree(order=1, density=1, trunk=0, branch=0, brackets="[]"),)
     smaller = rooted_trees(max_order - 1)
@@ -38,14 +42,14 @@ def rooted_trees(max_order: int) -> tuple[RootedTree, ...]:
         )
         for i, trunk in enumerate(smaller)
         for j, branch in enumerate(smaller)
-        # A root takes its branches in ascending order, so that every tree arises once.
+        # Branches are attached in ascending order, so that every tree is made only once.
         if trunk.order + branch.order == max_order and j >= trunk.branch
     )
     return (*smaller, *grafted)
 
 
 def elementary_weights(a: np.ndarray, trees: tuple[RootedTree, ...]) -> np.ndarray:
-    """Phi in HNW for every tree and stage: shape `(trees, stages)`."""
+    """Phi in Hairer, Norsett & Wanner, for every tree and stage: shape `(trees, stages)`."""
     weights = np.ones((len(trees), len(a)))
     for i, tree in enumerate(trees[1:], 1):
         weights[i] = weights[tree.trunk] * (a @ weights[tree.branch])

@@ -1,7 +1,8 @@
-"""The solver that a user chooses: an explicit Runge-Kutta method and the control of its step size."""
+"""The solver that a user selects: an explicit Runge-Kutta method and the control of its step size."""
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -16,55 +17,66 @@ from keras_node.step_size import ConstantSteps, PIDController
 class RungeKutta:
     """An explicit Runge-Kutta method, with adaptive or constant steps.
 
-    Adaptive steps keep the estimate `e` of a step's local error below the tolerances,
+    A step is adaptive by default. The solver accepts a step from `y0` to `y1` if the estimate `e` of its local error
+    is below the tolerances:
 
-    `rms(e / (atol + rtol * max(|y0|, |y1|))) <= 1`,
+    `rms(e / (atol + rtol * max(|y0|, |y1|))) <= 1`
 
-    the root mean square taken over the whole state, or over each sample's with `per_sample`. They are the default,
-    and need a method with an embedded error estimate: `heun`, `bosh3`, `dopri5`, `tsit5` or `dopri8`.
+    The root mean square is taken over the whole state, or over each sample with `per_sample`. Adaptive steps need a
+    method with an embedded error estimate: `heun`, `bosh3`, `dopri5`, `tsit5` or `dopri8`.
+
+    You cannot change a solver, but `dataclasses.replace(solver, rtol=1e-6)` makes a changed copy. Two solvers are equal
+    if their options are equal.
 
     Args:
         method: one of `euler`, `midpoint`, `heun`, `ralston`, `rk4`, `rk38`, `bosh3`, `dopri5`, `tsit5`, `dopri8`.
+            Defaults to `"tsit5"`.
         rtol: relative tolerance of adaptive steps, positive. Defaults to `1e-3`.
         atol: absolute tolerance of adaptive steps, positive, in units of the state. Defaults to `1e-6`.
-        step_size: constant steps of this length, in units of time. The last step to the end time is shorter.
-        num_steps: constant steps, this many between two consecutive times of `ts`.
-        max_steps: attempted steps after which a solve fails with status 1. Defaults to `4096`. Under XLA
-            `DirectGradient` reserves memory for this many.
-        per_sample: whether every sample of the batch has a time, a step size and an error of its own, so that its
-            solution does not depend on the others in its batch. The state's first axis is then the batch. Without it
-            the error is a mean over the batch, in which a single hard sample hides: one that moves among 999 that
-            rest may be wrong by 400 % at the default tolerances. Results then also depend on the batch, below the
-            tolerance: on the smaller last batch of `predict`, for one. Defaults to `False`.
-        step_at: times at which a step ends and the field is evaluated afresh, for a field that has a jump or a kink
-            there: a switch, a dose, a change of control. Up to such a time the field is seen as it is before, and
-            from it on as it is after. Not with `num_steps`.
-        first_step: length of the first attempted step of an adaptive solve, in units of time; `math.inf` attempts the
-            whole way to the end. By default it is chosen at the cost of one evaluation.
-        pcoeff: proportional coefficient of the PID step size controller. Defaults to `0.0`.
-        icoeff: integral coefficient. Defaults to `1.0`: an I-controller.
+        step_size: length of constant steps, in units of time. The last step to the end time may be shorter. Defaults
+            to `None`.
+        num_steps: number of constant steps between two consecutive times of `ts`. Defaults to `None`. Without
+            `step_size` and `num_steps`, steps are adaptive.
+        max_steps: number of attempted steps after which a solve fails with status 1. Defaults to `4096`. Under XLA,
+            `DirectGradient` reserves memory for this number of steps. Not with `num_steps`.
+        per_sample: whether every sample of the batch has its own time, step size and error, so that its solution does
+            not depend on the other samples. Then the first axis of the state must be the batch. Otherwise the error is
+            a mean over the batch, and it can hide a single hard sample: at the default tolerances, one sample that
+            moves among 999 samples at rest may be wrong by 400 %. Then results also depend on the batch, within the
+            tolerance, for example on the smaller last batch of `predict`. Defaults to `False`.
+        step_at: times at which a step ends and the field is evaluated again, because the field has a jump or a kink
+            there: a switch, a dose, a change of control. The steps before such a time see the field before the jump,
+            and the steps after it see the field after the jump. Not with `num_steps`. Defaults to `()`.
+        first_step: length of the first attempted step of an adaptive solve, in units of time. With `math.inf`, the
+            first step tries to reach the end. Defaults to `None`: the solver chooses it, which takes one evaluation.
+        pcoeff: proportional coefficient of the PID controller of the step size. Defaults to `0.0`.
+        icoeff: integral coefficient. Defaults to `1.0`, for an I-controller.
         dcoeff: derivative coefficient. Defaults to `0.0`.
-        safety: factor by which the next step is shorter than the estimate asks for. Defaults to `0.9`.
-        min_factor: the least factor between two consecutive steps. Defaults to `0.2`.
-        max_factor: the largest factor between two consecutive steps. Defaults to `10.0`.
-
-    A solver cannot be changed; `dataclasses.replace(solver, rtol=1e-6)` makes another one. Solvers are equal if their
-    options are.
+        safety: factor that makes the next step shorter than the controller would choose, at most 1. Defaults to `0.9`.
+        min_factor: smallest factor between two consecutive steps, below 1. Defaults to `0.2`.
+        max_factor: largest factor between two consecutive steps, above 1. Defaults to `10.0`.
 
     Raises:
-        ValueError: for an unknown method, for a method without an error estimate that is asked to adapt, for
-            `step_size` with `num_steps`, for values out of range, and for options of adaptive steps with constant ones.
+        ValueError: for an unknown method, for adaptive steps with a method without an error estimate, for `step_size`
+            together with `num_steps`, for values out of range, and for options that have no effect.
 
     Example:
-    >>> solver = keras_node.RungeKutta("dopri5", rtol=1e-5, atol=1e-8)
-    >>> solution = keras_node.odeint(lambda y: -y, 1.0, [0.0, 1.0], solver=solver)
-    >>> round(float(solution.ys[-1]), 4)
-    0.3679
+        >>> solver = keras_node.RungeKutta("dopri5", rtol=1e-5, atol=1e-8)
+        >>> solution = keras_node.odeint(lambda y: -y, 1.0, [0.0, 1.0], solver=solver)
+        >>> round(float(solution.ys[-1]), 4)
+        0.3679
 
     Reference:
 
-    - Hairer, Norsett & Wanner (1993), "Solving Ordinary Differential Equations I", II.4.
-    - Soderlind (2003), "Digital filters in adaptive time-stepping".
+        - Hairer, Norsett & Wanner (1993), "Solving Ordinary Differential Equations I", II.4, for error norm, first step
+          and step control.
+        - Söderlind (2002), "Automatic control and adaptive time-stepping", Numer. Algorithms 31, and (2003), "Digital
+          filters in adaptive time-stepping", ACM Trans. Math. Softw. 29(1), for the PID controller.
+        - Tsitouras (2011), "Runge-Kutta pairs of order 5(4) satisfying only the first column simplifying assumption",
+          Comput. Math. Appl. 62(2), for `tsit5`.
+        - Bogacki & Shampine (1989), "A 3(2) pair of Runge-Kutta formulas", Appl. Math. Lett. 2(4), for `bosh3`.
+        - Dormand & Prince (1980), "A family of embedded Runge-Kutta formulae", J. Comp. Appl. Math. 6(1), for `dopri5`.
+        - Prince & Dormand (1981), "High order embedded Runge-Kutta formulae", J. Comp. Appl. Math. 7(1), for `dopri8`.
     """
 
     method: str = "tsit5"
@@ -84,43 +96,47 @@ class RungeKutta:
     min_factor: float = 0.2
     max_factor: float = 10.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
             value = getattr(self, name)
-            if value is not None or getattr(type(self), name) is not None:  # None only where it is the default
+            if value is not None or getattr(type(self), name) is not None:  # `None` is allowed only as a default
                 object.__setattr__(self, name, check(name, value))
         self._check_together()
 
     @property
     def tableau(self) -> ButcherTableau:
+        """The coefficients of the method."""
         return TABLEAUS[self.method]
 
     @property
     def adaptive(self) -> bool:
+        """Whether the solver chooses its steps by their error."""
         return self.step_size is None and self.num_steps is None
 
     @property
     def controller(self) -> ConstantSteps | PIDController:
+        """The object that accepts steps and chooses their sizes."""
         if not self.adaptive:
             return ConstantSteps()
+        assert self.tableau.error_order is not None  # `_check_together` makes sure
         return PIDController(self.tableau.error_order, **{name: getattr(self, name) for name in _CONTROLLER})
 
-    def get_config(self) -> dict:
+    def get_config(self) -> dict[str, Any]:
         return {**self._options(), "step_at": list(self.step_at)}
 
     @classmethod
-    def from_config(cls, config: dict) -> "RungeKutta":
+    def from_config(cls, config: dict[str, Any]) -> "RungeKutta":
         return cls(**config)
 
     def __repr__(self) -> str:
         changed = [f"{name}={value!r}" for name, value in self._changed().items() if name != "method"]
         return f"RungeKutta({', '.join([repr(self.method), *changed])})"
 
-    def _options(self) -> dict:
+    def _options(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def _changed(self) -> dict:
-        """The options that are not the default."""
+    def _changed(self) -> dict[str, Any]:
+        """The options that differ from the default."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         return {name: value for name, value in self._options().items() if value != defaults[name]}
 
@@ -132,14 +148,14 @@ class RungeKutta:
             )
         if self.safety > 1 or self.min_factor >= 1 or self.max_factor <= 1:
             raise ValueError(
-                "A controller needs `safety <= 1`, `min_factor < 1` and `max_factor > 1`. Received: "
+                "The step size controller needs `safety <= 1`, `min_factor < 1` and `max_factor > 1`. Received: "
                 f"safety={self.safety}, min_factor={self.min_factor}, max_factor={self.max_factor}"
             )
         if self.adaptive and not self.tableau.embedded:
             able = ", ".join(name for name, tableau in TABLEAUS.items() if tableau.embedded)
             raise ValueError(
-                f"Method {self.method!r} has no error estimate and cannot adapt its steps. Pass `num_steps` or "
-                f"`step_size`, or choose one of {able}. Received: step_size=None, num_steps=None"
+                f"Method {self.method!r} has no error estimate, so its steps cannot be adaptive. Pass `num_steps` or "
+                f"`step_size`, or use one of {able}. Received: method={self.method!r}, step_size=None, num_steps=None"
             )
         if not self.adaptive:
             self._refuse_unused((*_CONTROLLER, "first_step"), "constant steps")
@@ -149,13 +165,14 @@ class RungeKutta:
     def _refuse_unused(self, options: tuple[str, ...], mode: str) -> None:
         unused = [f"{name}={value}" for name, value in self._changed().items() if name in options]
         if unused:
-            raise ValueError(f"These options have no effect with {mode}; leave them out. Received: {', '.join(unused)}")
+            raise ValueError(f"These options have no effect with {mode}: leave them out. Received: {', '.join(unused)}")
 
 
 _CONTROLLER = tuple(field.name for field in dataclasses.fields(PIDController) if field.name != "error_order")
 
 
 def _times(name: str, value: Any) -> tuple[float, ...]:
+    """Returns `value` as a tuple of finite times."""
     try:
         times = tuple(float(t) for t in value)
     except (TypeError, ValueError):
@@ -165,7 +182,7 @@ def _times(name: str, value: Any) -> tuple[float, ...]:
     return times
 
 
-_CHECKS = {
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "method": lambda name, value: one_of(name, value, TABLEAUS),
     "rtol": positive_number,
     "atol": positive_number,

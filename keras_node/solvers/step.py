@@ -1,6 +1,6 @@
 """One explicit Runge-Kutta step for any Butcher tableau, in the notation of Hairer, Norsett & Wanner (1993), II.1."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,11 +12,15 @@ from keras_node.trees import Nest
 
 
 class Rates(NamedTuple):
-    """What a vector field gives to the solver: `dy/dt`, and the integrands of the quadratures.
+    """What a vector field returns to the solver.
 
-    A quadrature is a state that the right-hand side does not read. Its stage values are never formed and it does
-    not enter the error estimate; only its weighted sum over an accepted step is. It is integrated over time, or over
-    the clock where every sample runs through time at its own speed: it is shared by them.
+    A quadrature is a state that the right-hand side does not read. So it needs no values at the stages, only the
+    weighted sum over an accepted step, and it is not part of the error estimate. It is integrated over time; if time
+    has a different speed in every sample, it is integrated over the clock, because the samples share a quadrature.
+
+    Attributes:
+        y: the rate of change `dy/dt` of the state.
+        quadrature: the rates of the quadratures.
     """
 
     y: Nest
@@ -27,8 +31,11 @@ class Step(NamedTuple):
     """A step from `(t, y0)` over `dt` to `y1`.
 
     Attributes:
+        t: the time at the start of the step.
+        dt: the signed length of the step.
+        y0: the state at `t`.
         y1: the state at `t + dt`.
-        error: the embedded estimate of the local error of `y1`; `None` where the tableau has none.
+        error: the embedded estimate of the local error of `y1`, or `None` if there is no estimate.
         k: the `Rates` at every stage.
         stages: the pairs `(time, state)` at which they were evaluated.
     """
@@ -51,26 +58,26 @@ def rk_step(
     k1: Rates | None = None,
     last_rate: bool = True,
 ) -> Step:
-    """Takes one step.
+    """Computes one step.
 
     Args:
-        tableau: the method's coefficients.
+        tableau: the coefficients of the method.
         vector_field: `f(t, y)`.
-        t: start of the step, a scalar or `(batch,)`.
-        dt: signed length of the step, of the same shape.
+        t: the time at the start of the step, a scalar or `(batch,)`.
+        dt: the signed length of the step, in the same shape.
         y0: the state at `t`.
-        k1: `f(t, y0)` where it is known already (first same as last).
-        last_rate: whether a method that is first same as last evaluates the field at `y1`. Without it the step
-            has no error estimate and no dense output.
+        k1: `f(t, y0)` if it is known already (first same as last).
+        last_rate: whether a method that is first same as last evaluates the field at `y1`. Without this evaluation, the
+            step has no error estimate and no dense output.
     """
 
-    def moved_by(weights, k):
+    def moved_by(weights: Sequence[float], k: list[Rates]) -> Nest:
         increment = trees.weighted_sum(weights, [rates.y for rates in k])
         return trees.add(y0, trees.scale(dt, increment))
 
     k = [vector_field(t, y0) if k1 is None else k1]
     stages = [(t, y0)]
-    # The times of all stages at once, since eagerly every operation counts.
+    # The times of all stages are computed at once, because in eager mode every operation takes time.
     c = np.reshape(tableau.c[1:], [-1] + [1] * t.shape.rank)
     times = tf.unstack(tf.add(t, tf.multiply(tf.constant(c, t.dtype), dt)), len(c))
     for a, time in zip(tableau.a, times, strict=True):
@@ -79,11 +86,11 @@ def rk_step(
             k.append(vector_field(*stages[-1]))
     y1 = stages[-1][1] if tableau.fsal else moved_by(tableau.b, k)
     error = None
-    if tableau.embedded and len(k) == tableau.num_stages:
+    if tableau.b_error is not None and len(k) == tableau.num_stages:
         error = trees.scale(dt, trees.weighted_sum(tableau.b_error, [rates.y for rates in k]))
     return Step(t, dt, y0, y1, error, k, stages)
 
 
 def quadrature_rate(tableau: ButcherTableau, step: Step) -> Nest:
-    """The mean rates of the quadratures over a step."""
+    """The mean rates of the quadratures over a step. The step changes a quadrature by `dt` times its mean rate."""
     return trees.weighted_sum(tableau.b, [rates.quadrature for rates in step.k])

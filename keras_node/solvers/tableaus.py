@@ -7,14 +7,14 @@ A step from `(t, y)` over `dt`, in the notation of Hairer, Norsett & Wanner (HNW
     error           = dt sum_i b_error_i k_i
     y(t + theta dt) = y + dt sum_i b_i(theta) k_i,    b_i(theta) = sum_j b_dense_ij theta^j
 
-The dense output uses the stages of the step and nothing else: it never costs an evaluation.
+The dense output uses only the stages of the step, so it needs no further evaluation of the field.
 
-To add a method, add one constant. `TABLEAUS` finds it, and a wrong coefficient raises at import.
+To add a method, add one constant. `TABLEAUS` finds it, and a wrong coefficient raises an error at import.
 
 References:
-    Hairer, Norsett & Wanner (1993), "Solving Ordinary Differential Equations I", 2nd edition;
-    there II.2 for rooted trees and order conditions, II.6 for those of dense output.
-    The source of each method is named above it.
+    Hairer, Norsett & Wanner (1993), "Solving Ordinary Differential Equations I", 2nd edition:
+    II.2 for rooted trees and order conditions, II.6 for the order conditions of dense output.
+    The source of each method is above its constant.
 """
 
 import functools
@@ -26,8 +26,8 @@ import numpy as np
 from keras_node.solvers.rooted_trees import elementary_weights, rooted_trees
 
 
-def _equal(actual: np.ndarray, expected: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Equality up to rounding. `size` sums the magnitudes of what was added up in `actual`."""
+def _equal(actual: np.ndarray, expected: np.ndarray | float, size: np.ndarray) -> np.ndarray:
+    """Whether values are equal up to rounding. `size` is the sum of the magnitudes of the terms of `actual`."""
     return np.abs(actual - expected) <= 1e-13 * (1 + size)
 
 
@@ -35,14 +35,14 @@ def _equal(actual: np.ndarray, expected: np.ndarray, size: np.ndarray) -> np.nda
 class ButcherTableau:
     """Coefficients of an explicit Runge-Kutta method, its error estimate and its dense output.
 
-    All coefficients are tuples of Python numbers. On construction the tableau checks their
-    shapes, the row sums and every order condition that its orders claim.
+    All coefficients are tuples of Python numbers. The constructor checks their shapes, the row sums
+    and every order condition up to the given orders.
 
     Args:
-        name: String. What a user calls the method.
+        name: String. The name by which a user selects the method.
         order: Integer. Order of the step: its local error is `O(dt**(order + 1))`.
-        a: Tuple of `num_stages - 1` rows. The row of the second stage holds one number, every
-            next row one more.
+        a: Tuple of `num_stages - 1` rows. The row of the second stage holds one number, and every
+            next row holds one more.
         b: Tuple of `num_stages` numbers. Weights of the stages in the step.
         c: Tuple of `num_stages` numbers. Times of the stages, as fractions of the step.
         b_dense: Tuple of `num_stages` rows. Row `i` holds the coefficients of
@@ -51,11 +51,11 @@ class ButcherTableau:
             `O(dt**(dense_order + 1))`.
         b_error: Tuple of `num_stages` numbers: `b` minus the weights of the embedded method.
             `None` for a method that has no embedded one.
-        error_order: Integer. The error estimate behaves like `dt**error_order`: order of the
-            embedded method plus one. `None` without `b_error`.
+        error_order: Integer. The order of the embedded method plus one, so that the error estimate
+            behaves like `dt**error_order`. `None` without `b_error`.
 
     Raises:
-        ValueError: naming the tableau and the condition that does not hold.
+        ValueError: if a condition does not hold. The message names the tableau and the condition.
     """
 
     name: str
@@ -70,12 +70,12 @@ class ButcherTableau:
 
     @property
     def num_stages(self) -> int:
-        """Evaluations of the vector field that a step uses, the one that FSAL shares included."""
+        """Number of stages, including the one that a step shares with the next if the method is FSAL."""
         return len(self.b)
 
     @property
     def fsal(self) -> bool:
-        """First same as last: the last stage, `f(t + dt, y1)`, is the first of the next step."""
+        """First same as last: the last stage, `f(t + dt, y1)`, is also the first stage of the next step."""
         return self.num_stages > 1 and self.c[-1] == 1 and (*self.a[-1], 0) == self.b
 
     @property
@@ -87,7 +87,8 @@ class ButcherTableau:
     def b_bernstein(self) -> tuple[tuple[float, ...], ...]:
         """The rows of `b_dense` in the Bernstein basis, `comb(q, j) theta^j (1 - theta)^(q - j)`, j = 1 to q.
 
-        Powers of theta cancel near the end of a step, which costs float32 two digits; this basis does not.
+        Near the end of a step, terms with powers of theta cancel, and float32 loses two digits. In this basis it does
+        not.
         """
         q = len(self.b_dense[0])
         to_bernstein = [[comb(j, m) / comb(q, m) if m <= j else 0 for j in range(1, q + 1)] for m in range(1, q + 1)]
@@ -103,9 +104,10 @@ class ButcherTableau:
         self._check_sum("the rows of `a` must sum to `c`", a, np.array(self.c, float))
         self._check_order("`b`", b, a, self.order)
         if self.embedded:
+            assert self.error_order is not None  # `_check_shapes` makes sure
             b_error = np.array(self.b_error, float)
             self._check_sum("`b_error` must sum to 0", b_error, 0)
-            self._require(b_error.any(), "`b_error` must not vanish", self.b_error)
+            self._require(bool(b_error.any()), "`b_error` must not vanish", self.b_error)
             self._check_order("`b - b_error`", b - b_error, a, self.error_order - 1)
         self._check_sum("the rows of `b_dense` must sum to `b`", b_dense, b)
         self._check_order("`b_dense`", b_dense, a, self.dense_order)
@@ -126,20 +128,21 @@ class ButcherTableau:
         holds = len(set(columns)) == 1 and columns[0] >= self.dense_order
         self._require(holds, "`b_dense` must have equal rows, at least `dense_order` long", columns)
         holds = self.embedded == (self.error_order is not None)
-        self._require(holds, "`b_error` and `error_order` come together", self.error_order)
+        received = f"b_error={self.b_error}, error_order={self.error_order}"
+        self._require(holds, "`b_error` and `error_order` come together: give both or none of them", received)
         for field, least in (("order", 1), ("dense_order", 1), ("error_order", 2)):
             claim = getattr(self, field)
-            # No explicit method has a higher order than stages, and the trees would be millions.
+            # No explicit method has a higher order than its number of stages, and there would be millions of trees.
             holds = claim is None or least <= claim < least + stages
             self._require(holds, f"`{field}` must be {least} to {least + stages - 1}", claim)
 
     def _check_sum(self, condition: str, terms: np.ndarray, expected: np.ndarray | float) -> None:
         total = terms.sum(axis=-1)
         holds = _equal(total, expected, np.abs(terms).sum(axis=-1)).all()
-        self._require(holds, condition, f"{total}, where {expected} is due")
+        self._require(bool(holds), condition, f"{total} instead of {expected}")
 
     def _check_order(self, field: str, weights: np.ndarray, a: np.ndarray, order: int) -> None:
-        """Checks weights, or the rows of a weight's coefficients in powers of theta.
+        """Checks the order conditions of weights, or of weights that are rows of coefficients of powers of theta.
 
         The sum of `weights_i Phi_i` must be `1 / gamma`, or `theta**tree.order / gamma`.
         """
@@ -155,12 +158,12 @@ class ButcherTableau:
         for i, tree in enumerate(trees):
             if not holds[i].all():
                 condition = f"to be of order {order}, {field} must satisfy the order condition of "
-                received = f"{actual[i]}, where {expected[i]} is due"
+                received = f"{actual[i]} instead of {expected[i]}"
                 self._require(False, f"{condition}the rooted tree {tree.brackets}", received)
 
 
 # fmt: off
-# The coefficients keep the shape that they have in print.
+# The coefficients have the same layout as in the publications.
 
 # Euler (1768), "Institutionum calculi integralis", volume 1, section 650.
 EULER = ButcherTableau(
@@ -192,7 +195,7 @@ RALSTON = ButcherTableau(
 )
 
 # Kutta (1901), "Beitrag zur näherungsweisen Integration totaler Differentialgleichungen",
-# Z. Math. Phys. 46, for this and the next. Four stages leave one dense output of order 3.
+# Z. Math. Phys. 46, for this method and the next. Its four stages have exactly one dense output of order 3.
 RK4 = ButcherTableau(
     name="rk4", order=4,
     a=((1 / 2,), (0, 1 / 2), (0, 0, 1)), b=(1 / 6, 1 / 3, 1 / 3, 1 / 6), c=(0, 1 / 2, 1 / 2, 1),
@@ -209,7 +212,7 @@ RK38 = ButcherTableau(
 )
 
 # Bogacki & Shampine (1989), "A 3(2) pair of Runge-Kutta formulas", Appl. Math. Lett. 2(4).
-# The dense output is the cubic Hermite polynomial of both ends and their rates of change.
+# The dense output is the cubic Hermite polynomial of the states at both ends and their rates of change.
 BOSH3 = ButcherTableau(
     name="bosh3", order=3,
     a=((1 / 2,), (0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
@@ -247,7 +250,7 @@ DOPRI5 = ButcherTableau(
 )
 
 # Tsitouras (2011), "Runge-Kutta pairs of order 5(4) satisfying only the first column simplifying
-# assumption", Comput. Math. Appl. 62(2). The dense output is the paper's, multiplied out.
+# assumption", Comput. Math. Appl. 62(2). The dense output is that of the paper, expanded in powers of theta.
 TSIT5 = ButcherTableau(
     name="tsit5", order=5,
     a=(
@@ -283,10 +286,11 @@ TSIT5 = ButcherTableau(
 )
 
 # Prince & Dormand (1981), "High order embedded Runge-Kutta formulae", J. Comp. Appl. Math. 7(1),
-# RK8(7)13M. The dense output is our own. No continuous extension on these stages has order 6, nor
-# with f(t + dt, y1) as a fourteenth. Among the extensions of order 5 and degree 6 in theta that
-# leave along k_1 and end in b, this one minimises the integral over theta of E6^2 + E7^2 / 4,
-# where Ep^2 sums ((sum_i b_i(theta) Phi_i - theta^p / gamma) / sigma)^2 over the trees of order p.
+# RK8(7)13M. The dense output was made for this package. These stages have no continuous extension
+# of order 6, even with f(t + dt, y1) as a fourteenth stage. This one has order 5 and degree 6 in
+# theta. It begins with the slope k_1 and ends with the weights b. Among all such extensions it
+# minimises the integral over theta of E6^2 + E7^2 / 4, where Ep^2 is the sum of
+# ((sum_i b_i(theta) Phi_i - theta^p / gamma) / sigma)^2 over the trees of order p.
 DOPRI8 = ButcherTableau(
     name="dopri8", order=8,
     a=(

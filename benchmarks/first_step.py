@@ -1,0 +1,128 @@
+"""What comes before training: processor seconds until the first epoch ends, beside a plain Keras layer.
+
+    python benchmarks/first_step.py             # every case, in a process of its own
+    python benchmarks/first_step.py --case "ODERNN, default" --profile
+
+The data are those of a small study: 249 series of 16 observations with 26 channels, in batches of 32, of which the last
+has 25. `--profile` prints which functions take the time while TensorFlow traces.
+"""
+
+import argparse
+import cProfile
+import os
+import pathlib
+import pstats
+import subprocess
+import sys
+import time
+
+UNITS, FEATURES, MOMENTS, SERIES, BATCH = 16, 26, 16, 249, 32
+RECURRENT = {
+    "keras.layers.GRU": None,
+    "ODERNN, default": {},
+    "ODERNN, jit_compile=False": {"jit_compile": False},
+    "ODERNN, jit_compile=True": {"jit_compile": True},
+    "ODERNN, tsit5": {"solver": "tsit5"},
+    "ODERNN, checkpointed": {"gradient": "checkpointed"},
+    "ODERNN, checkpointed, jit_compile=False": {"gradient": "checkpointed", "jit_compile": False},
+}
+DEEP = {
+    "keras.layers.Dense": None,
+    "ODELayer, default": {},
+    "ODELayer, jit_compile=False": {"jit_compile": False},
+    "ODELayer, jit_compile=True": {"jit_compile": True},
+    "ODELayer, tsit5": {"solver": "tsit5"},
+    "ODELayer, tsit5, jit_compile=False": {"solver": "tsit5", "jit_compile": False},
+    "ODELayer, checkpointed": {"gradient": "checkpointed"},
+    "ODELayer, checkpointed, jit_compile=False": {"gradient": "checkpointed", "jit_compile": False},
+}
+
+
+def recurrent(options):
+    """A network for series, and its inputs."""
+    import keras
+    import numpy as np
+
+    import keras_node
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(SERIES, MOMENTS, FEATURES)).astype("float32")
+    times = np.cumsum(rng.exponential(size=(SERIES, MOMENTS)), axis=1).astype("float32")
+    inputs = keras.Input((MOMENTS, FEATURES)), keras.Input((MOMENTS,))
+    if options is None:
+        hidden = keras.layers.GRU(UNITS)(inputs[0])
+    else:
+        field = keras.Sequential([keras.layers.Dense(24, activation="tanh"), keras.layers.Dense(UNITS)])
+        layer = keras_node.ODERNN(keras.layers.GRUCell(UNITS), field, **{"solver": "bosh3", **options})
+        hidden = layer(*inputs)
+    return keras.Model(inputs, keras.layers.Dense(1)(hidden)), (x, times), rng.normal(size=(SERIES, 1))
+
+
+def deep(options):
+    """A network of continuous depth, and its inputs."""
+    import keras
+    import numpy as np
+
+    import keras_node
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(SERIES, FEATURES)).astype("float32")
+    field = keras.Sequential([keras.layers.Dense(24, activation="tanh"), keras.layers.Dense(UNITS)])
+    layer = field if options is None else keras_node.ODELayer(field, **{"solver": "bosh3", **options})
+    return (
+        keras.Sequential([keras.Input((FEATURES,)), keras.layers.Dense(UNITS), layer, keras.layers.Dense(1)]),
+        x,
+        rng.normal(size=(SERIES, 1)),
+    )
+
+
+def measure(name, profile):
+    """Times one case in this process."""
+    model, x, y = recurrent(RECURRENT[name]) if name in RECURRENT else deep(DEEP[name])
+    model.compile("adam", "mse")
+    profiler = cProfile.Profile()
+    start = time.process_time()
+    if profile:
+        profiler.enable()
+    model.fit(x, y, BATCH, epochs=1, verbose=0)
+    if profile:
+        profiler.disable()
+    first = time.process_time() - start
+    start = time.process_time()
+    model.fit(x, y, BATCH, epochs=10, verbose=0)
+    later = (time.process_time() - start) / 10
+    start = time.process_time()
+    model.predict(x, BATCH, verbose=0)
+    predict = time.process_time() - start
+    print(f"| {name} | {first:.1f} | {later:.2f} | {predict:.1f} |", flush=True)
+    if profile:
+        stats = pstats.Stats(profiler, stream=sys.stdout).strip_dirs()
+        stats.sort_stats("cumulative").print_stats("keras_node|[a-z_]+.py", 60)
+        stats.sort_stats("tottime").print_stats(25)
+
+
+def main():
+    """Runs the cases in turn."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", help="one case, in this process")
+    parser.add_argument("--contains", default="", help="only cases with this in their name")
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    if args.case:
+        measure(args.case, args.profile)
+        return
+    print(
+        "| processor seconds | first epoch | each later epoch | first predict |\n| --- | --- | --- | --- |", flush=True
+    )
+    for name in [*RECURRENT, *DEEP]:
+        if args.contains in name:
+            subprocess.run(
+                [sys.executable, pathlib.Path(__file__), "--case", name],
+                env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+                stderr=subprocess.DEVNULL,
+                check=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
