@@ -10,7 +10,7 @@ _FEW = 64
 
 
 class _Blocks(tf.experimental.ExtensionType):
-    """Tensors in blocks, of which one is open.
+    """Tensors in blocks. One block is open.
 
     A write copies the open block only. A block holds about the square root of the number of all tensors.
     """

@@ -1,4 +1,4 @@
-"""The clock of a solve. It gives time a form in which one loop can do every solve.
+"""The clock of a solve, which lets the same time loop do every kind of solve.
 
 A clock starts at 0 and only grows, in units of time. It stops at some readings, and the part from one stop to the next
 is a segment. A reading in segment `j` means the time

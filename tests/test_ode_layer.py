@@ -296,7 +296,7 @@ def test_a_loss_inside_the_field_is_refused():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: keras_node.odeint(lambda y: y, tf.ones(2), [0.0]), ValueError, "at least one more"),
+        (lambda: keras_node.odeint(lambda y: y, tf.ones(2), [0.0]), ValueError, "one more time at least"),
         (lambda: keras_node.odeint(lambda y: y, tf.ones(2), tf.ones((2, 3, 4))), ValueError, r"\(2, 3, 4\)"),
         (lambda: keras_node.odeint(lambda y: y, tf.ones(2), [0.0, 2.0, 1.0]), ValueError, "monotonic"),
         (lambda: keras_node.odeint(lambda y: y, tf.ones(2), [0.0, np.nan]), ValueError, "finite"),
