@@ -1,31 +1,16 @@
-"""The code in the documentation runs."""
+"""The code in the README runs. That of the site is run by its build, `make docs`."""
 
 import pathlib
 import re
 
 import keras
 import numpy as np
-import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
 def blocks(path):
     return re.findall(r"^```python\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
-
-
-DOCS = [path for path in sorted((ROOT / "docs").glob("*.md")) if blocks(path)]
-
-
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
-@pytest.mark.filterwarnings("ignore")
-def test_the_python_in_a_page_runs(path, tmp_path, monkeypatch):
-    for package in ("ai_edge_litert", "matplotlib"):
-        pytest.importorskip(package)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MPLBACKEND", "Agg")
-    code = "\n".join(blocks(path))
-    exec(compile(code, str(path), "exec"), {"__name__": path.stem})
 
 
 def test_the_python_in_the_readme_runs(tmp_path, monkeypatch):

@@ -176,7 +176,7 @@ def test_the_output_is_masked_once_for_each_asked_time(tmp_path):
         (lambda: ODELayer(lambda y: -y)(X, ts=1.0), ValueError, r"`ts` must be of shape \(T,\) .*ts.shape=\(\)"),
         (lambda: ODELayer(lambda y: -y)(keras.Input((4,)), ts=1.0), ValueError, r"`ts` must be.*ts.shape=\(\)"),
         (lambda: ODELayer(lambda y: -y)(X, ts=[]), ValueError, r"one time or more. Received: ts.shape=\(0,\)"),
-        (lambda: ODELayer(lambda y: -y, augment_dims=2)(X[:, 0]), ValueError, r"axis of features after that of the batch.*shape \(3,\)"),
+        (lambda: ODELayer(lambda y: -y, augment_dims=2)(X[:, 0]), ValueError, r"axis of features after.*shape \(3,\)"),
         (lambda: ODELayer(lambda y: -y, augment_dims=True), ValueError, "an integer, 0 or more. Received: .*True"),
         (lambda: ODELayer(lambda y: -y, gradient="Direct"), ValueError, "Did you mean 'direct'"),
         (
