@@ -38,7 +38,7 @@ nitpick_ignore_regex = [
     ),
     (r"py:.*", r"(Any|Callable|Sequence|Iterable|Mapping|Axes|array-like|optional|callable|Path|PathLike)"),
 ]
-suppress_warnings = ["mystnb.unknown_mime_type"]
+suppress_warnings = ["mystnb.unknown_mime_type", "myst-nb.lexer"]  # the latter if no page is run
 exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
