@@ -10,7 +10,11 @@ continuous network. It prints test accuracies over five seeds, shows what a loos
 trained networks, and draws how the hidden state of the test digits moves. Learning rate, weight decay, activation and
 dropout were chosen by cross-validation on the training digits.
 
-    python examples/digits.py            # about three minutes on two cores
+On these small digits continuous depth does not win: the test accuracies are 98.1 % (continuous), 98.3 % (one block) and
+98.4 % (six blocks), each with a spread of 0.3 over the seeds. What it buys is a path of the state instead of its end
+alone, and an accuracy of the solver that you can choose after training. It costs 27 evaluations of `f`.
+
+    python examples/digits.py            # 8 minutes on two cores that are busy with other work
     python examples/digits.py --quick    # barely trained, in a few seconds
 """
 
