@@ -1,21 +1,28 @@
-"""A residual network of continuous depth, trained on handwritten digits.
+"""A residual network with continuous depth, trained on handwritten digits.
 
-A residual network moves its hidden state in steps, `y = y + f_i(y)`, and every step has its own weights. Let the steps
-shrink and share one `f`, and the state follows an ODE, `dy/dt = f(y)`. Depth is now the time from 0 to 1, and the
-solver decides how often to evaluate `f`.
+A residual network moves its hidden state in steps, `y = y + f_i(y)`, and each step has separate weights. If the steps
+shrink and share one `f`, the state follows an ODE, `dy/dt = f(y)`. Depth is now the time from 0 to 1, and the solver
+decides how often to evaluate `f`.
 
-The script trains three networks on scikit-learn's 8x8 digits with the same recipe: a residual network with one block,
-which has as many parameters as the continuous network; one with six blocks, which has four times as many; and the
-continuous network. It prints test accuracies over five seeds, shows what a looser or a tighter solver does to the
-trained networks, and draws how the hidden state of the test digits moves. Learning rate, weight decay, activation and
-dropout were chosen by cross-validation on the training digits.
+The script trains three networks on scikit-learn's 8x8 digits, all in the same way: the ODE, a residual network with as
+many parameters (one block, of the same shape as `f`), and a residual network with four times as many (six blocks). It
+solves the trained ODE again with other solvers, and draws how the hidden state of the test digits moves.
 
-On these small digits continuous depth does not win: the test accuracies are 98.1 % (continuous), 98.3 % (one block) and
-98.4 % (six blocks), each with a spread of 0.3 over the seeds. What it buys is a path of the state instead of its end
-alone, and an accuracy of the solver that you can choose after training. It costs 27 evaluations of `f`.
+What came out, as the mean and the standard deviation over five seeds:
 
-    python examples/digits.py            # 8 minutes on two cores that are busy with other work
-    python examples/digits.py --quick    # barely trained, in a few seconds
+- The three networks are about as accurate on the 450 test digits: 98.1 ± 0.3 % for the ODE, 98.4 ± 0.2 % for one block
+  and 98.5 ± 0.4 % for six blocks. One digit is 0.2 %. So continuous depth does not win in accuracy here. It needs a
+  quarter of the parameters of six blocks, but so does one block, and an epoch takes longer than with blocks.
+- What continuous depth adds is a choice after training. The same weights give 98.1 % with 72 evaluations of `f`, and
+  98.0 % with the 4 evaluations of a single Runge-Kutta step. Only the single Euler step loses much, with 94.2 %. The
+  head can also read the state at any time: the accuracy grows with depth.
+
+The options of the networks and of the training were chosen by cross-validation on the training digits, where the ODE
+had 98.0 %, one block 97.9 % and six blocks 98.4 %. Six blocks that are so narrow that they have the parameters of one
+had 97.4 %, so the wider single block is the one to compare with.
+
+    python examples/digits.py            # FULLTIME
+    python examples/digits.py --quick    # QUICKTIME
 """
 
 import argparse
@@ -25,6 +32,7 @@ import time
 import keras
 import matplotlib
 import numpy as np
+import tensorflow as tf
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -35,6 +43,14 @@ import matplotlib.pyplot as plt
 
 WIDTH = 64
 SOLVER = keras_node.RungeKutta("tsit5", rtol=1e-2, atol=1e-5)
+OTHER_SOLVERS = {
+    "tsit5, rtol 1e-4": keras_node.RungeKutta("tsit5", rtol=1e-4, atol=1e-7),
+    "tsit5, rtol 1e-2, as in training": SOLVER,
+    "tsit5, rtol 1e-1": keras_node.RungeKutta("tsit5", rtol=1e-1, atol=1e-4),
+    "bosh3, rtol 1e-1": keras_node.RungeKutta("bosh3", rtol=1e-1, atol=1e-4),
+    "rk4, one step": keras_node.RungeKutta("rk4", num_steps=1),
+    "euler, one step": keras_node.RungeKutta("euler", num_steps=1),
+}
 
 
 def two_layer_mlp():
@@ -65,7 +81,7 @@ def continuous_network():
 
 
 class EpochTimer(keras.callbacks.Callback):
-    """Notes the seconds of every epoch."""
+    """Keeps the seconds that every epoch takes."""
 
     def on_train_begin(self, logs=None):
         self.seconds = []
@@ -78,19 +94,21 @@ class EpochTimer(keras.callbacks.Callback):
 
 
 def train(model, data, epochs):
-    """Fit; return the test accuracy, the median seconds of an epoch and the history."""
+    """Fit the model, and return the test accuracy, the median seconds of an epoch and the history."""
     x_train, x_test, labels_train, labels_test = data
-    batches = -(-len(x_train) // 64)
-    rate = keras.optimizers.schedules.CosineDecay(4e-3, decay_steps=epochs * batches)
+    # Every batch has 64 digits, so that XLA compiles the solve for one shape only. The dataset shuffles by itself.
+    batches = tf.data.Dataset.from_tensor_slices((x_train, labels_train)).cache().shuffle(len(x_train))
+    batches = batches.batch(64, drop_remainder=True)
+    rate = keras.optimizers.schedules.CosineDecay(4e-3, decay_steps=epochs * len(batches))
     model.compile(
         keras.optimizers.AdamW(rate, weight_decay=0.01),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
     timer = EpochTimer()
-    history = model.fit(x_train, labels_train, 64, epochs, verbose=0, callbacks=[timer])
+    history = model.fit(batches, epochs=epochs, shuffle=False, verbose=0, callbacks=[timer])
     accuracy = model.evaluate(x_test, labels_test, verbose=0, return_dict=True)["accuracy"]
-    return accuracy, np.median(timer.seconds[1:]), history  # the first epoch compiles, too
+    return accuracy, np.median(timer.seconds[1:]), history  # without the first epoch, which compiles
 
 
 def solve_again(model, solver, x, labels):
@@ -101,7 +119,7 @@ def solve_again(model, solver, x, labels):
     return accuracy, int(solution.stats.num_evaluations)
 
 
-def percent(accuracies):
+def spread(accuracies):
     """Write the mean of the accuracies and, if there are several, their standard deviation."""
     mean = f"{100 * np.mean(accuracies):.1f}"
     return mean if len(accuracies) == 1 else f"{mean} ± {100 * np.std(accuracies, ddof=1):.1f}"
@@ -131,19 +149,20 @@ def draw(path, ts, states, accuracies, labels, history):
     right.grid(alpha=0.3)
     keras_node.plots.evaluations(history, ax=below)
     below.set_title("What a solve costs as the network learns")
+    below.set_ylabel("evaluations of f")
     figure.savefig(path, dpi=120)
 
 
 def main():
-    """Train the three networks, print the tables, draw the picture."""
+    """Train the three networks, print the tables and draw the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="barely train, with one seed: a few seconds")
+    parser.add_argument("--quick", action="store_true", help="train for four epochs, with one seed")
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0, help="the first of five seeds, and the one of the picture")
     parser.add_argument("--policy", default="float32", help="float32, mixed_float16 or mixed_bfloat16")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("digits.png"))
     options = parser.parse_args()
-    epochs, num_seeds = (2, 1) if options.quick else (options.epochs, 5)
+    epochs, num_seeds = (4, 1) if options.quick else (options.epochs, 5)
     seeds = range(options.seed, options.seed + num_seeds)
 
     images, labels = load_digits(return_X_y=True)
@@ -153,31 +172,29 @@ def main():
     keras.config.set_dtype_policy(options.policy)
 
     networks = {
-        "residual, 1 block": lambda: residual_network(1),
-        "residual, 6 blocks": lambda: residual_network(6),
-        "continuous": continuous_network,
+        "residual, 1 block": (lambda: residual_network(1), 1),
+        "residual, 6 blocks": (lambda: residual_network(6), 6),
+        "continuous": (continuous_network, None),
     }
-    print(f"{len(seeds)} seed{'s' * (len(seeds) > 1)}, {epochs} epochs, {len(x_test)} test digits\n")
+    print(f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}, {epochs} epochs, {len(x_test)} test digits\n")
     print("network              parameters   test accuracy, %   s/epoch   evaluations of f")
-    for name, build in networks.items():
-        models, accuracies, seconds, histories = [], [], [], []
+    for name, (build, evaluations) in networks.items():
+        models, results = [], []
         for seed in seeds:
             keras.utils.set_random_seed(seed)
             models.append(build())
-            for values, value in zip((accuracies, seconds, histories), train(models[-1], data, epochs), strict=True):
-                values.append(value)
-        evaluations = {"residual, 1 block": 1, "residual, 6 blocks": 6}.get(name)
-        if evaluations is None:
+            results.append(train(models[-1], data, epochs))
+        accuracies, seconds, histories = zip(*results, strict=True)
+        if evaluations is None:  # the solver decides
             evaluations = np.mean([solve_again(model, SOLVER, x_test, labels_test)[1] for model in models])
         size = models[0].count_params()
-        print(f"{name:20} {size:10,} {percent(accuracies):>18} {np.median(seconds):9.3f} {evaluations:18.0f}")
+        print(f"{name:20} {size:10,} {spread(accuracies):>18} {np.median(seconds):9.3f} {evaluations:18.0f}")
 
-    print("\nthe same trained continuous networks under other solver tolerances")
-    print("rtol                              test accuracy, %             evaluations of f")
-    for rtol in (1e-1, 1e-2, 1e-4):
-        solver = keras_node.RungeKutta("tsit5", rtol=rtol, atol=1e-3 * rtol)
+    print("\nthe same trained continuous networks with other solvers")
+    print("solver                             test accuracy, %             evaluations of f")
+    for name, solver in OTHER_SOLVERS.items():
         accuracies, counts = zip(*(solve_again(model, solver, x_test, labels_test) for model in models), strict=True)
-        print(f"{rtol:<20.0e} {percent(accuracies):>29} {np.mean(counts):28.0f}")
+        print(f"{name:32} {spread(accuracies):>18} {np.mean(counts):28.0f}")
 
     _, stem, ode, head = models[0].layers
     ts = np.linspace(0, 1, 30, dtype="float32")

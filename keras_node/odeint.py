@@ -48,7 +48,7 @@ def odeint(
             own times, it is `(batch, 1, ..., 1)` with the rank of `y` (of its first leaf). If you need the gradient
             with respect to a tensor, pass it through `args`. A field may also close over the tensor, but then the
             gradient is right only in a graph. In eager mode nothing can find the tensor, and its gradient is NaN, or
-            zero if the field reads a `tf.Variable` as well.
+            `None` if the field reads a `tf.Variable` as well.
         y0: the initial state, a float tensor or a nest (tuple, list, dict) of them. A nested list is a nest of
             scalars, so pass a vector as an array or a tensor.
         ts: the times, `(T,)`, or `(T, batch)` if every sample has its own, with `T >= 2`, in any unit. They all
@@ -71,8 +71,9 @@ def odeint(
             or model whose `call` calls this function, and `False` outside of any layer.
         mask: the mask of the state, in the structure of the state. A field receives it if it has an argument `mask`, or
             an argument with the name of its state and `_mask`, such as `y_mask`. Defaults to `None`.
-        throw: whether a failed solve raises `tf.errors.InvalidArgumentError`. Under XLA nothing can raise. In every
-            mode, the states that a failed solve did not reach are NaN, and `status` says why. Defaults to `True`.
+        throw: whether a failed solve raises `tf.errors.InvalidArgumentError`. If the function or
+            model around the solve is compiled with XLA, nothing can raise. In every mode, the states that a failed
+            solve did not reach are NaN, and `status` says why. Defaults to `True`.
         jit_compile: whether to compile the solve and its gradient with XLA as separate programs, inside a graph (a
             `tf.function` or `fit`) that is not compiled as a whole. In eager mode nothing is compiled. `"auto"`
             (default) compiles in training only, so that exported models do not contain XLA programs. It does not

@@ -68,7 +68,8 @@ STATUS_HELP = (
 def check_status(status: tf.Tensor, value: Nest, what: str) -> Nest:
     """Returns `value`, and raises `tf.errors.InvalidArgumentError` if any status is a failure.
 
-    Under XLA nothing can raise. There, only the NaN in the result of a failed solve shows the failure.
+    If the function or model around the solve is compiled with XLA, nothing can raise. There, only the NaN in the result
+    of a failed solve shows the failure.
 
     Args:
         status: values of `Status`.

@@ -72,8 +72,8 @@ class NeuralCDE(SolvingLayer):
 
     Raises:
         ValueError: for inputs of another shape, and for times that decrease.
-        tf.errors.InvalidArgumentError: in a graph, for times that decrease, and if a solve fails. Under XLA nothing
-            can raise; the results of that sample are NaN instead.
+        tf.errors.InvalidArgumentError: in a graph, for times that decrease, and if a solve fails. In a model
+            that is compiled with XLA nothing can raise; the results of that sample are NaN instead.
 
     Example:
         >>> layer = keras_node.NeuralCDE(8)

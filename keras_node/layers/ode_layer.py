@@ -43,7 +43,8 @@ class ODELayer(SolvingLayer):
             dimensions, trajectories can pass each other (augmented neural ODE). Defaults to `0`.
         jit_compile: whether to compile the solve with XLA, even if the rest of the model is not compiled: `True`,
             `False` or `"auto"` (default). `"auto"` compiles in training. It does not compile with `"direct"` nor, on a
-            CPU, if the field contains convolutions; `odeint` lists some more exceptions.
+            CPU, if the field contains convolutions; `odeint` lists some more exceptions. The choice is
+            separate from that of `model.compile`: `jit_compile=False` there does not stop the layer.
         track_stats: whether the model gets metrics of the work of the solves, forward and backward: evaluations,
             steps, rejected steps and failures. They appear in the logs of `fit` and `evaluate` (see
             `keras_node.SolverMonitor`). Their names begin with the name of the layer, so give layers that count
@@ -78,7 +79,7 @@ class ODELayer(SolvingLayer):
         ValueError: for an option out of range, and for `ts` of another shape or not monotonic.
         TypeError: for inputs that are not floating-point.
         tf.errors.InvalidArgumentError: if a solve fails (too many steps, a NaN, or a step size that becomes too
-            small). Under XLA nothing can raise; the output is NaN instead.
+            small). In a model that is compiled with XLA nothing can raise; the output is NaN instead.
 
     Example:
         >>> field = keras.Sequential([keras.layers.Dense(32, activation="tanh"), keras.layers.Dense(8)])

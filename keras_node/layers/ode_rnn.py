@@ -83,8 +83,8 @@ class ODERNN(SolvingLayer):
 
     Raises:
         ValueError: for inputs of another shape, and for times that decrease.
-        tf.errors.InvalidArgumentError: in a graph, for times that decrease, and if a solve fails. Under XLA nothing
-            can raise; the results of that sample are NaN instead.
+        tf.errors.InvalidArgumentError: in a graph, for times that decrease, and if a solve fails. In a model
+            that is compiled with XLA nothing can raise; the results of that sample are NaN instead.
 
     Example:
         >>> field = keras.Sequential([keras.layers.Dense(16, activation="tanh"), keras.layers.Dense(8)])

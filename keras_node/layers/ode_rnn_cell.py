@@ -73,7 +73,8 @@ class ODERNNCell(SolvingLayer, _DropoutRNNCell):
         TypeError: if `cell` is not a Keras cell.
         ValueError: for an `evolve` that the cell does not have, for `interval` together with `time_feature`, and for a
             field that takes `args`.
-        tf.errors.InvalidArgumentError: if a solve fails. Under XLA nothing can raise; the states are NaN instead.
+        tf.errors.InvalidArgumentError: if a solve fails. In a model that is compiled with XLA nothing can raise;
+            the states are NaN instead.
 
     Example:
         >>> field = keras.Sequential([keras.layers.Dense(16, activation="tanh"), keras.layers.Dense(8)])

@@ -88,7 +88,8 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
     Raises:
         ValueError: for an option out of range, for inputs of another shape, for targets, for a condition that the field
             does not take, and for a field with dropout that is trained with `trace="exact"`.
-        tf.errors.InvalidArgumentError: if a solve fails. Under XLA nothing can raise; the densities are NaN instead.
+        tf.errors.InvalidArgumentError: if a solve fails. In a model that is compiled with XLA nothing can raise;
+            the densities are NaN instead.
 
     Example:
         >>> flow = keras_node.ContinuousFlow(2, solver="bosh3", seed=0)

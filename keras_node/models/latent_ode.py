@@ -88,8 +88,8 @@ class LatentODE(NestedLayers, LikelihoodModel):
 
     Raises:
         ValueError: for an option out of range, for inputs of another shape, and for times that decrease.
-        tf.errors.InvalidArgumentError: in a graph, for times that decrease, and if a solve fails. Under XLA nothing
-            can raise; the results of that sample are NaN instead.
+        tf.errors.InvalidArgumentError: in a graph, for times that decrease, and if a solve fails. In a model
+            that is compiled with XLA nothing can raise; the results of that sample are NaN instead.
 
     Example:
         >>> times = keras.ops.sort(keras.random.uniform((8, 5)), axis=1)
