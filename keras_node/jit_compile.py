@@ -1,7 +1,8 @@
-"""Whether to compile a solve with XLA inside a graph that is not compiled as a whole."""
+"""Whether, and when, to compile a solve with XLA inside a graph that is not compiled as a whole."""
 
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from keras_node.gradients.direct import DirectGradient
@@ -11,9 +12,40 @@ from keras_node.pure_function import PureFunction
 _CONVOLUTIONS = ("Conv2D", "Conv3D", "DepthwiseConv2d")
 
 
-def check_jit_compile(jit_compile: bool | str, gradient: Any) -> None:
+class CompileLater:
+    """Takes the place of `"auto"` in a layer, which can count: it compiles after `STEPS` training steps on a CPU.
+
+    XLA takes seconds to compile a solve and its gradient, and then saves some hundredths of a second at every step. So
+    a short training ends sooner without it. Batches that are smaller than the largest one are not compiled: the last
+    one of an epoch would take as long to compile as all the others, and runs once in an epoch.
+    """
+
+    STEPS = 100
+
+    def __init__(self) -> None:
+        with tf.init_scope():
+            # The size of the largest batch so far, and how many steps had it. Every replica counts for itself.
+            self.largest_and_steps = tf.Variable(
+                [0, 0],
+                trainable=False,
+                dtype=tf.int64,
+                synchronization=tf.VariableSynchronization.ON_READ,
+                aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+            )
+
+    def count(self, batch: int | tf.Tensor) -> tf.Tensor:
+        """Counts a training step with a batch of this size, and returns whether to run it compiled."""
+        batch = tf.cast(batch, tf.int64)
+        largest, steps = tf.unstack(tf.convert_to_tensor(self.largest_and_steps))
+        steps = tf.where(batch > largest, tf.ones_like(steps), steps + tf.cast(batch == largest, tf.int64))
+        largest = tf.maximum(largest, batch)
+        self.largest_and_steps.assign(tf.stack([largest, steps]))
+        return (batch == largest) & (steps > self.STEPS)
+
+
+def check_jit_compile(jit_compile: bool | str | CompileLater, gradient: Any) -> None:
     """Raises an error for an unknown value, and for `True` with a gradient that needs the steps of the solve."""
-    if jit_compile not in (True, False, "auto"):
+    if not isinstance(jit_compile, CompileLater) and jit_compile not in (True, False, "auto"):
         raise ValueError(f'`jit_compile` must be `True`, `False` or "auto". Received: jit_compile={jit_compile!r}')
     if jit_compile is True and isinstance(gradient, DirectGradient):
         raise ValueError(
@@ -23,9 +55,23 @@ def check_jit_compile(jit_compile: bool | str, gradient: Any) -> None:
         )
 
 
-def compiles(jit_compile: bool | str, gradient: Any, training: bool | None, pure: PureFunction) -> bool:
-    """Whether this value of `jit_compile` compiles a solve. `pure` is the function that the program evaluates."""
-    if tf.executing_eagerly() or jit_compile != "auto":
+def compiles(
+    jit_compile: bool | str | CompileLater,
+    gradient: Any,
+    training: bool | None,
+    pure: PureFunction,
+    batch: int | tf.Tensor,
+) -> bool | tf.Tensor:
+    """Whether to compile a solve. The answer is a tensor if it changes as the graph runs.
+
+    Args:
+        jit_compile: the option of the solve.
+        gradient: the gradient method.
+        training: whether the solve is part of training.
+        pure: the function that the program evaluates.
+        batch: the number of samples.
+    """
+    if tf.executing_eagerly() or jit_compile in (True, False):
         return jit_compile is True
     if not training or isinstance(gradient, DirectGradient):
         return False
@@ -33,7 +79,18 @@ def compiles(jit_compile: bool | str, gradient: Any, training: bool | None, pure
     # over a tensor, TensorFlow differentiates the program itself.
     if pure.draws_noise or pure.closes_over:
         return False
-    return _accelerated() or not _convolves(pure.trace)
+    if _accelerated():
+        return True
+    if _convolves(pure.trace):
+        return False
+    # A function without side effects cannot count. The field of another solve is one, and so is a stateless call.
+    return jit_compile.count(batch) if isinstance(jit_compile, CompileLater) and not _is_stateless() else True
+
+
+def _is_stateless() -> bool:
+    """Whether this code runs in a `keras.StatelessScope`."""
+    with keras.StatelessScope() as scope:
+        return scope.original_scope is not None
 
 
 def _accelerated() -> bool:

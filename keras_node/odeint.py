@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras_node import gradients, solvers
 from keras_node.call_context import CallContext
 from keras_node.gradients import Gradient
-from keras_node.jit_compile import check_jit_compile, compiles
+from keras_node.jit_compile import CompileLater, check_jit_compile, compiles
 from keras_node.metrics import SolverMetrics
 from keras_node.solution import Solution, Status, check_status
 from keras_node.solve import Problem
@@ -33,7 +33,7 @@ def odeint(
     training: bool | None = None,
     mask: Nest = None,
     throw: bool = True,
-    jit_compile: bool | str = "auto",
+    jit_compile: bool | str | CompileLater = "auto",
     statistics: SolverMetrics | None = None,
 ) -> Solution:
     """Solves an initial value problem and returns the states at the times `ts`.
@@ -79,7 +79,8 @@ def odeint(
             (default) compiles in training only, so that exported models do not contain XLA programs. It does not
             compile with `"direct"`, which does not allow it; nor a field with convolutions if the only device is a CPU,
             where XLA makes them slow; nor a field that draws noise, because XLA would draw other noise; nor a field
-            that closes over tensors of a graph or reads TensorFlow variables: pass these through `args`.
+            that closes over tensors of a graph or reads TensorFlow variables: pass these through `args`. A layer of
+            this package compiles later, see `keras_node.ODELayer`.
         statistics: the metrics of a layer with `track_stats`, to update with the work of the solve and of its gradient.
             Defaults to `None`.
 
@@ -124,7 +125,7 @@ def _odeint(
     training: bool | None,
     mask: Nest,
     throw: bool,
-    jit_compile: bool | str,
+    jit_compile: bool | str | CompileLater,
     statistics: SolverMetrics | None,
 ) -> Solution:
     """Does the work of `odeint`, in a call context with the right `training`."""
@@ -136,9 +137,9 @@ def _odeint(
 
     t0 = tf.cast(ts[0], dtype)
     field = VectorField(vector_field, t0, y0, args, training, mask)
-    jit_compile = compiles(jit_compile, gradient, training, field.pure)
+    compiled = compiles(jit_compile, gradient, training, field.pure, _batch_size(y0))
     on_backward = None if statistics is None else functools.partial(statistics.backward, training=training)
-    problem = Problem(field, y0, ts, field.params, solver, throw, numbers, jit_compile, on_backward)
+    problem = Problem(field, y0, ts, field.params, solver, throw, numbers, compiled, on_backward)
     ys, stats, status = gradient(problem)
     if valid is not None:
         ys = _mark_invalid(valid, ys)
@@ -206,6 +207,11 @@ def _checked(ts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
             f"Received: ts={received.tolist()}{sample}"
         )
     return ts, None
+
+
+def _batch_size(y0: Nest) -> int | tf.Tensor:
+    y = tf.nest.flatten(y0)[0]
+    return tf.shape(y)[0] if y.shape.rank else 1
 
 
 def _check_batch(y0: Nest, ts: tf.Tensor, solver: RungeKutta) -> None:

@@ -46,7 +46,8 @@ class Problem(NamedTuple):
         throw: whether a failed solve raises an error where it can.
         numbers: the times as float64 if they are numbers, so that they need no gradient and the clock is known before
             the solve runs. `None` if they are tensors.
-        jit_compile: whether to compile the solve and its gradient with XLA, if the graph around them is not compiled.
+        jit_compile: whether to compile the solve and its gradient with XLA, if the graph around them is not compiled. A
+            boolean tensor decides it anew each time the graph runs.
         on_backward: a function that the gradient calls with the `Stats` and the status of its own solve, and with
             whether a failure of it is excused.
     """
@@ -58,7 +59,7 @@ class Problem(NamedTuple):
     solver: RungeKutta
     throw: bool
     numbers: np.ndarray | None
-    jit_compile: bool
+    jit_compile: bool | tf.Tensor
     on_backward: Callable[[Stats, tf.Tensor, tf.Tensor], None] | None = None
 
     @property

@@ -8,7 +8,7 @@ from keras_node import gradients, solvers
 from keras_node.gradients.backsolve import BacksolveAdjoint
 from keras_node.gradients.checkpointed import CheckpointedAdjoint
 from keras_node.gradients.direct import DirectGradient
-from keras_node.jit_compile import check_jit_compile
+from keras_node.jit_compile import CompileLater, check_jit_compile
 from keras_node.metrics import SolverMetric, SolverMetrics
 from keras_node.nested_layers import NestedLayers
 from keras_node.odeint import odeint
@@ -45,10 +45,16 @@ class SolveOptions:
         self.gradient: Any = gradients.get(gradient)
         check_jit_compile(jit_compile, self.gradient)
         self.jit_compile = jit_compile
+        self.compile_later = CompileLater()
         self.metrics: SolverMetrics | None = None
         if track_stats is not None:
             backward = counts_backward and not isinstance(self.gradient, DirectGradient)
             self.metrics = SolverMetrics(track_stats, backward)
+
+    @property
+    def when_to_compile(self) -> bool | CompileLater:
+        """What `jit_compile` is for a solve of this layer."""
+        return self.compile_later if self.jit_compile == "auto" else bool(self.jit_compile)
 
     def solve(self, vector_field: Any, y0: Nest, ts: Any, **options: Any) -> Solution:
         """Calls `keras_node.odeint` with these options. `options` override them."""
@@ -56,7 +62,7 @@ class SolveOptions:
         own = {
             "solver": self.solver,
             "gradient": self.gradient,
-            "jit_compile": self.jit_compile,
+            "jit_compile": self.when_to_compile,
             "statistics": self.metrics,
         }
         return odeint(vector_field, y0, ts, **{**own, **options})
@@ -86,6 +92,7 @@ class SolvingLayer(NestedLayers):
         """Sets the options. The constructor of a layer calls this after the layer has got its name."""
         name = self.name if track_stats else None
         self.options = SolveOptions(solver, gradient, jit_compile, name, counts_backward)
+        self.training_steps = self.options.compile_later.largest_and_steps  # so that TensorFlow can save its graphs
         if self.options.metrics is not None:
             self.statistic_metrics = self.options.metrics.metrics  # Keras finds metrics that are attributes
 

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_node
+from keras_node.jit_compile import CompileLater
 
 SOLVER = keras_node.RungeKutta("bosh3", rtol=1e-6, atol=1e-8, max_steps=256)
 MATRIX = tf.constant([[-0.1, 1.1], [-1.2, 0.2]], tf.float64)
@@ -89,6 +90,62 @@ def test_auto_compiles_in_training_only(tmp_path):
     served = tf.saved_model.load(tmp_path / "served")
     assert not compiled_functions(served.signatures["serving_default"])
     np.testing.assert_allclose(served.serve(x), model(x), rtol=1e-5)
+
+
+class OutsideXLA(keras.layers.Dense):
+    """A layer that XLA cannot compile, so that a program with it shows itself by an error."""
+
+    def call(self, y):
+        return super().call(y) + tf.numpy_function(lambda: np.float32(0), [], tf.float32)
+
+
+def deep(field, **options):
+    return keras_node.ODELayer(field, solver=keras_node.RungeKutta("heun", num_steps=2), **options)
+
+
+def recurrent(field, **options):
+    solver = keras_node.RungeKutta("heun", num_steps=2)
+    rnn = keras_node.ODERNN(keras.layers.SimpleRNNCell(3), field, solver=solver, **options)
+    return keras.Sequential([keras.layers.RepeatVector(3), TimesOfARow(rnn)])
+
+
+class TimesOfARow(keras.layers.Wrapper):
+    def call(self, x):
+        return self.layer(x, tf.tile([[0.0, 1.0, 2.0]], [tf.shape(x)[0], 1]))
+
+
+@pytest.mark.parametrize("layer", [deep, recurrent])
+def test_a_layer_compiles_after_so_many_steps_and_the_largest_batches_only(layer, monkeypatch):
+    monkeypatch.setattr(CompileLater, "STEPS", 2)
+    layer = layer(OutsideXLA(3))
+    layer(tf.ones((8, 3)))
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 3)), tf.TensorSpec((), tf.bool)])
+    def step(x, training):
+        return tf.cond(training, lambda: layer(x, training=True), lambda: layer(x, training=False))
+
+    for x, training in [(8, False)] * 3 + [(3, True), (8, True), (8, True), (3, True), (3, True), (8, False)]:
+        step(tf.ones((x, 3)), tf.constant(training))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="Detected unsupported operations"):
+        step(tf.ones((8, 3)), tf.constant(True))
+    step(tf.ones((3, 3)), tf.constant(True))
+    step(tf.ones((9, 3)), tf.constant(True))
+
+
+@pytest.mark.parametrize(("layer", "gradient"), [(deep, "backsolve"), (deep, "checkpointed"), (recurrent, "backsolve")])
+def test_training_goes_on_as_before_when_a_layer_begins_to_compile(layer, gradient, monkeypatch):
+    monkeypatch.setattr(CompileLater, "STEPS", 3)
+    x = np.random.default_rng(0).normal(size=(20, 3)).astype("float32")
+    weights = []
+    for options in ({}, {"jit_compile": False}):
+        keras.utils.set_random_seed(0)
+        field = keras.layers.Dense(3, activation="tanh")
+        model = keras.Sequential([keras.Input((3,)), layer(field, gradient=gradient, **options), keras.layers.Dense(1)])
+        model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
+        model.fit(x, x[:, :1], batch_size=8, epochs=3, verbose=0, shuffle=False)
+        weights.append(model.get_weights())
+    for a, b in zip(*weights, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 class Inside(keras.layers.Layer):

@@ -3,7 +3,8 @@
 How a solve and its gradient run depends on the mode:
 
 - In eager mode, both run operation by operation. A tape records only the call of `custom_vjp`, and nothing inside it.
-- In a graph, both are parts of the graph. With `jit_compile`, each is an XLA program: a `tf.function` in the graph.
+- In a graph, both are parts of the graph. With `jit_compile`, each is an XLA program: a `tf.function` in the graph. If
+  `jit_compile` is a tensor, it chooses each time between the program and the graph.
 - If XLA compiles the whole graph, both are parts of that program.
 - A second derivative differentiates the computation of the gradient. A loop in an XLA program cannot pass the values
   that its gradient needs out of the program. This is why `differentiated_as` computes the gradient again, outside it.
@@ -88,7 +89,7 @@ def custom_vjp(
     conclude: Callable[[Any, Nest, Nest], tuple],
     inputs: tuple,
     pure: PureFunction,
-    jit_compile: bool,
+    jit_compile: bool | tf.Tensor,
 ) -> tuple[Nest, Nest]:
     """Computes `forward(*inputs)`, with a gradient that `backward` computes.
 
@@ -107,7 +108,7 @@ def custom_vjp(
     Returns:
         `(ys, others)`.
     """
-    compiles = jit_compile and not tf.executing_eagerly()
+    compiles = False if tf.executing_eagerly() else jit_compile
     structure: list[tuple[Nest, Nest]] = []
     solved: list[Nest] = []
 
@@ -134,7 +135,7 @@ def custom_vjp(
                     f"Received: the field {pure.function!r}"
                 )
 
-            if compiles and (variables or any(tf.is_symbolic_tensor(x) for x in pure.captured)):
+            if compiles is not False and (variables or any(tf.is_symbolic_tensor(x) for x in pure.captured)):
                 raise ValueError(
                     "With `jit_compile=True` a field that needs a gradient must not close over tensors of the graph or "
                     "TensorFlow variables: pass tensors through `args` to a field `f(t, y, args)`, make the variables "
@@ -146,8 +147,8 @@ def custom_vjp(
                 return backward(memory, variables or [], *arguments)
 
             again = (*arguments, *solved, dys)
-            if compiles:
-                results = differentiated_as(run_back, run_back, again, pure, jit_compile=True)
+            if compiles is not False:
+                results = differentiated_as(run_back, run_back, again, pure, compiles)
             else:
                 results = run_back(*again)
             gradients, dvariables, report = results
@@ -164,7 +165,11 @@ def custom_vjp(
 
 
 def differentiated_as(
-    function: Callable[..., Nest], again: Callable[..., Nest], arguments: tuple, pure: PureFunction, jit_compile: bool
+    function: Callable[..., Nest],
+    again: Callable[..., Nest],
+    arguments: tuple,
+    pure: PureFunction,
+    jit_compile: bool | tf.Tensor,
 ) -> Nest:
     """Computes `function(*arguments)`. Its derivative is that of `again(*arguments)`.
 
@@ -175,7 +180,7 @@ def differentiated_as(
         pure: the `PureFunction` that both evaluate.
         jit_compile: whether to make an XLA program of `function`, if it is part of a graph.
     """
-    compiles = jit_compile and not tf.executing_eagerly()
+    compiles = False if tf.executing_eagerly() else jit_compile
     structure: list[Nest] = []
     count = len(tf.nest.flatten(arguments))
 
@@ -198,7 +203,7 @@ def differentiated_as(
 
             # From the same seed, XLA draws other noise than TensorFlow. So a computation with noise must be compiled
             # here too, although this reserves memory for the largest possible number of steps.
-            compute = compiled(derivative) if compiles and pure.draws_noise else derivative
+            compute = compiled(derivative) if compiles is True and pure.draws_noise else derivative
             # In the gradient of a `while_loop`, the inputs belong to the forward graph and are replaced by captures.
             # Copy them first, so that the tape watches the tensors that are really used.
             gradients = compute([tf.identity(x) for x in flat[:count]], upstream)
@@ -216,10 +221,13 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return tf.function(function, autograph=False, jit_compile=True)
 
 
-def _undifferentiated(function: Callable[..., Any], arguments: tuple, compiles: bool) -> Any:
+def _undifferentiated(function: Callable[..., Any], arguments: tuple, compiles: bool | tf.Tensor) -> Any:
     """Computes `function(*arguments)` hidden from tapes, because a custom gradient replaces what they would record."""
     constants = tf.nest.map_structure(tf.stop_gradient, arguments)
-    return (compiled(function) if compiles else function)(*constants)
+    if isinstance(compiles, bool):
+        return (compiled(function) if compiles else function)(*constants)
+    traced = tf.function(function, autograph=False)  # both branches share its trace
+    return tf.cond(compiles, lambda: compiled(traced)(*constants), lambda: traced(*constants))
 
 
 def _without_gradient(inputs: Sequence[tf.Tensor], ys: Nest) -> Nest:

@@ -235,7 +235,7 @@ class _Cell(keras.layers.Layer):
         self.field = field
         self.state_size = units
         self.options = options
-        self.gradient, self.jit_compile, self.statistics = options.gradient, options.jit_compile, options.metrics
+        self.gradient, self.statistics = options.gradient, options.metrics
 
     def call(self, rates: tf.Tensor, states: list, training: bool | None = None) -> tuple[tf.Tensor, list]:
         return self.advance(rates, states, training, lambda *args, **options: self.solve(*args, **options).ys[-1])

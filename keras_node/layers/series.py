@@ -29,7 +29,7 @@ class SeriesRNN(keras.layers.RNN):
     `gradient="direct"` TensorFlow differentiates the loop itself and keeps everything that a step computes. In eager
     mode, unrolled, and if a wrapped cell solves as well, the loop of Keras runs instead.
 
-    A cell must have the attributes `gradient`, `jit_compile`, `statistics`, `dropout_cells` and `is_nested`, and two
+    A cell must have the attributes `options`, `gradient`, `statistics`, `dropout_cells` and `is_nested`, and two
     methods: `solve(y0, ts, **options)` calls `odeint` with its field, and `advance(inputs, states, training, move)`
     computes one step, in which `move(y0, ts, **options)` returns the state after a solve.
     """
@@ -66,8 +66,8 @@ class SeriesRNN(keras.layers.RNN):
         return output, outputs, keras.tree.pack_sequence_as(initial_state, states)
 
     def _with_gradient(self, scan: Scan, inputs: tuple, training: bool | None) -> Any:
-        step = scan.step
-        jit_compile = compiles(self.cell.jit_compile, self.cell.gradient, training, step)
+        step, batch = scan.step, tf.shape(inputs[0])[1]
+        jit_compile = compiles(self.cell.options.when_to_compile, self.cell.gradient, training, step, batch)
 
         def in_training(*inputs: Any) -> Any:
             (*ys, _, _), others = custom_vjp(scan.keeping, scan.backward, _conclude, inputs, step, jit_compile)
