@@ -21,8 +21,9 @@ class Scan:
 
     Args:
         step: a `PureFunction`. `step(x, states, solved, constants)` returns `(output, states, moved, status)`, where
-            `moved` are the states after each of its solves, and `status` is the worst status of these solves. If
-            `solved` is not empty, it holds `moved`, and the step need not solve again.
+            `moved` are the states after each of its solves, and `status` is the worst status of these solves. In the
+            forward loop `solved` is `None`: the loop has a gradient as a whole, so its solves need none. In the
+            backward loop `solved` is `moved`, and the step need not solve again, or it is empty.
         x: the inputs, `(T, batch, ...)`.
         constants: a nest of tensors that is passed to every step and needs no gradient.
         valid: which steps are not masked, `(T, batch)`, or `None`. A masked step changes nothing.
@@ -154,7 +155,7 @@ class Scan:
         states: list[tf.Tensor],
         params: list[tf.Tensor],
         carried: list[tf.Tensor],
-        solved: Nest = (),
+        solved: Nest = None,
     ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor], tf.Tensor, list[tf.Tensor]]:
         """Does step `i`, which keeps the output and the states of masked samples.
 

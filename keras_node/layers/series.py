@@ -17,7 +17,7 @@ from keras_node.jit_compile import compiles
 from keras_node.metrics import SolverMetrics
 from keras_node.pure_function import PureFunction, RecordingScope, is_seed
 from keras_node.solution import Stats, check_status
-from keras_node.solve import Problem, Trajectory
+from keras_node.solve import Problem, Trajectory, solve
 from keras_node.solvers.runge_kutta import RungeKutta
 
 
@@ -91,10 +91,15 @@ class SeriesRNN(keras.layers.RNN):
             moved: list[tf.Tensor] = []
             statuses: list[tf.Tensor] = []
 
+            def gradient(i: int) -> Any:
+                if not solves:
+                    return _NoSolve()
+                if solved is None and not isinstance(cell.gradient, DirectGradient):
+                    return _NoGradient()
+                return cell.gradient.given(solved[i]) if solved else cell.gradient
+
             def move(y0: tf.Tensor, ts: Any, **options: Any) -> tf.Tensor:
-                gradient = cell.gradient.given(solved[len(moved)]) if solved else cell.gradient
-                gradient = gradient if solves else _NoSolve()
-                options.update(gradient=gradient, throw=False, jit_compile=False, statistics=reports)
+                options.update(gradient=gradient(len(moved)), throw=False, jit_compile=False, statistics=reports)
                 solution = cell.solve(y0, ts, **options)
                 moved.append(solution.ys[-1])
                 statuses.append(tf.reduce_max(solution.status))
@@ -137,6 +142,14 @@ def for_short_intervals(solver: RungeKutta, gradient: Any) -> RungeKutta:
 def _conclude(gradients: Any, worst: tf.Tensor, dys: Any) -> Any:
     del dys
     return check_status(worst, gradients, "The solve of the adjoint")
+
+
+class _NoGradient(DirectGradient):
+    """Takes the place of a gradient where none is computed: in a loop that has a gradient as a whole."""
+
+    def __call__(self, problem: Problem) -> Trajectory:
+        trajectory, _ = solve(problem)
+        return trajectory
 
 
 class _NoSolve(DirectGradient):
