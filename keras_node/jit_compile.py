@@ -33,9 +33,9 @@ class CompileLater:
                 aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
             )
 
-    def count(self, batch: int | tf.Tensor) -> tf.Tensor:
-        """Counts a training step with a batch of this size, and returns whether to run it compiled."""
-        batch = tf.cast(batch, tf.int64)
+    def count(self, state: tf.Tensor) -> tf.Tensor:
+        """Counts a training step from a state, and returns whether to run it compiled."""
+        batch = tf.shape(state, tf.int64)[0] if state.shape.rank else tf.constant(1, tf.int64)
         largest, steps = tf.unstack(tf.convert_to_tensor(self.largest_and_steps))
         steps = tf.where(batch > largest, tf.ones_like(steps), steps + tf.cast(batch == largest, tf.int64))
         largest = tf.maximum(largest, batch)
@@ -60,7 +60,7 @@ def compiles(
     gradient: Any,
     training: bool | None,
     pure: PureFunction,
-    batch: int | tf.Tensor,
+    state: tf.Tensor,
 ) -> bool | tf.Tensor:
     """Whether to compile a solve. The answer is a tensor if it changes as the graph runs.
 
@@ -69,7 +69,7 @@ def compiles(
         gradient: the gradient method.
         training: whether the solve is part of training.
         pure: the function that the program evaluates.
-        batch: the number of samples.
+        state: a state, which tells the number of samples.
     """
     if tf.executing_eagerly() or jit_compile in (True, False):
         return jit_compile is True
@@ -84,7 +84,7 @@ def compiles(
     if _convolves(pure.trace):
         return False
     # A function without side effects cannot count. The field of another solve is one, and so is a stateless call.
-    return jit_compile.count(batch) if isinstance(jit_compile, CompileLater) and not _is_stateless() else True
+    return jit_compile.count(state) if isinstance(jit_compile, CompileLater) and not _is_stateless() else True
 
 
 def _is_stateless() -> bool:

@@ -137,7 +137,7 @@ def _odeint(
 
     t0 = tf.cast(ts[0], dtype)
     field = VectorField(vector_field, t0, y0, args, training, mask)
-    compiled = compiles(jit_compile, gradient, training, field.pure, _batch_size(y0))
+    compiled = compiles(jit_compile, gradient, training, field.pure, tf.nest.flatten(y0)[0])
     on_backward = None if statistics is None else functools.partial(statistics.backward, training=training)
     problem = Problem(field, y0, ts, field.params, solver, throw, numbers, compiled, on_backward)
     ys, stats, status = gradient(problem)
@@ -193,8 +193,9 @@ def _checked(ts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
         )
     values = tf.get_static_value(ts)
     if values is None:
-        valid = tf.reduce_all(ts[1:] >= ts[:-1], 0) | tf.reduce_all(ts[1:] <= ts[:-1], 0)
-        valid &= tf.reduce_all(tf.math.is_finite(ts), 0)
+        valid = tf.reduce_all(tf.math.is_finite(ts), 0)
+        if ts.shape[0] != 2:  # two times are always monotonic
+            valid &= tf.reduce_all(ts[1:] >= ts[:-1], 0) | tf.reduce_all(ts[1:] <= ts[:-1], 0)
         # A solve over times that are not monotonic would have some result. Solve over no time, and mark the result.
         return tf.where(valid, ts, tf.zeros_like(ts)), valid
     steps = np.diff(values, axis=0)
@@ -207,11 +208,6 @@ def _checked(ts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
             f"Received: ts={received.tolist()}{sample}"
         )
     return ts, None
-
-
-def _batch_size(y0: Nest) -> int | tf.Tensor:
-    y = tf.nest.flatten(y0)[0]
-    return tf.shape(y)[0] if y.shape.rank else 1
 
 
 def _check_batch(y0: Nest, ts: tf.Tensor, solver: RungeKutta) -> None:

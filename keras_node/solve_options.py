@@ -1,8 +1,12 @@
 """How a layer solves: the options that all layers and models with a solve inside share."""
 
+import contextlib
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from keras_node import gradients, solvers
 from keras_node.gradients.backsolve import BacksolveAdjoint
@@ -25,31 +29,39 @@ class SolveOptions:
     """The options of the solves of a layer. `keras_node.ODELayer` says what they mean.
 
     Args:
+        name: the name of the layer.
         solver: a `keras_node.RungeKutta`, or the name of a method.
         gradient: `"backsolve"`, `"checkpointed"`, `"direct"`, or an object.
         jit_compile: `"auto"`, `True` or `False`.
-        track_stats: the name under which to count the work of the solves, or `None` to count nothing.
+        track_stats: whether to count the work of the solves, under the name of the layer.
         counts_backward: whether to count the solves of a gradient too. It must be `False` for a layer that solves in
             a loop, because TensorFlow cannot update a variable in the gradient of a loop.
     """
 
+    PATIENCE = (
+        1.0  # seconds of tracing after which to tell what is going on; a whole first step takes several times that
+    )
+
     def __init__(
         self,
-        solver: Solver = "tsit5",
-        gradient: Gradient = "backsolve",
-        jit_compile: bool | str = "auto",
-        track_stats: str | None = None,
-        counts_backward: bool = True,
+        name: str,
+        solver: Solver,
+        gradient: Gradient,
+        jit_compile: bool | str,
+        track_stats: bool,
+        counts_backward: bool,
     ) -> None:
+        self.name = name
         self.solver: RungeKutta = solvers.get(solver)
         self.gradient: Any = gradients.get(gradient)
         check_jit_compile(jit_compile, self.gradient)
         self.jit_compile = jit_compile
         self.compile_later = CompileLater()
         self.metrics: SolverMetrics | None = None
-        if track_stats is not None:
+        if track_stats:
             backward = counts_backward and not isinstance(self.gradient, DirectGradient)
-            self.metrics = SolverMetrics(track_stats, backward)
+            self.metrics = SolverMetrics(name, backward)
+        self._has_told = False
 
     @property
     def when_to_compile(self) -> bool | CompileLater:
@@ -65,7 +77,26 @@ class SolveOptions:
             "jit_compile": self.when_to_compile,
             "statistics": self.metrics,
         }
-        return odeint(vector_field, y0, ts, **{**own, **options})
+        with self.telling():
+            return odeint(vector_field, y0, ts, **{**own, **options})
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """Logs once why the first step takes its time, if what runs inside this context is traced and is slow."""
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        if self._has_told or seconds < self.PATIENCE or tf.executing_eagerly():
+            return
+        self._has_told = True
+        tf.get_logger().info(
+            "TensorFlow traced the solve of layer %r in %.1f seconds and traces its gradient next. The first step "
+            "waits for this, and so does the first step with other shapes. To make it shorter, call "
+            "`model.optimizer.build(model.trainable_variables)` before `fit`, so that Keras need not trace twice, and "
+            'use a solver with few stages, such as "bosh3".',
+            self.name,
+            seconds,
+        )
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -90,8 +121,7 @@ class SolvingLayer(NestedLayers):
         counts_backward: bool = True,
     ) -> None:
         """Sets the options. The constructor of a layer calls this after the layer has got its name."""
-        name = self.name if track_stats else None
-        self.options = SolveOptions(solver, gradient, jit_compile, name, counts_backward)
+        self.options = SolveOptions(self.name, solver, gradient, jit_compile, track_stats, counts_backward)
         self.training_steps = self.options.compile_later.largest_and_steps  # so that TensorFlow can save its graphs
         if self.options.metrics is not None:
             self.statistic_metrics = self.options.metrics.metrics  # Keras finds metrics that are attributes

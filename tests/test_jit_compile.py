@@ -7,6 +7,7 @@ import tensorflow as tf
 
 import keras_node
 from keras_node.jit_compile import CompileLater
+from keras_node.solve_options import SolveOptions
 
 SOLVER = keras_node.RungeKutta("bosh3", rtol=1e-6, atol=1e-8, max_steps=256)
 MATRIX = tf.constant([[-0.1, 1.1], [-1.2, 0.2]], tf.float64)
@@ -146,6 +147,25 @@ def test_training_goes_on_as_before_when_a_layer_begins_to_compile(layer, gradie
         weights.append(model.get_weights())
     for a, b in zip(*weights, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [deep, recurrent])
+def test_a_slow_first_step_says_once_what_is_happening(layer, monkeypatch, caplog):
+    monkeypatch.setattr(tf.get_logger(), "propagate", True)
+    layer = layer(keras.layers.Dense(3))
+    layer(tf.ones((2, 3)))
+
+    def told(patience, size):
+        monkeypatch.setattr(SolveOptions, "PATIENCE", patience)
+        caplog.clear()
+        tf.function(layer).get_concrete_function(tf.ones((size, 3)))
+        return [record.getMessage() for record in caplog.records]
+
+    with caplog.at_level("INFO"):
+        assert not told(1e9, 2)
+        (message,) = told(0, 2)
+        assert "traced the solve of layer 'ode" in message
+        assert not told(0, 3)
 
 
 class Inside(keras.layers.Layer):

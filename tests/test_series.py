@@ -77,7 +77,7 @@ def test_inference_keeps_nothing_for_a_gradient():
 
 
 def test_in_training_the_loop_and_its_gradient_are_a_program_each():
-    layer = ODERNN(layers.GRUCell(UNITS), mlp(), solver=COARSE)
+    layer = ODERNN(layers.GRUCell(UNITS), mlp(), solver=COARSE, jit_compile=True)
     function = tf.function(lambda: results_and_gradients(layer, training=True)).get_concrete_function()
     library = function.graph.as_graph_def().library
     compiled = [f for f in library.function if f.attr["_XlaMustCompile"].b]

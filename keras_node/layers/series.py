@@ -40,6 +40,10 @@ class SeriesRNN(keras.layers.RNN):
         # The solve of a wrapped cell could not raise inside an XLA program, and no status of it would reach the loop.
         if tf.executing_eagerly() or self.unroll or self.cell.is_nested:
             return super().inner_loop(sequences, initial_state, mask, training)
+        with self.cell.options.telling():
+            return self._scan(sequences, initial_state, mask, training)
+
+    def _scan(self, sequences: tf.Tensor, initial_state: Any, mask: tf.Tensor | None, training: bool | None) -> tuple:
         cell, x = self.cell, self._steps(sequences)
         states = keras.tree.flatten(initial_state)
         # One dropout mask serves the whole series.
@@ -66,8 +70,8 @@ class SeriesRNN(keras.layers.RNN):
         return output, outputs, keras.tree.pack_sequence_as(initial_state, states)
 
     def _with_gradient(self, scan: Scan, inputs: tuple, training: bool | None) -> Any:
-        step, batch = scan.step, tf.shape(inputs[0])[1]
-        jit_compile = compiles(self.cell.options.when_to_compile, self.cell.gradient, training, step, batch)
+        step, state = scan.step, inputs[1][0]
+        jit_compile = compiles(self.cell.options.when_to_compile, self.cell.gradient, training, step, state)
 
         def in_training(*inputs: Any) -> Any:
             (*ys, _, _), others = custom_vjp(scan.keeping, scan.backward, _conclude, inputs, step, jit_compile)
