@@ -7,7 +7,7 @@ is compared with a variational autoencoder with the same encoder, decoder and lo
 a GRU cell. The inputs of this cell are the time that passes and the last decoded values.
 
     pip install dm-control mujoco==3.17.0
-    python examples/latent_hopper.py            # five minutes on two cores that were busy with other work
+    python examples/latent_hopper.py            # two minutes on two cores
     python examples/latent_hopper.py --quick    # half a minute
 """
 
