@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 import keras_node
+from keras_node.jit_compile import CompileLater
 
 BATCH, BATCHES, UNITS, MOMENTS = 64, 10, 32, 20
 WAYS = {"graph": (False, False), "default": ("auto", False), "whole-model XLA": ("auto", True)}
@@ -59,7 +60,8 @@ def main() -> None:
                 keras.utils.set_random_seed(0)
                 model = make(solver, solve)
                 model.compile("sgd", "mse", jit_compile=whole)
-                model.fit(x, y, BATCH, shuffle=False, verbose=0)
+                # So many steps that the default has begun to compile.
+                model.fit(x, y, BATCH, epochs=1 + CompileLater.STEPS // BATCHES, shuffle=False, verbose=0)
                 models.append(model)
             least = [np.inf] * len(models)
             for _ in range(options.rounds):

@@ -118,7 +118,7 @@ def draw(path, curves):
     axes.axhline(50, color="0.5", ls=":", label="chance")
     title = "Parity of streams of 2 to 31 bits from their events"
     axes.set(title=title, xlabel="epoch", ylabel="test accuracy in %", ylim=(45, 101))
-    axes.legend(loc="center left")
+    axes.legend(loc="center right")
     figure.savefig(path, dpi=130)
 
 

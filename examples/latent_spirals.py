@@ -9,7 +9,8 @@ training steps.
 The error is measured in two ways: from the true path, and from points with new noise, for which no predictor can have
 an error below 0.3. The numbers of the paper, for spirals that were not published, must be of the first kind. If the
 observations are few and irregular, the latent ODE is far better. It comes near the paper, but does not reach it (with
-30 observations 0.19, published 0.16). With all 100 observations, which come at regular times, the recurrent network is better here.
+30 observations 0.19, published 0.16). With all 100 observations, which come at regular times, the recurrent network is
+better here.
 
     python examples/latent_spirals.py            # 16 minutes on two cores that were busy with other work
     python examples/latent_spirals.py --quick    # hardly any training, in a few seconds
