@@ -106,7 +106,7 @@ def recurrent(case, arrays, method):
         keras.Sequential([keras.Input((units,), dtype=case.dtype), *dense]),
         solver=solver,
         gradient=gradient,
-        jit_compile="auto" if method == "default" else False,
+        jit_compile=method == "default",  # what the default does after so many steps that compiling pays
         return_sequences=True,
     )
     x, times = tf.constant(arrays["y0"]), tf.constant(arrays["ts"])

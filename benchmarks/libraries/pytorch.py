@@ -9,6 +9,15 @@ import torchode
 
 METHODS = ["torchdiffeq adjoint", "torchdiffeq", "torchode"]
 
+# TensorFlow and JAX choose a GPU by themselves.
+if torch.cuda.is_available():
+    torch.set_default_device("cuda")
+
+
+def array(x):
+    """The values of a tensor on any device."""
+    return x.detach().cpu().numpy()
+
 
 def versions() -> dict:
     """The versions in use."""
@@ -76,10 +85,10 @@ def make(case, arrays, method):
             ys, steps = solve()
         evaluations = field.evaluations if steps is None else 6 * steps + 2
         if not case.gradient:
-            return [], ys[-1].numpy(), evaluations
+            return [], array(ys[-1]), evaluations
         (ys if case.num_times > 2 else ys[-1]).square().mean().backward()
-        gradients = [y0.grad.numpy(), *(w.grad.numpy() for w in field.w)]
-        y1 = ys[-1].detach().numpy()
+        gradients = [array(y0.grad), *(array(w.grad) for w in field.w)]
+        y1 = array(ys[-1])
         if case.kind == "conv":
             gradients = [np.moveaxis(gradients[0], 1, -1), *(g.transpose(2, 3, 1, 0) for g in gradients[1:])]
             y1 = np.moveaxis(y1, 1, -1)
@@ -129,6 +138,6 @@ def recurrent(case, arrays):
         of_cell = [kernel.grad[order] for kernel in kernels]
         of_cell = [of_cell[0].T, of_cell[1].T, torch.stack(of_cell[2:])]
         gradients = [x.grad, *(w.grad for w in field.w), *of_cell]
-        return [g.numpy() for g in gradients], h.detach().numpy(), None
+        return [array(g) for g in gradients], array(h), None
 
     return run
