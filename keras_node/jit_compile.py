@@ -23,18 +23,22 @@ class CompileLater:
     STEPS = 100
 
     def __init__(self) -> None:
-        with tf.init_scope():
-            # The size of the largest batch so far, and how many steps had it. Every replica counts for itself.
-            self.largest_and_steps = tf.Variable(
-                [0, 0],
-                trainable=False,
-                dtype=tf.int64,
-                synchronization=tf.VariableSynchronization.ON_READ,
-                aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-            )
+        self.largest_and_steps: tf.Variable | None = None
+        if tf.inside_function():
+            return  # a `tf.function` makes its layers anew at each tracing, and must not make variables more than once
+        # The size of the largest batch so far, and how many steps had it. Every replica counts for itself.
+        self.largest_and_steps = tf.Variable(
+            [0, 0],
+            trainable=False,
+            dtype=tf.int64,
+            synchronization=tf.VariableSynchronization.ON_READ,
+            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+        )
 
-    def count(self, state: tf.Tensor) -> tf.Tensor:
+    def count(self, state: tf.Tensor) -> bool | tf.Tensor:
         """Counts a training step from a state, and returns whether to run it compiled."""
+        if self.largest_and_steps is None:
+            return True
         batch = tf.shape(state, tf.int64)[0] if state.shape.rank else tf.constant(1, tf.int64)
         largest, steps = tf.unstack(tf.convert_to_tensor(self.largest_and_steps))
         steps = tf.where(batch > largest, tf.ones_like(steps), steps + tf.cast(batch == largest, tf.int64))

@@ -11,6 +11,7 @@ import tensorflow as tf
 import keras_node
 from keras_node import RungeKutta, Status
 from keras_node.gradients import GRADIENTS
+from keras_node.jit_compile import CompileLater
 
 BROKEN = [np.nan, np.inf, -np.inf]
 
@@ -171,6 +172,7 @@ def repeated_calls():
     """Calls by name that a program may make thousands of times."""
     x = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
     trained, field = model(), keras.layers.Dense(4, activation="tanh")
+    trained.fit(x, x[:, :1], epochs=CompileLater.STEPS + 1, verbose=0)  # XLA takes memory when it begins to compile
 
     def eager():
         with tf.GradientTape() as tape:
