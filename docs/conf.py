@@ -3,6 +3,7 @@
 import enum
 import inspect
 import os
+import pathlib
 
 from docutils import nodes
 from docutils.utils.math import MathError
@@ -12,7 +13,12 @@ from sphinx.util.inspect import stringify_signature
 
 import keras_node
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the kernels that run the guides inherit it
+# The kernels that run the guides inherit this. TensorFlow's log would appear among the outputs.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["IPYTHONDIR"] = str(pathlib.Path(__file__).with_name("_build") / "ipython")
+startup = pathlib.Path(os.environ["IPYTHONDIR"], "profile_default", "startup")
+startup.mkdir(parents=True, exist_ok=True)
+(startup / "quiet.py").write_text('import logging\n\nlogging.getLogger("tensorflow").setLevel("ERROR")\n')
 
 project = "keras_node"
 author = "The keras_node authors"
@@ -108,6 +114,8 @@ def constructor(app, what, name, thing, options, signature, return_annotation):
     """The arguments of a class. Sphinx would show those of `__new__`, which Keras gives its layers."""
     if what != "class" or issubclass(thing, tuple | enum.Enum):
         return None
+    if thing.__init__ is object.__init__:
+        return "()", None
     arguments = inspect.signature(thing.__init__)
     arguments = arguments.replace(
         parameters=list(arguments.parameters.values())[1:], return_annotation=inspect.Signature.empty
@@ -115,9 +123,30 @@ def constructor(app, what, name, thing, options, signature, return_annotation):
     return stringify_signature(arguments, unqualified_typehints=True), None
 
 
+def function(app, what, name, thing, options, signature, return_annotation):
+    """Tensors have their public name in the signature of a function."""
+    if what not in ("function", "method") or signature is None:
+        return None
+    private = "tensorflow.python.framework.tensor.Tensor"
+    return tuple(text and text.replace(private, "tf.Tensor") for text in (signature, return_annotation))
+
+
+def describe_pictures(app, doctree):
+    """Says of a picture that a cell draws where it stands, for those who cannot see it."""
+    for picture in doctree.findall(nodes.image):
+        section = picture.parent
+        while section is not None and not isinstance(section, nodes.section):
+            section = section.parent
+        if "alt" not in picture and section is not None:
+            title = section.next_node(nodes.title).astext()
+            picture["alt"] = f"What the code above draws, in the section {title}"
+
+
 def setup(app):
     """Adds the role, the arguments of classes and the writer of equations."""
     app.connect("autodoc-process-signature", constructor)
+    app.connect("autodoc-process-signature", function)
+    app.connect("doctree-read", describe_pictures)
     from docutils.parsers.rst import roles
 
     roles.register_local_role("code-or-link", code_or_link)

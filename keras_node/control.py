@@ -94,7 +94,7 @@ def control_path(times: Any, values: Any, mask: Any = None, interpolation: str =
 
     - `"linear"`: a straight line from each observation to the next.
     - `"hermite"`: a cubic. Its slope at an observation is that of the straight line from the observation before it. The
-      path has no kinks. If no value is missing, it depends up to an observation on nothing later.
+      path has no kinks. If no value is missing, the path up to an observation does not depend on later ones.
     - `"rectilinear"`: the last observation, until the next one comes. The path jumps, and depends on nothing later even
       if values are missing.
 

@@ -55,10 +55,9 @@ def odeint(
             increase or all decrease, and may repeat. `ts[0]` is the time of `y0`. They are numbers, arrays, tensors or
             variables, and may be integers. Their differences are formed before they are rounded to the precision of the
             state, so you can use float64 seconds since 1970 with a float32 state. The field sees `t` in the precision
-            of the state. A repeated time gives the same state again, at no cost. The first derivative with respect to a
-            time is that of its own state along the field, also if the time is repeated; at a time of
-            `RungeKutta(step_at=...)` it is the derivative from one side. Second derivatives with respect to times that
-            coincide are not defined: with `"backsolve"` they are NaN.
+            of the state. A repeated time gives the same state again, at no cost. The derivative with respect to a time
+            is the field at its state, also for repeated times. At a time of `RungeKutta(step_at=...)` it is one-sided.
+            Second derivatives with respect to times that coincide are not defined: with `"backsolve"` they are NaN.
         args: nest of tensors for a field `f(t, y, args)`. Numbers and NumPy arrays take the precision of the state.
             Defaults to `None`.
         solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`. If you pass only the name of

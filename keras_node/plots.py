@@ -127,7 +127,7 @@ def evaluations(history: Any, *, ax: "Axes | None" = None) -> "Axes":
     """Draws the number of evaluations of the field in a solve against the epoch of training.
 
     There is one line for the forward solves of each layer with `track_stats=True`, and one for its backward solves if
-    the layer counts them.
+    the layer counts them. Validation solves nothing backward, and has one line for each layer.
 
     Args:
         history: the return value of `fit`, or its attribute `history`, a dictionary of lists.
@@ -150,7 +150,7 @@ def evaluations(history: Any, *, ax: "Axes | None" = None) -> "Axes":
         2
     """
     logs = history if isinstance(history, Mapping) else history.history
-    curves = {name: values for name, values in logs.items() if name.endswith("_evaluations")}
+    curves = {name: values for name, values in logs.items() if name.endswith("_evaluations") and np.any(values)}
     if not curves:
         raise ValueError(
             "There are no evaluations in this history: pass `track_stats=True` to a layer that solves, such as an "

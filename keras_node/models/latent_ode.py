@@ -70,8 +70,8 @@ class LatentODE(NestedLayers, LikelihoodModel):
 
     Call arguments:
         inputs: the observations, a tuple `(times, values, mask)`. `times` are in any unit and must not decrease from
-            one step with observations to the next. `mask` is true for each value that was observed. It is boolean or,
-            because several devices (`tf.distribute`) need numbers, 0 and 1.
+            one step with observations to the next. `mask` is true for each value that was observed. It is boolean, or 0
+            and 1, which several devices (`tf.distribute`) need.
         training: Python boolean, passed to the layers.
 
     Input shape:
