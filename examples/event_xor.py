@@ -14,7 +14,7 @@ as published, it stays at chance (with 32 units it did so for all epochs). It la
 `keras_node.ODERNN(keras.layers.SimpleRNNCell(32), field)` gets 98 % of streams of 8 bits right. How close the ODE-LSTM
 comes to the published figure depends on the seed: with seed 0 it reaches 98.25 %.
 
-    python examples/event_xor.py            # 16 minutes on two cores that were busy with other work
+    python examples/event_xor.py            # 16 minutes on two cores
     python examples/event_xor.py --quick    # hardly any training, in a few seconds
 """
 

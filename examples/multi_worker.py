@@ -8,7 +8,7 @@ again, as a cluster manager does, and continue after the last complete epoch.
 Here the workers are two processes on this machine, and one of them kills itself halfway. A single process trains on the
 same global batches, so that you can compare the losses.
 
-    python examples/multi_worker.py            # less than a minute on two cores
+    python examples/multi_worker.py            # about a minute on two cores
     python examples/multi_worker.py --quick    # a few epochs
 
 To use your own machines, start the script on each, with `TF_CONFIG` set and a `--directory` that all can access.
