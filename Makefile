@@ -13,12 +13,13 @@ INSTALLED := $(VENV)/.installed
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help example examples test test-minimal stress bench bench-more docs docs-links dist lint types format clean
+.PHONY: help example examples test test-quick test-minimal stress bench bench-more docs docs-links dist lint types format clean
 
 help:
 	@echo "make example   train a continuous-depth network on real data, beside a residual network"
 	@echo "make examples  run every example"
 	@echo "make test      run the tests; PYTEST_ARGS='-k solver' chooses some"
+	@echo "make test-quick  run some of them, in about two minutes"
 	@echo "make test-minimal  run the core of the tests with the oldest TensorFlow and Keras that pyproject.toml allows"
 	@echo "make stress    random programs until 100,000 problems are solved; STRESS_ARGS='--problems 5000' for fewer"
 	@echo "make bench     compare with other libraries, in environments of their own; BENCH_ARGS=--quick for a first look"
@@ -40,6 +41,23 @@ examples: $(INSTALLED)
 # Every worker imports TensorFlow, so a few long-lived ones that steal work from each other.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --durations 10 $(PYTEST_ARGS)
+
+# For the work in between: numerics, signatures and the gradients of a solve, in about two minutes.
+QUICK_TESTS := \
+	tests/test_tableaus.py \
+	tests/test_step_size.py \
+	tests/test_clock.py \
+	tests/test_solutions.py \
+	tests/test_signatures.py \
+	tests/test_gradients.py::test_gradients_equal_finite_differences \
+	tests/test_mixed_precision.py \
+	tests/test_likelihood_model.py \
+	tests/test_ode_rnn_cell.py \
+	tests/test_public_api.py \
+	tests/test_utils.py
+
+test-quick: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(PYTEST_ARGS) $(QUICK_TESTS)
 
 # The core of the suite on the lower bounds of pyproject.toml: solutions, gradients, layers, saving, export. The saved files
 # among the fixtures are of newer versions of Keras, whose configs older ones do not read.

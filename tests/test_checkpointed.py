@@ -30,17 +30,20 @@ def gradients_of(inputs, gradient, solver, field=field):
     return tf.nest.flatten(tape.gradient(value, inputs))
 
 
-@pytest.mark.parametrize("num_checkpoints", [None, 1, 3, 8])
 @pytest.mark.parametrize(
-    ("ts", "options"),
+    ("ts", "options", "num_checkpoints"),
     [
-        ([0.0, 1.2], {}),
-        ([1.1, 1.1, 0.6, 0.2, 0.1], {}),
-        (OWN, {}),
-        (OWN, {"per_sample": True}),
-        ([0.0, 0.5, 1.2], {"step_at": [0.25, 0.7]}),
+        ([0.0, 1.2], {}, None),
+        ([0.0, 1.2], {}, 3),
+        ([1.1, 1.1, 0.6, 0.2, 0.1], {}, 1),
+        ([1.1, 1.1, 0.6, 0.2, 0.1], {}, 8),
+        (OWN, {}, None),
+        (OWN, {}, 3),
+        (OWN, {"per_sample": True}, 1),
+        (OWN, {"per_sample": True}, 8),
+        ([0.0, 0.5, 1.2], {"step_at": [0.25, 0.7]}, None),
+        ([0.0, 0.5, 1.2], {"step_at": [0.25, 0.7]}, 3),
     ],
-    ids=["two", "reversed", "own", "per_sample", "step_at"],
 )
 def test_it_is_the_gradient_of_the_discrete_solution(ts, options, num_checkpoints):
     solver = keras_node.RungeKutta("bosh3", rtol=1e-4, max_steps=256, **options)

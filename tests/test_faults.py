@@ -189,11 +189,11 @@ def repeated_calls():
 @pytest.mark.skipif(not hasattr(threading, "get_native_id"), reason="needs /proc")
 def test_memory_stays_flat_over_many_calls():
     for name, call in repeated_calls().items():
-        memory, graphs = growth(call, calls=15)
-        assert graphs <= 0, name
-        # A solve's graph, or the states of a tape, would be a megabyte for every few calls; an allocator's
-        # fragments are not.
-        assert memory < 20 * 2**20, name
+        rounds = [growth(call, calls=15) for _ in range(3)]
+        assert all(graphs <= 0 for _, graphs in rounds), name
+        # A solve's graph, or the states of a tape, would be a megabyte for every few calls, in every round. What other
+        # threads of this process take and give back is not.
+        assert min(memory for memory, _ in rounds) < 20 * 2**20, name
 
 
 def test_eight_threads_predict_what_one_does():
