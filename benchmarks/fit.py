@@ -61,7 +61,7 @@ def main() -> None:
                 model = make(solver, solve)
                 model.compile("sgd", "mse", jit_compile=whole)
                 # So many steps that the default has begun to compile.
-                model.fit(x, y, BATCH, epochs=1 + CompileLater.STEPS // BATCHES, shuffle=False, verbose=0)
+                model.fit(x, y, BATCH, epochs=1 + CompileLater.SOLVES // BATCHES, shuffle=False, verbose=0)
                 models.append(model)
             least = [np.inf] * len(models)
             for _ in range(options.rounds):

@@ -13,21 +13,21 @@ _CONVOLUTIONS = ("Conv2D", "Conv3D", "DepthwiseConv2d")
 
 
 class CompileLater:
-    """Takes the place of `"auto"` in a layer, which can count: it compiles after `STEPS` training steps on a CPU.
+    """Takes the place of `"auto"` in a layer, which can count: on a CPU it compiles after `SOLVES` solves in training.
 
-    XLA takes seconds to compile a solve and its gradient, and then saves some hundredths of a second at every step. So
+    XLA takes seconds to compile a solve and its gradient, and then saves some hundredths of a second at every solve. So
     a short training ends sooner without it. Batches that are smaller than the largest one are not compiled: the last
     one of an epoch would take as long to compile as all the others, and runs once in an epoch.
     """
 
-    STEPS = 100
+    SOLVES = 200
 
     def __init__(self) -> None:
-        self.largest_and_steps: tf.Variable | None = None
+        self.largest_and_solves: tf.Variable | None = None
         if tf.inside_function():
             return  # a `tf.function` makes its layers anew at each tracing, and must not make variables more than once
-        # The size of the largest batch so far, and how many steps had it. Every replica counts for itself.
-        self.largest_and_steps = tf.Variable(
+        # The size of the largest batch so far, and the number of its solves. Every replica counts for itself.
+        self.largest_and_solves = tf.Variable(
             [0, 0],
             trainable=False,
             dtype=tf.int64,
@@ -35,16 +35,17 @@ class CompileLater:
             aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
         )
 
-    def count(self, state: tf.Tensor) -> bool | tf.Tensor:
-        """Counts a training step from a state, and returns whether to run it compiled."""
-        if self.largest_and_steps is None:
+    def count(self, state: tf.Tensor, number: int | tf.Tensor) -> bool | tf.Tensor:
+        """Counts a number of solves from a state, and returns whether to run them compiled."""
+        if self.largest_and_solves is None:
             return True
         batch = tf.shape(state, tf.int64)[0] if state.shape.rank else tf.constant(1, tf.int64)
-        largest, steps = tf.unstack(tf.convert_to_tensor(self.largest_and_steps))
-        steps = tf.where(batch > largest, tf.ones_like(steps), steps + tf.cast(batch == largest, tf.int64))
+        largest, solves = tf.unstack(tf.convert_to_tensor(self.largest_and_solves))
+        solves = tf.where(batch > largest, tf.zeros_like(solves), solves)
+        solves = tf.where(batch < largest, solves, solves + tf.cast(number, tf.int64))
         largest = tf.maximum(largest, batch)
-        self.largest_and_steps.assign(tf.stack([largest, steps]))
-        return (batch == largest) & (steps > self.STEPS)
+        self.largest_and_solves.assign(tf.stack([largest, solves]))
+        return (batch == largest) & (solves > self.SOLVES)
 
 
 def check_jit_compile(jit_compile: bool | str | CompileLater, gradient: Any) -> None:
@@ -65,6 +66,7 @@ def compiles(
     training: bool | None,
     pure: PureFunction,
     state: tf.Tensor,
+    number: int | tf.Tensor = 1,
 ) -> bool | tf.Tensor:
     """Whether to compile a solve. The answer is a tensor if it changes as the graph runs.
 
@@ -74,6 +76,7 @@ def compiles(
         training: whether the solve is part of training.
         pure: the function that the program evaluates.
         state: a state, which tells the number of samples.
+        number: how many solves follow one after the other.
     """
     if tf.executing_eagerly() or jit_compile in (True, False):
         return jit_compile is True
@@ -88,7 +91,7 @@ def compiles(
     if _convolves(pure.trace):
         return False
     # A function without side effects cannot count. The field of another solve is one, and so is a stateless call.
-    return jit_compile.count(state) if isinstance(jit_compile, CompileLater) and not _is_stateless() else True
+    return jit_compile.count(state, number) if isinstance(jit_compile, CompileLater) and not _is_stateless() else True
 
 
 def _is_stateless() -> bool:

@@ -122,7 +122,7 @@ class SolvingLayer(NestedLayers):
     ) -> None:
         """Sets the options. The constructor of a layer calls this after the layer has got its name."""
         self.options = SolveOptions(self.name, solver, gradient, jit_compile, track_stats, counts_backward)
-        self.training_steps = self.options.compile_later.largest_and_steps  # so that TensorFlow can save its graphs
+        self.solves_so_far = self.options.compile_later.largest_and_solves  # so that TensorFlow can save its graphs
         if self.options.metrics is not None:
             self.statistic_metrics = self.options.metrics.metrics  # Keras finds metrics that are attributes
 

@@ -172,7 +172,7 @@ def repeated_calls():
     """Calls by name that a program may make thousands of times."""
     x = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
     trained, field = model(), keras.layers.Dense(4, activation="tanh")
-    trained.fit(x, x[:, :1], epochs=CompileLater.STEPS + 1, verbose=0)  # XLA takes memory when it begins to compile
+    trained.fit(x, x[:, :1], epochs=CompileLater.SOLVES + 1, verbose=0)  # XLA takes memory when it begins to compile
 
     def eager():
         with tf.GradientTape() as tape:

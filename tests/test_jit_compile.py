@@ -115,9 +115,9 @@ class TimesOfARow(keras.layers.Wrapper):
         return self.layer(x, tf.tile([[0.0, 1.0, 2.0]], [tf.shape(x)[0], 1]))
 
 
-@pytest.mark.parametrize("layer", [deep, recurrent])
-def test_a_layer_compiles_after_so_many_steps_and_the_largest_batches_only(layer, monkeypatch):
-    monkeypatch.setattr(CompileLater, "STEPS", 2)
+@pytest.mark.parametrize(("layer", "solves"), [(deep, 1), (recurrent, 3)])
+def test_a_layer_compiles_after_so_many_solves_and_the_largest_batches_only(layer, solves, monkeypatch):
+    monkeypatch.setattr(CompileLater, "SOLVES", 2 * solves)
     layer = layer(OutsideXLA(3))
     layer(tf.ones((8, 3)))
 
@@ -135,7 +135,7 @@ def test_a_layer_compiles_after_so_many_steps_and_the_largest_batches_only(layer
 
 @pytest.mark.parametrize(("layer", "gradient"), [(deep, "backsolve"), (deep, "checkpointed"), (recurrent, "backsolve")])
 def test_training_goes_on_as_before_when_a_layer_begins_to_compile(layer, gradient, monkeypatch):
-    monkeypatch.setattr(CompileLater, "STEPS", 3)
+    monkeypatch.setattr(CompileLater, "SOLVES", 3)
     x = np.random.default_rng(0).normal(size=(20, 3)).astype("float32")
     weights = []
     for options in ({}, {"jit_compile": False}):

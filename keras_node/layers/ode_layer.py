@@ -42,9 +42,9 @@ class ODELayer(SolvingLayer):
         augment_dims: number of zeros to append to the last axis of the input, an integer of 0 or more. In the extra
             dimensions, trajectories can pass each other (augmented neural ODE). Defaults to `0`.
         jit_compile: whether to compile the solve with XLA, even if the rest of the model is not compiled: `True`,
-            `False` or `"auto"` (default). `"auto"` compiles in training. On a CPU it begins with that after 100
-            training steps, so that a short training does not wait for XLA, and only for batches of the largest size. It
-            does not compile with `"direct"` nor, on a CPU, if the field contains convolutions; `odeint` lists some more
+            `False` or `"auto"` (default). `"auto"` compiles in training. On a CPU it begins with that after 200 solves,
+            so that a short training does not wait for XLA, and only for batches of the largest size. It does not
+            compile with `"direct"` nor, on a CPU, if the field contains convolutions; `odeint` lists some more
             exceptions. The choice is separate from that of `model.compile`: `jit_compile=False` there does not stop the
             layer.
         track_stats: whether the model gets metrics of the work of the solves, forward and backward: evaluations,

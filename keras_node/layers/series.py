@@ -70,8 +70,8 @@ class SeriesRNN(keras.layers.RNN):
         return output, outputs, keras.tree.pack_sequence_as(initial_state, states)
 
     def _with_gradient(self, scan: Scan, inputs: tuple, training: bool | None) -> Any:
-        step, state = scan.step, inputs[1][0]
-        jit_compile = compiles(self.cell.options.when_to_compile, self.cell.gradient, training, step, state)
+        step, state, options = scan.step, inputs[1][0], self.cell.options
+        jit_compile = compiles(options.when_to_compile, options.gradient, training, step, state, scan.size)
 
         def in_training(*inputs: Any) -> Any:
             (*ys, _, _), others = custom_vjp(scan.keeping, scan.backward, _conclude, inputs, step, jit_compile)
