@@ -18,7 +18,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["IPYTHONDIR"] = str(pathlib.Path(__file__).with_name("_build") / "ipython")
 startup = pathlib.Path(os.environ["IPYTHONDIR"], "profile_default", "startup")
 startup.mkdir(parents=True, exist_ok=True)
-(startup / "quiet.py").write_text('import logging\n\nlogging.getLogger("tensorflow").setLevel("ERROR")\n')
+# A filter, because TensorFlow sets the level itself.
+(startup / "quiet.py").write_text(
+    'import logging\n\nlogging.getLogger("tensorflow").addFilter(lambda record: record.levelno >= logging.ERROR)\n'
+)
 
 project = "keras_node"
 author = "The keras_node authors"
