@@ -38,9 +38,8 @@ class SolveOptions:
             a loop, because TensorFlow cannot update a variable in the gradient of a loop.
     """
 
-    PATIENCE = (
-        1.0  # seconds of tracing after which to tell what is going on; a whole first step takes several times that
-    )
+    # After so many seconds of tracing, tell what is going on. The whole first step takes several times as long.
+    PATIENCE = 1.0
 
     def __init__(
         self,
