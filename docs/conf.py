@@ -39,7 +39,8 @@ extensions = [
 # Strict: what cannot be found, or fails when it is run, ends the build (`sphinx-build -W`).
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:class", r"keras_node\.metrics\.SolverMetrics"),  # what layers pass to `odeint`, and nobody else
+    # What layers pass to `odeint`, and nobody else.
+    (r"py:class", r"keras_node\.(metrics\.SolverMetrics|jit_compile\.CompileLater)"),
     # Types of packages whose references are not loaded, so that the build needs no network.
     (
         r"py:.*",
