@@ -41,7 +41,7 @@ def gradcheck(
     *,
     args: Any = None,
     solver: RungeKutta | str = "tsit5",
-    gradient: Gradient | str = "backsolve",
+    gradient: Gradient | str | None = None,
     training: bool | None = None,
     num_directions: int = 3,
     epsilon: float = 1e-5,

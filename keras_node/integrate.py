@@ -17,7 +17,7 @@ from keras_node.interpolation import Progress
 from keras_node.solution import Stats, Status
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.solvers.step import Rates, Step, quadrature_rate, rk_step
-from keras_node.solvers.tableaus import ButcherTableau
+from keras_node.solvers.butcher_tableau import ButcherTableau
 from keras_node.step_size import Norm, PIDController, first_step_size, rms_norm
 from keras_node.trees import Nest
 
@@ -70,6 +70,8 @@ class _LoopState(NamedTuple):
     num_attempts: tf.Tensor
     num_steps: tf.Tensor
     num_restarts: tf.Tensor  # the number of evaluations after jumps
+    converged: Nest  # whether Newton's method converged in the last attempt; () for an explicit method
+    num_iterations: Nest  # the number of its iterations; () for an explicit method
 
 
 def integrate(
@@ -83,6 +85,7 @@ def integrate(
     jump: Callable[[tf.Tensor, Nest], Nest] | None = None,
     norm: Norm | None = None,
     first_step: tf.Tensor | None = None,
+    num_derivatives: int = 0,
 ) -> Integral:
     """Integrates `dy/dt = f(t, y)` from the clock's first stop to its last.
 
@@ -98,6 +101,7 @@ def integrate(
         norm: the norm of the error. By default it is the root mean square, over the whole state or over each sample.
         first_step: the first step that an adaptive solve attempts, in units of the clock, if the caller knows a better
             one than the solver; a scalar, or `(batch,)` with per-sample steps.
+        num_derivatives: how often you can differentiate the result of an implicit method, by ordinary backpropagation.
 
     Returns:
         An `Integral`.
@@ -143,15 +147,23 @@ def integrate(
         length = tf.subtract(where_running(s, end, s.reading), s.reading)
         dt = tf.multiply(length, segment.speed)
         step = rk_step(
-            tableau,
+            solver,
             lambda t, y: vector_field(segment.inside(t), y, segment.speed),
             t=segment.time(s.reading),
             dt=dt,
             y0=s.y,
             k1=s.k1 if tableau.fsal else None,
+            num_derivatives=num_derivatives,
         )
         decision = controller.decide(length, step.error, s.y, step.y1, s.history, norm)
-        accepted = where_running(s, decision.accept, False)
+        accept, finite, converged, num_iterations = decision.accept, decision.finite, s.converged, s.num_iterations
+        if step.converged is not None and step.num_iterations is not None:
+            accept = accept & step.converged
+            # Iterations that leave the domain of the field end in NaN, and that is the reason to report.
+            converged = where_running(s, step.converged | ~_is_finite(step.y1, per_sample), s.converged)
+            finite = finite | ~converged
+            num_iterations = tf.add(num_iterations, where_running(s, step.num_iterations, 0))
+        accepted = where_running(s, accept, False)
 
         def keep(new: Nest, old: Nest) -> Nest:
             return trees.where(accepted, new, old)
@@ -183,6 +195,8 @@ def integrate(
         if solver.adaptive:
             # Time must move. Otherwise the loop would attempt the same step forever.
             running = running & (tf.add(reading, step_size) > reading)
+        elif tableau.implicit:
+            running = running & converged
         return _LoopState(
             running=running,
             reading=reading,
@@ -194,10 +208,12 @@ def integrate(
             k1=k1,
             history=decision.history,
             memories=memories,
-            finite=where_running(s, decision.finite, s.finite),
+            finite=where_running(s, finite, s.finite),
             num_attempts=tf.add(s.num_attempts, where_running(s, 1, 0)),
             num_steps=tf.add(s.num_steps, tf.cast(accepted, tf.int32)),
             num_restarts=restarts,
+            converged=converged,
+            num_iterations=num_iterations,
         )
 
     def after_stop(
@@ -233,6 +249,8 @@ def integrate(
         num_attempts=zeros,
         num_steps=zeros,
         num_restarts=zeros,
+        converged=tf.fill(sample_shape, True) if tableau.implicit else (),
+        num_iterations=zeros if tableau.implicit else (),
     )
     (s,) = tf.while_loop(
         lambda s: tf.reduce_any(s.running) if per_sample else s.running,
@@ -245,11 +263,16 @@ def integrate(
     ended = tf.where(on_the_way(s.segment, s.reading), int(Status.STEP_SIZE_UNDERFLOW), int(Status.SUCCESS))
     status = tf.where(s.running, int(Status.MAX_STEPS), tf.where(finite, ended, int(Status.NON_FINITE)))
     evaluations = evaluations + s.num_restarts + s.num_attempts * _evaluations_per_step(tableau)
+    factorizations = iterations = zeros
+    if tableau.implicit:
+        status = tf.where(s.converged | s.running, status, int(Status.NO_CONVERGENCE))
+        factorizations, iterations = s.num_attempts, s.num_iterations
+        evaluations = evaluations + iterations
     return Integral(
         y1=trees.poison(status != 0, s.y),
         quadrature=trees.poison(tf.reduce_any(status != 0), s.quadrature),
         memories=s.memories,
-        stats=Stats(evaluations, s.num_steps, s.num_attempts - s.num_steps),
+        stats=Stats(evaluations, s.num_steps, s.num_attempts - s.num_steps, factorizations, iterations),
         status=status,
     )
 
@@ -308,6 +331,8 @@ def _is_finite(x: Nest, per_sample: bool) -> tf.Tensor:
 
 
 def _evaluations_per_step(tableau: ButcherTableau) -> int:
+    if tableau.implicit:
+        return 1  # for the Jacobian; every iteration is another one
     return tableau.num_stages - 1 if tableau.fsal else tableau.num_stages
 
 

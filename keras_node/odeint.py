@@ -29,7 +29,7 @@ def odeint(
     *,
     args: Nest = None,
     solver: RungeKutta | str = "tsit5",
-    gradient: Gradient | str = "backsolve",
+    gradient: Gradient | str | None = None,
     training: bool | None = None,
     mask: Nest = None,
     throw: bool = True,
@@ -103,7 +103,9 @@ def odeint(
         - Chen, Rubanova, Bettencourt & Duvenaud (2018), "Neural Ordinary Differential Equations", arXiv:1806.07366.
         - Hairer, Norsett & Wanner (1993), "Solving Ordinary Differential Equations I", chapter II.
     """
-    solver, gradient = solvers.get(solver), gradients.get(gradient)
+    solver = solvers.get(solver)
+    gradient = gradients.get(gradient) or gradients.default(solver)
+    gradients.check(gradient, solver)
     check_jit_compile(jit_compile, gradient)
     here = CallContext.current()
     training = here.training if training is None else training

@@ -17,6 +17,8 @@ class Status(enum.IntEnum):
     - `STEP_SIZE_UNDERFLOW` (3): the next step would have been too short to move the time.
     - `BAD_TIMES` (4): the times are not finite or not monotonic. Times that are known before the solve raise a
       `ValueError` instead.
+    - `NO_CONVERGENCE` (5): Newton's method did not converge at a stage of an implicit method, with constant steps, or
+      with adaptive steps until they became too short.
     """
 
     SUCCESS = 0
@@ -24,6 +26,7 @@ class Status(enum.IntEnum):
     NON_FINITE = 2
     STEP_SIZE_UNDERFLOW = 3
     BAD_TIMES = 4
+    NO_CONVERGENCE = 5
 
 
 class Stats(NamedTuple):
@@ -32,12 +35,18 @@ class Stats(NamedTuple):
     Attributes:
         num_evaluations: number of evaluations of the vector field.
         num_steps: number of accepted steps.
-        num_rejected: number of attempted steps that were rejected, because their error was too large.
+        num_rejected: number of attempted steps that were rejected, because their error was too large or, with an
+            implicit method, because Newton's method did not converge.
+        num_factorizations: number of Jacobians that an implicit method computed and factorized, one for each attempted
+            step. Each takes one evaluation, and a vector-Jacobian product for every component of a sample.
+        num_iterations: number of iterations of Newton's method. Each takes one evaluation.
     """
 
     num_evaluations: tf.Tensor
     num_steps: tf.Tensor
     num_rejected: tf.Tensor
+    num_factorizations: tf.Tensor
+    num_iterations: tf.Tensor
 
 
 class Solution(NamedTuple):

@@ -45,22 +45,34 @@ class SolveOptions:
         self,
         name: str,
         solver: Solver,
-        gradient: Gradient,
+        gradient: Gradient | None,
         jit_compile: bool | str,
         track_stats: bool,
         counts_backward: bool,
     ) -> None:
         self.name = name
-        self.solver: RungeKutta = solvers.get(solver)
-        self.gradient: Any = gradients.get(gradient)
-        check_jit_compile(jit_compile, self.gradient)
         self.jit_compile = jit_compile
+        self.choose(solver, gradient)
         self.compile_later = CompileLater()
         self.metrics: SolverMetrics | None = None
         if track_stats:
             backward = counts_backward and not isinstance(self.gradient, DirectGradient)
             self.metrics = SolverMetrics(name, backward)
         self._has_told = False
+
+    def choose(self, solver: Solver, gradient: Gradient | None) -> None:
+        """Sets the solver and the gradient. They must fit together."""
+        solver, chosen = solvers.get(solver), gradients.get(gradient)
+        actual = chosen or gradients.default(solver)
+        gradients.check(actual, solver)
+        check_jit_compile(self.jit_compile, actual)
+        self.solver: RungeKutta = solver
+        self.chosen_gradient = chosen
+
+    @property
+    def gradient(self) -> Any:
+        """The gradient that was chosen, or else the default of the solver."""
+        return self.chosen_gradient or gradients.default(self.solver)
 
     @property
     def when_to_compile(self) -> bool | CompileLater:
@@ -100,7 +112,7 @@ class SolveOptions:
     def get_config(self) -> dict[str, Any]:
         return {
             "solver": keras.saving.serialize_keras_object(self.solver),
-            "gradient": keras.saving.serialize_keras_object(self.gradient),
+            "gradient": keras.saving.serialize_keras_object(self.chosen_gradient),
             "jit_compile": self.jit_compile,
             "track_stats": self.metrics is not None,
         }
@@ -114,7 +126,7 @@ class SolvingLayer(NestedLayers):
     def set_options(
         self,
         solver: Solver,
-        gradient: Gradient,
+        gradient: Gradient | None,
         jit_compile: bool | str,
         track_stats: bool = False,
         counts_backward: bool = True,
@@ -131,16 +143,15 @@ class SolvingLayer(NestedLayers):
 
     @solver.setter
     def solver(self, value: Solver) -> None:
-        self.options.solver = solvers.get(value)
+        self.options.choose(value, self.options.chosen_gradient)
 
     @property
     def gradient(self) -> Any:
         return self.options.gradient
 
     @gradient.setter
-    def gradient(self, value: Gradient) -> None:
-        self.options.gradient = gradients.get(value)
-        check_jit_compile(self.options.jit_compile, self.options.gradient)
+    def gradient(self, value: Gradient | None) -> None:
+        self.options.choose(self.solver, value)
 
     @property
     def jit_compile(self) -> bool | str:

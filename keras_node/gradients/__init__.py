@@ -8,6 +8,7 @@ from keras_node.arguments import one_of
 from keras_node.gradients.backsolve import BacksolveAdjoint
 from keras_node.gradients.checkpointed import CheckpointedAdjoint
 from keras_node.gradients.direct import DirectGradient
+from keras_node.solvers.runge_kutta import RungeKutta
 
 Gradient: TypeAlias = BacksolveAdjoint | CheckpointedAdjoint | DirectGradient
 
@@ -18,13 +19,33 @@ GRADIENTS: dict[str, type[Gradient]] = {
 }
 
 
-def get(identifier: Gradient | str | dict[str, Any]) -> Gradient:
-    """Returns a gradient from an object, a name or a config.
+def default(solver: RungeKutta) -> Gradient:
+    """The gradient of a solve for which none was chosen."""
+    return CheckpointedAdjoint() if solver.tableau.implicit else BacksolveAdjoint()
+
+
+def check(gradient: Gradient, solver: RungeKutta) -> None:
+    """Raises an error for the adjoint method with an implicit solver."""
+    backward = gradient.solver if isinstance(gradient, BacksolveAdjoint) else None
+    implicit = next((s for s in (backward, solver) if s is not None and s.tableau.implicit), None)
+    if isinstance(gradient, BacksolveAdjoint) and implicit is not None:
+        raise ValueError(
+            'gradient="backsolve" solves the field backward in time. There, what dies out quickly in a stiff problem '
+            "grows just as quickly, so the path is lost within a few steps, and no solver can help. Leave out "
+            '`gradient` to get the exact gradient of the implicit method, or pass gradient="checkpointed". '
+            f"Received: gradient={gradient!r} with the implicit method {implicit.method!r}"
+        )
+
+
+def get(identifier: Gradient | str | dict[str, Any] | None) -> Gradient | None:
+    """Returns a gradient from an object, a name or a config, and `None` unchanged.
 
     Raises:
         ValueError: for an unknown name.
         TypeError: for an `identifier` of another type.
     """
+    if identifier is None:
+        return None
     if isinstance(identifier, Gradient):
         return identifier
     if isinstance(identifier, dict):

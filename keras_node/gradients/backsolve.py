@@ -19,7 +19,7 @@ from keras_node.solution import Stats
 from keras_node.solve import Problem, PureField, Trajectory, adjoint_clock, solve
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.solvers.step import Rates, Step
-from keras_node.solvers.tableaus import ButcherTableau
+from keras_node.solvers.butcher_tableau import ButcherTableau
 from keras_node.step_size import rms_norm
 from keras_node.trees import Nest
 
@@ -144,7 +144,7 @@ class BacksolveAdjoint:
         """The trajectory of a known result."""
         ys = tf.nest.map_structure(lambda a, b: tf.stack([a, tf.cast(b, a.dtype)]), problem.y0, self._known)
         none = tf.constant(0)
-        return Trajectory(ys, Stats(none, none, none), none), ()
+        return Trajectory(ys, Stats(*[none] * 5), none), ()
 
     def _backward(self, problem: Problem, memory: tuple, ys: Nest, dys: Nest) -> tuple[Gradients, Stats, tf.Tensor]:
         """The gradients of `y0`, `ts` and `params`, and the stats and status of their solve."""

@@ -125,7 +125,7 @@ def _replay_stats(problem: Problem, record: Record) -> Stats:
     kept = (record.count + record.stride - 1) // record.stride
     stages = tableau.num_stages - 1 if tableau.fsal and problem.ts.shape[0] == 2 else tableau.num_stages
     # The state after the last step before a checkpoint is not computed.
-    return Stats(stages * (2 * record.count - kept), record.count, tf.constant(0))
+    return Stats(stages * (2 * record.count - kept), record.count, *[tf.constant(0)] * 3)
 
 
 def _square_root(count: int | tf.Tensor) -> int | tf.Tensor:

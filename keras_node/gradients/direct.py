@@ -15,6 +15,9 @@ class DirectGradient:
     with the number of attempted steps. Under XLA the amount of memory must be known in advance, and an adaptive solver
     reserves it for `max_steps`: choose a small `max_steps`, or constant steps with `num_steps`.
 
+    With an implicit method, a solve can be differentiated twice. It then computes the Jacobian at every stage, which
+    `"checkpointed"` does in the gradient only.
+
     Example:
         >>> layer = keras_node.ODELayer(keras.layers.Dense(2), gradient=keras_node.DirectGradient())
         >>> layer(keras.ops.ones((3, 2))).shape
@@ -28,7 +31,7 @@ class DirectGradient:
 
     def __call__(self, problem: Problem) -> Trajectory:
         """Solves the problem with this gradient. The layers and `keras_node.odeint` call it."""
-        trajectory, _ = solve(problem)
+        trajectory, _ = solve(problem, num_derivatives=2)
         return leave_start(problem, trajectory)
 
     def get_config(self) -> dict[str, Any]:

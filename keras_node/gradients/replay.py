@@ -104,17 +104,20 @@ class Replay:
         self.tableau = problem.solver.tableau
         self.dense = problem.ts.shape[0] != 2
 
-    def step(self, n: tf.Tensor, y: Nest, params: list[tf.Tensor], clock: Clock) -> tuple[Step, Progress]:
+    def step(
+        self, n: tf.Tensor, y: Nest, params: list[tf.Tensor], clock: Clock, num_derivatives: int = 0
+    ) -> tuple[Step, Progress]:
         """Computes the accepted step number `n` from the state `y`."""
         progress = tf.nest.map_structure(lambda x: tf.gather(x, n), self.record.steps)
         segment = clock.segment(progress.segment)
         step = rk_step(
-            self.tableau,
+            self.problem.solver,
             lambda t, y: Rates(self.problem.vector_field(segment.inside(t), y, params)),
             t=segment.time(progress.start),
             dt=tf.multiply(progress.length, segment.speed),
             y0=y,
             last_rate=self.dense,
+            num_derivatives=num_derivatives,
         )
         return step, progress
 
@@ -125,7 +128,7 @@ class Replay:
         limit = step_limit(self.problem.solver, clock)
 
         def body(n: tf.Tensor, y: Nest, memory: Nest) -> tuple[tf.Tensor, Nest, Nest]:
-            step, progress = self.step(n, y, params, clock)
+            step, progress = self.step(n, y, params, clock, num_derivatives=2)
             if output is None:
                 return n + 1, step.y1, memory
             # The loop repeats a step for each state that it writes, because XLA cannot differentiate a loop inside a
@@ -158,7 +161,7 @@ class Replay:
             adjoint, dparams, dtiming, written = total
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(tf.nest.flatten((y, sources, timing[:2])))
-                step, progress = self.step(n, y, params, clock)
+                step, progress = self.step(n, y, params, clock, num_derivatives=1)
             parts = (step.y1, [rates.y for rates in step.k], step.dt) if self.dense else step.y1
             cotangent, direct = adjoint, tf.nest.map_structure(tf.zeros_like, y)
             dreadings = dtiming[2:]

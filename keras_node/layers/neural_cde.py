@@ -104,7 +104,7 @@ class NeuralCDE(SolvingLayer):
         *,
         interpolation: str = "hermite",
         solver: Solver = "tsit5",
-        gradient: Gradient = "backsolve",
+        gradient: Gradient | None = None,
         return_sequences: bool = False,
         jit_compile: bool | str = "auto",
         track_stats: bool = False,

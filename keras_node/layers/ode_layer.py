@@ -105,7 +105,7 @@ class ODELayer(SolvingLayer):
         t1: float = 1.0,
         *,
         solver: Solver = "tsit5",
-        gradient: Gradient = "backsolve",
+        gradient: Gradient | None = None,
         augment_dims: int = 0,
         jit_compile: bool | str = "auto",
         track_stats: bool = False,

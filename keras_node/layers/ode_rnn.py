@@ -119,7 +119,7 @@ class ODERNN(SolvingLayer):
         vector_field: keras.Layer | Callable,
         *,
         solver: Solver = "tsit5",
-        gradient: Gradient = "backsolve",
+        gradient: Gradient | None = None,
         evolve: int | Sequence[int] | None = None,
         jit_compile: bool | str = "auto",
         track_stats: bool = False,

@@ -101,7 +101,7 @@ class ODERNNCell(SolvingLayer, _DropoutRNNCell):
         time_feature: bool = True,
         interval: float = 1.0,
         solver: Solver = "tsit5",
-        gradient: Gradient = "backsolve",
+        gradient: Gradient | None = None,
         evolve: int | Sequence[int] | None = None,
         jit_compile: bool | str = "auto",
         track_stats: bool = False,

@@ -163,7 +163,7 @@ class _NoSolve(DirectGradient):
         problem.vector_field(problem.times[0], problem.y0, problem.params)
         ys = tf.nest.map_structure(lambda y: tf.stack([y, y]), problem.y0)
         nothing = tf.constant(0)
-        return Trajectory(ys, Stats(nothing, nothing, nothing), nothing)
+        return Trajectory(ys, Stats(*[nothing] * 5), nothing)
 
 
 class _Reports:

@@ -116,7 +116,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         *,
         t1: float = 1.0,
         solver: Solver | None = None,
-        gradient: Gradient = "backsolve",
+        gradient: Gradient | None = None,
         trace: str = "exact",
         noise: str = "rademacher",
         kinetic_energy: float = 0.0,

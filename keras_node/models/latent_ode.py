@@ -129,7 +129,7 @@ class LatentODE(NestedLayers, LikelihoodModel):
         kl_annealing_steps: int = 0,
         t0: float = 0.0,
         solver: Solver = "tsit5",
-        gradient: Gradient = "backsolve",
+        gradient: Gradient | None = None,
         jit_compile: bool | str = "auto",
         track_stats: bool = False,
         **kwargs: Any,

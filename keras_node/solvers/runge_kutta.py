@@ -8,7 +8,8 @@ from typing import Any
 import keras
 
 from keras_node.arguments import number, one_of, positive_integer, positive_number
-from keras_node.solvers.tableaus import TABLEAUS, ButcherTableau
+from keras_node.solvers.butcher_tableau import ButcherTableau
+from keras_node.solvers.tableaus import TABLEAUS
 from keras_node.step_size import ConstantSteps, PIDController
 
 
@@ -95,6 +96,8 @@ class RungeKutta:
     safety: float = 0.9
     min_factor: float = 0.2
     max_factor: float = 10.0
+    newton_tolerance: float = 0.03
+    max_newton_iterations: int = 10
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -198,4 +201,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "safety": positive_number,
     "min_factor": positive_number,
     "max_factor": positive_number,
+    "newton_tolerance": positive_number,
+    "max_newton_iterations": positive_integer,
 }

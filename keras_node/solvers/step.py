@@ -1,4 +1,4 @@
-"""One explicit Runge-Kutta step for any Butcher tableau, in the notation of Hairer, Norsett & Wanner (1993), II.1."""
+"""One Runge-Kutta step for any Butcher tableau, in the notation of Hairer, Norsett & Wanner (1993), II.1."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -7,7 +7,9 @@ import numpy as np
 import tensorflow as tf
 
 from keras_node import trees
-from keras_node.solvers.tableaus import ButcherTableau
+from keras_node.solvers.butcher_tableau import ButcherTableau
+from keras_node.solvers.newton import Newton
+from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.trees import Nest
 
 
@@ -35,9 +37,12 @@ class Step(NamedTuple):
         dt: the signed length of the step.
         y0: the state at `t`.
         y1: the state at `t + dt`.
-        error: the embedded estimate of the local error of `y1`, or `None` if there is no estimate.
+        error: the embedded estimate of the local error of `y1`, or `None` if there is no estimate. It is NaN if
+            Newton's method did not converge.
         k: the `Rates` at every stage.
-        stages: the pairs `(time, state)` at which they were evaluated.
+        stages: of an explicit method, the pairs `(time, state)` at which they were evaluated.
+        converged: of an implicit method, whether Newton's method converged at all stages; otherwise `None`.
+        num_iterations: of an implicit method, the number of its iterations; otherwise `None`.
     """
 
     t: tf.Tensor
@@ -47,48 +52,63 @@ class Step(NamedTuple):
     error: Nest | None
     k: list[Rates]
     stages: list[tuple[tf.Tensor, Nest]]
+    converged: tf.Tensor | None = None
+    num_iterations: tf.Tensor | None = None
 
 
 def rk_step(
-    tableau: ButcherTableau,
+    solver: RungeKutta,
     vector_field: Callable[[tf.Tensor, Nest], Rates],
     t: tf.Tensor,
     dt: tf.Tensor,
     y0: Nest,
     k1: Rates | None = None,
     last_rate: bool = True,
+    num_derivatives: int = 0,
 ) -> Step:
     """Computes one step.
 
     Args:
-        tableau: the coefficients of the method.
+        solver: the method, and for an implicit one the options of Newton's method.
         vector_field: `f(t, y)`.
         t: the time at the start of the step, a scalar or `(batch,)`.
         dt: the signed length of the step, in the same shape.
         y0: the state at `t`.
         k1: `f(t, y0)` if it is known already (first same as last).
-        last_rate: whether a method that is first same as last evaluates the field at `y1`. Without this evaluation, the
-            step has no error estimate and no dense output.
+        last_rate: whether an explicit method that is first same as last evaluates the field at `y1`. Without this
+            evaluation, the step has no error estimate and no dense output.
+        num_derivatives: how often you can differentiate a step of an implicit method, by ordinary backpropagation. A
+            step of an explicit method can always be differentiated.
     """
+    tableau = solver.tableau
 
     def moved_by(weights: Sequence[float], k: list[Rates]) -> Nest:
         increment = trees.weighted_sum(weights, [rates.y for rates in k])
         return trees.add(y0, trees.scale(dt, increment))
 
     k = [vector_field(t, y0) if k1 is None else k1]
-    stages = [(t, y0)]
-    # The times of all stages are computed at once, because in eager mode every operation takes time.
-    c = np.reshape(tableau.c[1:], [-1] + [1] * t.shape.rank)
-    times = tf.unstack(tf.add(t, tf.multiply(tf.constant(c, t.dtype), dt)), len(c))
-    for a, time in zip(tableau.a, times, strict=True):
-        stages.append((time, moved_by(a, k)))
-        if last_rate or not tableau.fsal or len(stages) < tableau.num_stages:
-            k.append(vector_field(*stages[-1]))
-    y1 = stages[-1][1] if tableau.fsal else moved_by(tableau.b, k)
+    newton, convergence = None, ()
+    if tableau.implicit:
+        newton = Newton(solver, lambda t, y: vector_field(t, y).y, t, dt, y0)
+        rates, *convergence = newton.stages(k[0].y, num_derivatives)
+        k, stages = [Rates(rate) for rate in rates], []
+        y1 = moved_by(tableau.b, k)
+    else:
+        stages = [(t, y0)]
+        # The times of all stages are computed at once, because in eager mode every operation takes time.
+        c = np.reshape(tableau.c[1:], [-1] + [1] * t.shape.rank)
+        times = tf.unstack(tf.add(t, tf.multiply(tf.constant(c, t.dtype), dt)), len(c))
+        for a, time in zip(tableau.a, times, strict=True):
+            stages.append((time, moved_by(a, k)))
+            if last_rate or not tableau.fsal or len(stages) < tableau.num_stages:
+                k.append(vector_field(*stages[-1]))
+        y1 = stages[-1][1] if tableau.fsal else moved_by(tableau.b, k)
     error = None
     if tableau.b_error is not None and len(k) == tableau.num_stages:
         error = trees.scale(dt, trees.weighted_sum(tableau.b_error, [rates.y for rates in k]))
-    return Step(t, dt, y0, y1, error, k, stages)
+        if newton is not None:
+            error = trees.poison(~convergence[0], newton.damped(error))
+    return Step(t, dt, y0, y1, error, k, stages, *convergence)
 
 
 def quadrature_rate(tableau: ButcherTableau, step: Step) -> Nest:

@@ -1,0 +1,277 @@
+"""The stages of an implicit Runge-Kutta step by Newton's method.
+
+Every stage after the first is the solution `k_i` of
+
+    k_i = f(t + c_i dt, y + dt sum_j a_ij k_j),    a_ii = gamma
+
+where the sum ends with `j = i`. With the Jacobian `J = df/dy` at the start of the step, an iteration is
+
+    k_i <- k_i + (1 - gamma dt J)^-1 (f(t + c_i dt, y + dt sum_j a_ij k_j) - k_i)
+
+All stages of a step share the matrix, which is inverted once. The samples of a batch do not influence each other, so
+each has its own Jacobian `(n, n)`, and iterates until it has converged itself.
+
+The derivative of the stages follows from the implicit function theorem. Take all of them as constants `k`, and let
+`r_i` be the residual above, with the dependence of `f` on everything else. Then
+
+    k_i + d_i,    d_i = (1 - gamma dt J_i)^-1 (r_i + dt J_i sum_j a_ij d_j)
+
+with the Jacobian `J_i` at each stage, which counts as a constant, has the right values (`r_i` is zero) and the right
+first derivative. Doing the same again from there gives the right second derivative. So ordinary backpropagation is
+exact, and it does the transposed solves of the adjoint.
+
+References:
+    Hairer & Wanner (1996), "Solving Ordinary Differential Equations II", IV.8: iteration and stopping.
+    Kennedy & Carpenter (2016), NASA/TM-2016-219173, section 5.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from keras_node import trees
+from keras_node.solvers.inverse import inverse
+from keras_node.solvers.runge_kutta import RungeKutta
+from keras_node.step_size import error_scale
+from keras_node.trees import Nest
+
+Field = Callable[[tf.Tensor, Nest], Nest]  # f(t, y)
+Jacobian = Callable[[tf.Tensor, Nest], tf.Tensor]  # (t, y) -> (batch, n, n)
+
+# A graph holds one vector-Jacobian product for each row, up to this number. More rows are computed in a loop, which
+# evaluates the field again for every row.
+_MOST_UNROLLED = 32
+
+
+class Rows:
+    """Writes a state as a matrix with one row per sample, and a matrix as a state.
+
+    Args:
+        like: a state. The first axis of each of its tensors is the batch, if all have two axes or more. Otherwise the
+            whole state is one sample.
+        has_batch: whether the first axis is the batch in any case.
+    """
+
+    def __init__(self, like: Nest, has_batch: bool) -> None:
+        leaves = tf.nest.flatten(like)
+        self.like = like
+        self.first = int(has_batch or all(leaf.shape.rank >= 2 for leaf in leaves))
+        self.sizes = [leaf.shape[self.first :].num_elements() for leaf in leaves]
+        if None in self.sizes:
+            raise ValueError(
+                "An implicit method needs the sizes of the state, all but that of the batch: set them by "
+                f"`tf.ensure_shape`. Received: a state of shape {[tuple(leaf.shape) for leaf in leaves]}"
+            )
+
+    def join(self, state: Nest) -> tf.Tensor:
+        """The state as a matrix, `(batch, n)`."""
+        leaves = tf.nest.flatten(state)
+        rows = [tf.reshape(x, [-1 if self.first else 1, size]) for x, size in zip(leaves, self.sizes, strict=True)]
+        return rows[0] if len(rows) == 1 else tf.concat(rows, axis=1)
+
+    def split(self, rows: tf.Tensor) -> Nest:
+        """The matrix as a state."""
+        leaves = tf.nest.flatten(self.like)
+        parts = [rows] if len(leaves) == 1 else tf.split(rows, self.sizes, axis=1)
+        shaped = [
+            tf.ensure_shape(tf.reshape(part, [-1, *leaf.shape[1:]] if self.first else leaf.shape), leaf.shape)
+            for part, leaf in zip(parts, leaves, strict=True)
+        ]
+        return tf.nest.pack_sequence_as(self.like, shaped)
+
+
+class Iterations(NamedTuple):
+    """The iterations of a step so far, one value for each sample.
+
+    Attributes:
+        converged: whether all stages have converged.
+        contraction: the factor by which the last iteration reduced the change.
+        count: the number of iterations.
+    """
+
+    converged: tf.Tensor
+    contraction: tf.Tensor
+    count: tf.Tensor
+
+
+class Newton:
+    """Computes the stages of one step.
+
+    Args:
+        solver: the method, the tolerances and the options of the iterations.
+        field: `f(t, y)`.
+        t, dt, y0: the start of the step, its length, and the state there.
+        jacobian: computes the Jacobian, `(batch, n, n)`, or `None` to use vector-Jacobian products.
+    """
+
+    def __init__(
+        self, solver: RungeKutta, field: Field, t: tf.Tensor, dt: tf.Tensor, y0: Nest, jacobian: Jacobian | None = None
+    ) -> None:
+        self.solver = solver
+        self.field = field
+        self.rows = Rows(y0, has_batch=dt.shape.rank == 1)
+        self.y0 = self.rows.join(y0)
+        self.dt = dt if dt.shape.rank == 0 else dt[:, None]
+        tableau, dtype = solver.tableau, dt.dtype
+        nodes = tf.constant(np.reshape(tableau.c, [-1] + [1] * t.shape.rank), dtype)
+        self.times = t + nodes * dt
+        self.weights = tf.constant(tableau.matrix, dtype)
+        self.jacobian = jacobian or self._jacobian
+
+    def stages(self, k1: Nest, num_derivatives: int) -> tuple[list[Nest], tf.Tensor, tf.Tensor]:
+        """Solves for the stages.
+
+        Args:
+            k1: the first stage, `f(t, y0)`.
+            num_derivatives: how often you can differentiate the result by ordinary backpropagation.
+
+        Returns:
+            The stages; whether they converged; and the number of iterations. With per-sample steps the last two are
+            `(batch,)`, otherwise scalars.
+        """
+        first = self.rows.join(k1)
+        k, iterations = self._solve(tf.stop_gradient(first))
+        k = [first, *tf.unstack(k, self.solver.tableau.num_stages)[1:]]
+        if num_derivatives:
+            k = self._differentiable(k, num_derivatives)
+        converged, count = iterations.converged, iterations.count
+        if not self.solver.per_sample:
+            # The largest number of an empty batch is the lowest integer.
+            converged, count = tf.reduce_all(converged), tf.maximum(tf.reduce_max(count), 0)
+        return [self.rows.split(stage) for stage in k], converged, count
+
+    def damped(self, error: Nest) -> Nest:
+        """Returns `(1 - gamma dt J)^-1 error`, which is small where the problem is stiff."""
+        return self.rows.split(_times(self.inverse, self.rows.join(error)))
+
+    def _solve(self, first: tf.Tensor) -> tuple[tf.Tensor, Iterations]:
+        """All stages as constants, `(stages, batch, n)`, from the first."""
+        tableau = self.solver.tableau
+        times, dt, y0 = trees.stop_gradient((self.times, self.dt, self.y0))
+        self.inverse = self._inverse(self._jacobian_at(times[0], y0))
+        weights = self.weights - tf.linalg.diag(tf.linalg.diag_part(self.weights))
+        guesses = [[*row, *[0.0] * (tableau.num_stages - len(row))] for row in ((), *tableau.guesses)]
+        allowed = self.rows.join(error_scale(self.rows.split(y0), self.solver.rtol, self.solver.atol))
+        # Below the rounding error of the state, iterations do not come closer.
+        rounding = 10 * np.finfo(dt.dtype.as_numpy_dtype).eps
+        allowed = self.solver.newton_tolerance * allowed + rounding * tf.abs(y0)
+
+        def body(i: tf.Tensor, k: tf.Tensor, iterations: Iterations) -> tuple:
+            base = y0 + dt * _combined(tf.gather(weights, i), k)
+            guess = _combined(tf.gather(tf.constant(guesses, k.dtype), i), k)
+            stage, iterations = self._iterate(tf.gather(times, i), dt, base, guess, allowed, iterations)
+            return i + 1, tf.tensor_scatter_nd_update(k, [[i]], stage[None]), iterations
+
+        zeros = tf.zeros_like(y0[:, 0])
+        start = Iterations(zeros == 0, zeros + 1, tf.zeros_like(zeros, dtype=tf.int32))
+        others = [tf.zeros_like(first)] * (tableau.num_stages - 1)
+        _, k, iterations = tf.while_loop(
+            lambda i, *_: i < tableau.num_stages,
+            body,
+            (1, tf.stack([first, *others]), start),
+            maximum_iterations=tableau.num_stages - 1,
+        )
+        return tf.stop_gradient(k), iterations
+
+    def _iterate(
+        self, t: tf.Tensor, dt: tf.Tensor, base: tf.Tensor, guess: tf.Tensor, allowed: tf.Tensor, before: Iterations
+    ) -> tuple[tf.Tensor, Iterations]:
+        """One stage."""
+        h = dt * self.solver.tableau.gamma
+
+        def body(first: tf.Tensor, k: tf.Tensor, active: tf.Tensor, last: tf.Tensor, now: Iterations) -> tuple:
+            change = _times(self.inverse, self._rates(t, base + h * k) - k)
+            size = tf.sqrt(tf.reduce_mean(tf.square(h * change / allowed), axis=1))
+            # The first iteration has nothing to compare with. The stage before it had the same matrix.
+            contraction = tf.where(first, now.contraction, size / last)
+            bounded = tf.minimum(contraction, 0.999)
+            done = size * bounded <= 1 - bounded
+            failed = ~done & ~(tf.math.is_finite(size) & (first | (contraction < 1)))
+            now = Iterations(
+                now.converged & ~(active & failed),
+                tf.where(active, contraction, now.contraction),
+                now.count + tf.cast(active, tf.int32),
+            )
+            return False, tf.where(active[:, None], k + change, k), active & ~done & ~failed, size, now
+
+        _, k, active, _, after = tf.while_loop(
+            lambda first, k, active, *_: tf.reduce_any(active),
+            body,
+            (True, guess, before.converged, tf.ones_like(before.contraction), before),
+            maximum_iterations=self.solver.max_newton_iterations,
+        )
+        return k, after._replace(converged=after.converged & ~active)
+
+    def _differentiable(self, k: list[tf.Tensor], num_derivatives: int) -> list[tf.Tensor]:
+        """The same stages with their derivatives."""
+        weights = self.solver.tableau.matrix
+        times, dt, y0, constant = trees.stop_gradient((self.times, self.dt, self.y0, tf.stack(k)))
+        points = y0 + dt * tf.einsum("ij,jbn->ibn", self.weights, constant)
+        numbers = tf.range(1, len(k))
+        # TensorFlow would differentiate a loop whose inputs are constants if its result did not stop the gradient.
+        jacobians = tf.stop_gradient(
+            tf.map_fn(
+                lambda i: self._jacobian_at(tf.gather(times, i), tf.gather(points, i)),
+                numbers,
+                fn_output_signature=tf.TensorSpec([*points.shape[1:], points.shape[2]], points.dtype),
+            )
+        )
+        shape = tf.shape(jacobians)
+        merged = tf.reshape(jacobians, [-1, *jacobians.shape[2:]])
+        inverses = tf.reshape(self._inverse(merged, repeats=len(k) - 1), shape)
+        jacobians, inverses = (tf.unstack(tf.ensure_shape(x, jacobians.shape)) for x in (jacobians, inverses))
+
+        for _ in range(num_derivatives):
+            changes = [tf.zeros_like(k[0])]
+            for i in range(1, len(k)):
+                row = weights[i, : i + 1].tolist()
+                y = self.y0 + self.dt * trees.weighted_sum(row, k[: i + 1])
+                residual = self._rates(self.times[i], y) - k[i]
+                moved = dt * trees.weighted_sum(row[:-1], changes)
+                change = _times(inverses[i - 1], residual + _times(jacobians[i - 1], moved))
+                changes.append(change)
+            k = [stage + change for stage, change in zip(k, changes, strict=True)]
+        return k
+
+    def _rates(self, t: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+        return self.rows.join(self.field(t, self.rows.split(y)))
+
+    def _jacobian_at(self, t: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+        return tf.stop_gradient(self.jacobian(t, self.rows.split(y)))
+
+    def _inverse(self, jacobian: tf.Tensor, repeats: int = 1) -> tf.Tensor:
+        """`(1 - gamma dt J)^-1`, a constant. With `repeats`, the batch of `J` is repeated."""
+        h = tf.stop_gradient(self.dt) * self.solver.tableau.gamma
+        if h.shape.rank:
+            h = tf.tile(h, [repeats, 1])[..., None]
+        return tf.stop_gradient(inverse(tf.eye(jacobian.shape[-1], dtype=jacobian.dtype) - h * jacobian))
+
+    def _jacobian(self, t: tf.Tensor, y: Nest) -> tf.Tensor:
+        """The Jacobian by vector-Jacobian products with unit vectors, which give a row of all samples at once."""
+        rows = self.rows.join(y)
+        n = rows.shape[1]
+
+        def product(units: list[tf.Tensor]) -> list[tf.Tensor]:
+            with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+                tape.watch(rows)
+                rates = self.rows.join(self.field(t, self.rows.split(rows)))
+            return [
+                tape.gradient(rates, rows, unit + tf.zeros_like(rates), tf.UnconnectedGradients.ZERO) for unit in units
+            ]
+
+        units = tf.eye(n, dtype=rows.dtype)
+        if n <= _MOST_UNROLLED or tf.executing_eagerly():
+            return tf.stack(product(tf.unstack(units)), axis=1)
+        return tf.transpose(tf.map_fn(lambda unit: product([unit])[0], units), [1, 0, 2])
+
+
+def _combined(weights: tf.Tensor, stages: tf.Tensor) -> tf.Tensor:
+    """The sum of stages `(stages, batch, n)`, multiplied by weights `(stages,)`."""
+    return tf.reduce_sum(weights[:, None, None] * stages, axis=0)
+
+
+def _times(matrices: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+    """The products of matrices `(batch, n, n)` and vectors `(batch, n)`."""
+    return tf.matmul(matrices, rows[..., None])[..., 0]
