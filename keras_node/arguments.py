@@ -32,6 +32,16 @@ def positive_number(name: str, value: Any) -> float:
     return float(value)
 
 
+def tolerance(name: str, value: Any) -> float | tuple[float, ...]:
+    """Returns `value` as a positive number, or as a tuple of positive numbers if it is a list or an array of them."""
+    if isinstance(value, numbers.Real) or getattr(value, "ndim", 1) == 0 or isinstance(value, str):
+        return positive_number(name, value)
+    values = tuple(positive_number(name, each) for each in value)
+    if not values:
+        raise ValueError(f"`{name}` must be a positive number or a list of them. Received: {name}={value!r}")
+    return values
+
+
 def one_of(name: str, value: Any, choices: Iterable[str]) -> str:
     """Returns `value` if it is one of the choices. The error suggests the nearest one."""
     choices = list(choices)

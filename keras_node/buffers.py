@@ -7,6 +7,8 @@ import tensorflow as tf
 
 # Outside XLA, every write copies the whole buffer. Up to this many entries, that is cheaper than blocks.
 _FEW = 64
+# A copy of so many scalars is cheap, and ONNX has no arrays of scalars.
+_FEW_SCALARS = 8192
 
 
 class _Blocks(tf.experimental.ExtensionType):
@@ -60,7 +62,8 @@ def new_buffer(size: int | tf.Tensor, like: tf.Tensor) -> Buffer:
     if tf.executing_eagerly():
         array = tf.TensorArray(like.dtype, 0, dynamic_size=True, element_shape=like.shape, clear_after_read=False)
         return array.write(0, like)
-    if like.shape.is_fully_defined():
+    few = isinstance(size, int) and size <= (_FEW if like.shape.rank else _FEW_SCALARS)
+    if like.shape.is_fully_defined() and not (few and like.shape.rank == 0):
         # A stack is only defined if at least one entry was written.
         array = tf.TensorArray(like.dtype, size, element_shape=like.shape, clear_after_read=False)
         return array.write(0, like)
@@ -70,7 +73,7 @@ def new_buffer(size: int | tf.Tensor, like: tf.Tensor) -> Buffer:
         return tf.ensure_shape(zeros, [None for _ in sizes] + like.shape)
 
     # LiteRT has no lists of tensors whose size is unknown, for example that of the batch.
-    if isinstance(size, int) and size <= _FEW:
+    if few:
         return write(nothing(size), 0, like)
     rows = math.isqrt(size) + 1 if isinstance(size, int) else tf.cast(tf.sqrt(tf.cast(size, tf.float32)), tf.int32) + 1
     return write(_Blocks(nothing(size // rows + 1, rows), nothing(rows), tf.constant(0)), 0, like)

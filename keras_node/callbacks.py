@@ -75,7 +75,8 @@ class SolverMonitor(keras.callbacks.Callback):
             if kind == "evaluations" and value > self.max_evaluations:
                 complaints.append(
                     f"{way} of layer {metric.layer!r} take {value:.0f} evaluations. The field may be getting stiff: "
-                    "loosen `rtol` and `atol`, regularize its weights, or bound its output, for example with a tanh."
+                    'pass an implicit method such as solver="esdirk43", loosen `rtol` and `atol`, regularize its '
+                    "weights, or bound its output, for example with a tanh."
                 )
         for complaint in complaints:
             warnings.warn(f"Epoch {epoch + 1}: {complaint}", stacklevel=2)

@@ -67,7 +67,7 @@ def gradcheck(
         ts: the times, `(T,)` or `(T, batch)`. They are converted to float64.
         args: nest of tensors for a field `f(t, y, args)`. Defaults to `None`.
         solver: the solver to check with, as in `keras_node.odeint`. Defaults to `"tsit5"`.
-        gradient: the gradient to check, as in `keras_node.odeint`. Defaults to `"backsolve"`.
+        gradient: the gradient to check, as in `keras_node.odeint`. Defaults to `None`.
         training: passed to a field that takes it. A field with noise differs from call to call, so it has no
             finite differences. Defaults to `None`.
         num_directions: number of random directions for each tensor. Defaults to `3`.
@@ -103,7 +103,7 @@ def gradcheck(
     shapes = [(len(ts) - 1, *y.shape) for y in tf.nest.flatten(y0)]
     loss_weights = [tf.constant(rng.normal(size=shape)) for shape in shapes]
 
-    def loss(inputs: list[tf.Tensor], solver: RungeKutta, gradient: Gradient | str) -> tf.Tensor:
+    def loss(inputs: list[tf.Tensor], solver: RungeKutta, gradient: Gradient | str | None) -> tf.Tensor:
         flat = iter(inputs)
         state = tf.nest.map_structure(lambda _: next(flat), y0)
         times = next(flat)

@@ -15,9 +15,9 @@ from keras_node import trees
 from keras_node.clock import Clock, Segment
 from keras_node.interpolation import Progress
 from keras_node.solution import Stats, Status
+from keras_node.solvers.butcher_tableau import ButcherTableau
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.solvers.step import Rates, Step, quadrature_rate, rk_step
-from keras_node.solvers.butcher_tableau import ButcherTableau
 from keras_node.step_size import Norm, PIDController, first_step_size, rms_norm
 from keras_node.trees import Nest
 
@@ -157,12 +157,12 @@ def integrate(
         )
         decision = controller.decide(length, step.error, s.y, step.y1, s.history, norm)
         accept, finite, converged, num_iterations = decision.accept, decision.finite, s.converged, s.num_iterations
-        if step.converged is not None and step.num_iterations is not None:
-            accept = accept & step.converged
+        if step.convergence is not None:
+            accept = accept & step.convergence.converged
             # Iterations that leave the domain of the field end in NaN, and that is the reason to report.
-            converged = where_running(s, step.converged | ~_is_finite(step.y1, per_sample), s.converged)
+            converged = where_running(s, step.convergence.converged | ~_is_finite(step.y1, per_sample), s.converged)
             finite = finite | ~converged
-            num_iterations = tf.add(num_iterations, where_running(s, step.num_iterations, 0))
+            num_iterations = tf.add(num_iterations, where_running(s, step.convergence.num_iterations, 0))
         accepted = where_running(s, accept, False)
 
         def keep(new: Nest, old: Nest) -> Nest:
@@ -249,7 +249,7 @@ def integrate(
         num_attempts=zeros,
         num_steps=zeros,
         num_restarts=zeros,
-        converged=tf.fill(sample_shape, True) if tableau.implicit else (),
+        converged=tf.equal(zeros, 0) if tableau.implicit else (),
         num_iterations=zeros if tableau.implicit else (),
     )
     (s,) = tf.while_loop(

@@ -8,8 +8,8 @@ import tensorflow as tf
 from keras_node import trees
 from keras_node.buffers import Buffer, new_buffer, stack, write
 from keras_node.clock import pick
-from keras_node.solvers.step import Step
 from keras_node.solvers.butcher_tableau import ButcherTableau
+from keras_node.solvers.step import Step
 from keras_node.trees import Nest
 
 Memory: TypeAlias = tuple[tf.Tensor, Nest]  # of a `DenseOutput`

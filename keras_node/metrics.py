@@ -7,7 +7,8 @@ import tensorflow as tf
 
 from keras_node.solution import Stats
 
-_KINDS = ("evaluations", "steps", "rejected", "failed")
+_KINDS = ("evaluations", "steps", "rejected", "factorizations", "iterations", "failed")
+_OF_IMPLICIT_METHODS = ("factorizations", "iterations")
 
 
 @keras.saving.register_keras_serializable(package="keras_node", name="SolverStatistic")
@@ -16,8 +17,9 @@ class SolverMetric(keras.metrics.Mean):
 
     Args:
         layer: name of the layer.
-        kind: `evaluations`, `steps` or `rejected`, the number of these in a solve; or `failed`, the share of solves
-            that failed. With the prefix `backward_`, the same for the solves of the adjoint.
+        kind: `evaluations`, `steps` or `rejected`, or for implicit methods `factorizations` or `iterations`, the number
+            of these in a solve; or `failed`, the share of solves that failed. With the prefix `backward_`, the same for
+            the solves of the adjoint.
         **kwargs: arguments of `keras.metrics.Metric`.
     """
 
@@ -40,12 +42,14 @@ class SolverMetrics:
     Args:
         layer: name of the layer.
         backward: whether to report the solves of gradients as well.
+        implicit: whether the method is implicit, so that there are factorizations and iterations to report.
     """
 
-    def __init__(self, layer: str, backward: bool) -> None:
+    def __init__(self, layer: str, backward: bool, implicit: bool) -> None:
         self._reports_backward = backward
+        kinds = [kind for kind in _KINDS if implicit or kind not in _OF_IMPLICIT_METHODS]
         directions = ("", "backward_") if backward else ("",)
-        self.metrics = [SolverMetric(layer, prefix + kind) for prefix in directions for kind in _KINDS]
+        self.metrics = [SolverMetric(layer, prefix + kind) for prefix in directions for kind in kinds]
 
     def forward(self, stats: Stats, status: tf.Tensor, training: bool | None) -> None:
         if training is not None:
@@ -59,5 +63,6 @@ class SolverMetrics:
     def _update(self, prefix: str, stats: Stats, status: tf.Tensor) -> None:
         values = (*stats, status != 0)
         for kind, value in zip(_KINDS, values, strict=True):
-            (metric,) = (m for m in self.metrics if m.kind == prefix + kind)
-            metric.update_state(tf.stop_gradient(tf.cast(value, tf.float32)))
+            for metric in self.metrics:
+                if metric.kind == prefix + kind:
+                    metric.update_state(tf.stop_gradient(tf.cast(value, tf.float32)))

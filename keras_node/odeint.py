@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from keras_node import gradients, solvers
 from keras_node.call_context import CallContext
-from keras_node.gradients import Gradient
+from keras_node.gradients import BacksolveAdjoint, Gradient
 from keras_node.jit_compile import CompileLater, check_jit_compile, compiles
 from keras_node.metrics import SolverMetrics
 from keras_node.solution import Solution, Status, check_status
@@ -64,8 +64,9 @@ def odeint(
             a method without an error estimate, it takes 10 steps between two times. Unless the solver has
             `per_sample=True`, the whole batch shares one error norm, which can hide an error of a single sample; see
             `keras_node.RungeKutta`.
-        gradient: how to differentiate the solve: `"backsolve"` (default), `"checkpointed"`, `"direct"`, or an object
-            such as `keras_node.BacksolveAdjoint()`.
+        gradient: how to differentiate the solve: `"backsolve"`, `"checkpointed"`, `"direct"`, or an object such as
+            `keras_node.BacksolveAdjoint()`. Defaults to `None`, for `"backsolve"`, and with an implicit method
+            `"checkpointed"`, because a stiff field cannot be solved backward.
         training: whether the field, and every layer in it, is in training mode. By default it is the mode of the layer
             or model whose `call` calls this function, and `False` outside of any layer.
         mask: the mask of the state, in the structure of the state. A field receives it if it has an argument `mask`, or
@@ -135,6 +136,7 @@ def _odeint(
     numbers = as_numbers(ts)
     ts, valid = _checked(prepare_times(ts, dtype))
     _check_batch(y0, ts, solver)
+    _check_tolerances(y0, solver, gradient)
 
     t0 = tf.cast(ts[0], dtype)
     field = VectorField(vector_field, t0, y0, args, training, mask)
@@ -226,6 +228,27 @@ def _check_batch(y0: Nest, ts: tf.Tensor, solver: RungeKutta) -> None:
                 f" for a batch of {batch}"
             )
         batch = leaf.shape[0] if batch is None else batch
+
+
+def _check_tolerances(y0: Nest, solver: RungeKutta, gradient: Gradient) -> None:
+    """Checks that every tensor of the state has one entry for each tolerance on its last axis."""
+    solvers_used = [solver]
+    if isinstance(gradient, BacksolveAdjoint) and gradient.solver is not None:
+        solvers_used.append(gradient.solver)
+    for name, value in ((name, getattr(s, name)) for s in solvers_used for name in ("rtol", "atol")):
+        if not isinstance(value, tuple):
+            continue
+        for leaf in tf.nest.flatten(y0):
+            if leaf.shape[-1:] != [len(value)]:
+                raise ValueError(
+                    f"`{name}` must be a number, or one number for each entry on the last axis of every tensor of the "
+                    f"state. Received: {name}={value} for a state of shape {tuple(leaf.shape)}"
+                )
+        if isinstance(gradient, BacksolveAdjoint) and gradient.norm == "full":
+            raise ValueError(
+                f'With norm="full" the error norm contains the gradients of weights, so `{name}` must be one number. '
+                f"Received: {name}={value} with gradient={gradient!r}"
+            )
 
 
 def _mark_invalid(valid: tf.Tensor, ys: Nest) -> Nest:

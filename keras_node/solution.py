@@ -66,11 +66,13 @@ class Solution(NamedTuple):
 
 
 STATUS_HELP = (
-    "Status 1: `max_steps` was reached before the last time; increase `max_steps`, `rtol` or `atol`, or use constant "
-    "steps with `num_steps`. Status 2: a NaN or infinite value appeared; look for an overflow in the vector field, its "
-    "inputs or its weights. Status 3: the step size became too small to move the time; the problem is too stiff or "
-    "singular, or the tolerances are too small for the dtype of the state. Status 4: `ts` is not finite or not "
-    "monotonic; pass times that all increase or all decrease."
+    "Status 1: `max_steps` was reached before the last time; if the field is stiff, use an implicit method, such as "
+    'solver="esdirk43"; otherwise increase `max_steps`, `rtol` or `atol`, or use constant steps with `num_steps`. '
+    "Status 2: a NaN or infinite value appeared; look for an overflow in the vector field, its inputs or its weights. "
+    "Status 3: the step size became too small to move the time; the problem is singular, or too stiff for an explicit "
+    "method, or the tolerances are too small for the dtype of the state. Status 4: `ts` is not finite or not "
+    "monotonic; pass times that all increase or all decrease. Status 5: Newton's method did not converge; take shorter "
+    "constant steps, or adaptive ones, and make sure that the samples of a batch do not influence each other."
 )
 
 

@@ -86,9 +86,7 @@ class Trajectory(NamedTuple):
     status: tf.Tensor
 
 
-def solve(
-    problem: Problem, observers: Sequence[Observer] = (), num_derivatives: int = 0
-) -> tuple[Trajectory, tuple]:
+def solve(problem: Problem, observers: Sequence[Observer] = (), num_derivatives: int = 0) -> tuple[Trajectory, tuple]:
     """Integrates from the first of `ts` to the last. It is differentiable by ordinary backpropagation.
 
     Args:
@@ -110,9 +108,7 @@ def solve(
     jump = None if clock.kinks is None else lambda i, y: y
     output = None if problem.ts.shape[0] == 2 else DenseOutput(solver.tableau, readings)
     watching = observers if output is None else (*observers, output)
-    integral = integrate(
-        rates, y0, clock, solver, observers=watching, jump=jump, num_derivatives=num_derivatives
-    )
+    integral = integrate(rates, y0, clock, solver, observers=watching, jump=jump, num_derivatives=num_derivatives)
     if output is None:
         ys = tf.nest.map_structure(lambda a, b: tf.stack([a, b]), y0, integral.y1)
     else:

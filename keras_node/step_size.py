@@ -41,7 +41,10 @@ class Decision(NamedTuple):
     history: tuple[tf.Tensor, ...]
 
 
-def error_scale(y: Nest, rtol: float, atol: float) -> Nest:
+Tolerance: TypeAlias = float | tuple[float, ...]  # one number, or one for each entry on the last axis of the state
+
+
+def error_scale(y: Nest, rtol: Tolerance, atol: Tolerance) -> Nest:
     """The allowed error, `atol + rtol * |y|`."""
     return trees.each(lambda a: tf.add(tf.multiply(tf.abs(a), rtol), atol), y)
 
@@ -138,8 +141,8 @@ class PIDController:
     """
 
     error_order: float
-    rtol: float
-    atol: float
+    rtol: Tolerance
+    atol: Tolerance
     pcoeff: float
     icoeff: float
     dcoeff: float

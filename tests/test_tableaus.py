@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from scipy.integrate import RK23, RK45
 
-from keras_node.solvers import tableaus
+from keras_node.solvers import explicit_tableaus, implicit_tableaus
 from keras_node.solvers.rooted_trees import rooted_trees
 from keras_node.solvers.tableaus import TABLEAUS, ButcherTableau
 
+IMPLICIT = [name for name, tableau in TABLEAUS.items() if tableau.implicit]
 every_tableau = pytest.mark.parametrize("tableau", TABLEAUS.values(), ids=TABLEAUS)
 embedded_tableaus = {name: tableau for name, tableau in TABLEAUS.items() if tableau.embedded}
 every_embedded_tableau = pytest.mark.parametrize("tableau", embedded_tableaus.values(), ids=embedded_tableaus)
@@ -32,6 +33,7 @@ def square_a(tableau):
     a = np.zeros((tableau.num_stages, tableau.num_stages))
     for i, row in enumerate(tableau.a, 1):
         a[i, :i] = row
+        a[i, i] = tableau.gamma
     return a
 
 
@@ -53,8 +55,10 @@ def moved_by(weights, k, dt):
 
 def stages(tableau, dt):
     k = np.zeros((tableau.num_stages, len(START)))
-    for i, (a, c) in enumerate(zip(square_a(tableau), tableau.c, strict=True)):
-        k[i] = field(START + c * dt, moved_by(a, k, dt))
+    # An implicit stage depends on itself. The steps here are short, so that this converges to the last digit.
+    for _ in range(40 if tableau.implicit else 1):
+        for i, (a, c) in enumerate(zip(square_a(tableau), tableau.c, strict=True)):
+            k[i] = field(START + c * dt, moved_by(a, k, dt))
     return k
 
 
@@ -67,24 +71,25 @@ def fitted_power(error_of_step):
 
 
 def test_every_constant_is_listed_under_its_name():
-    constants = [value for value in vars(tableaus).values() if isinstance(value, ButcherTableau)]
+    everything = {**vars(explicit_tableaus), **vars(implicit_tableaus)}
+    constants = [value for value in everything.values() if isinstance(value, ButcherTableau)]
     assert list(TABLEAUS.values()) == constants
     for name, tableau in TABLEAUS.items():
         assert tableau.name == name
-        assert getattr(tableaus, name.upper()) is tableau
+        assert everything[name.upper()] is tableau
 
 
 def test_the_promised_methods_are_there():
-    promised = "euler midpoint heun ralston rk4 rk38 bosh3 dopri5 tsit5 dopri8"
+    promised = "euler midpoint heun ralston rk4 rk38 bosh3 dopri5 tsit5 dopri8 trbdf2 kvaerno3 esdirk43 esdirk54"
     assert set(promised.split()) <= set(TABLEAUS)
 
 
 def test_these_methods_estimate_their_error():
-    assert list(embedded_tableaus) == ["heun", "bosh3", "dopri5", "tsit5", "dopri8"]
+    assert list(embedded_tableaus) == ["heun", "bosh3", "dopri5", "tsit5", "dopri8", *IMPLICIT]
 
 
 def test_these_methods_are_first_same_as_last():
-    assert [t.name for t in TABLEAUS.values() if t.fsal] == ["bosh3", "dopri5", "tsit5"]
+    assert [t.name for t in TABLEAUS.values() if t.fsal] == ["bosh3", "dopri5", "tsit5", *IMPLICIT]
 
 
 def test_the_shared_stage_counts_as_a_stage():
@@ -139,7 +144,8 @@ def test_embedded_method_converges_at_its_order(tableau):
     def error(dt):
         return moved_by(weights, stages(tableau, dt), dt) - solution(START + dt)
 
-    assert fitted_power(error) == pytest.approx(tableau.error_order, abs=0.25)
+    # That of trbdf2 is of a higher order than the method, so the error estimate is that of the method.
+    assert fitted_power(error) == pytest.approx(tableau.error_order + (tableau.name == "trbdf2"), abs=0.25)
 
 
 @every_embedded_tableau
@@ -164,7 +170,8 @@ def test_dense_output_converges_at_its_order(tableau, theta):
 @every_tableau
 def test_dense_output_starts_along_the_first_stage_and_ends_at_the_step(tableau):
     b_dense = np.array(tableau.b_dense)
-    np.testing.assert_array_equal(b_dense[:, 0], np.eye(tableau.num_stages)[0])
+    if not tableau.implicit:  # that slope is not bounded in a stiff problem
+        np.testing.assert_array_equal(b_dense[:, 0], np.eye(tableau.num_stages)[0])
     np.testing.assert_allclose(b_dense.sum(axis=1), tableau.b, atol=1e-12)
 
 
@@ -244,7 +251,7 @@ def test_an_order_claimed_too_high_raises(tableau, claim):
 
 @every_embedded_tableau
 def test_an_error_order_claimed_too_high_raises(tableau):
-    with pytest.raises(ValueError, match=f"'{tableau.name}'.*`b - b_error` must satisfy"):
+    with pytest.raises(ValueError, match=f"'{tableau.name}'.*`b.* must satisfy"):
         dataclasses.replace(tableau, error_order=tableau.error_order + 1)
 
 

@@ -17,9 +17,9 @@ from keras_node.integrate import VectorFieldWithSpeed, integrate
 from keras_node.interpolation import Progress
 from keras_node.solution import Stats
 from keras_node.solve import Problem, PureField, Trajectory, adjoint_clock, solve
+from keras_node.solvers.butcher_tableau import ButcherTableau
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.solvers.step import Rates, Step
-from keras_node.solvers.butcher_tableau import ButcherTableau
 from keras_node.step_size import rms_norm
 from keras_node.trees import Nest
 

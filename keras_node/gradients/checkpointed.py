@@ -96,36 +96,41 @@ def _backward(
     def replay(y0: Nest, ts: tf.Tensor, params: list[tf.Tensor]) -> Replay:
         return Replay(problem._replace(y0=y0, ts=ts, params=params), record, capacity)
 
-    def step_by_step(*arguments: Nest) -> Gradients:
+    def step_by_step(*arguments: Nest) -> tuple[Gradients, tf.Tensor]:
         *solved, dys = arguments
         return replay(*solved).gradient(dys)
 
-    def at_once(*arguments: Nest) -> Gradients:
+    def at_once(*arguments: Nest) -> tuple[Gradients, tf.Tensor]:
         *solved, dys = arguments
         sources = (*solved[:2], problem.vector_field.sources(solved[2]))
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(tf.nest.flatten(sources))
             ys = replay(*solved).states(*solved)
-        return vjp(tape, ys, sources, dys)
+        return vjp(tape, ys, sources, dys), tf.constant(0)
 
     arguments = (problem.y0, problem.ts, problem.params, dys)
-    adjoint, dts, dparams = differentiated_as(
+    (adjoint, dts, dparams), iterations = differentiated_as(
         step_by_step, at_once, arguments, problem.vector_field.pure, jit_compile=False
     )
     failed = status != int(Status.SUCCESS)
     any_failed = tf.reduce_any(failed)
     gradients = trees.poison(failed, adjoint), trees.poison(any_failed, dts), trees.poison(any_failed, dparams)
     # The forward solve has reported its failure already, and nothing is solved here that could fail.
-    return gradients, _replay_stats(problem, record), tf.constant(int(Status.SUCCESS))
+    return gradients, _replay_stats(problem, record, iterations), tf.constant(int(Status.SUCCESS))
 
 
-def _replay_stats(problem: Problem, record: Record) -> Stats:
+def _replay_stats(problem: Problem, record: Record, iterations: tf.Tensor) -> Stats:
     """Every step is computed once for its gradient, and once more for its state if that was not kept."""
     tableau = problem.solver.tableau
-    kept = (record.count + record.stride - 1) // record.stride
-    stages = tableau.num_stages - 1 if tableau.fsal and problem.ts.shape[0] == 2 else tableau.num_stages
     # The state after the last step before a checkpoint is not computed.
-    return Stats(stages * (2 * record.count - kept), record.count, *[tf.constant(0)] * 3)
+    replayed = 2 * record.count - (record.count + record.stride - 1) // record.stride
+    if tableau.implicit:
+        # A step takes the first stage and a Jacobian. Its derivative takes a Jacobian and an evaluation at all others.
+        solved = record.count * (tableau.num_stages - 1)
+        evaluations = 2 * replayed + iterations + 2 * solved
+        return Stats(evaluations, record.count, tf.constant(0), replayed + solved, iterations)
+    stages = tableau.num_stages - 1 if tableau.fsal and problem.ts.shape[0] == 2 else tableau.num_stages
+    return Stats(stages * replayed, record.count, *[tf.constant(0)] * 3)
 
 
 def _square_root(count: int | tf.Tensor) -> int | tf.Tensor:

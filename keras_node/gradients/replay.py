@@ -147,8 +147,12 @@ class Replay:
             return output.result(memory, y0)
         return tf.nest.map_structure(lambda a, b: tf.stack([a, b]), y0, y1)
 
-    def gradient(self, dys: Nest) -> Gradients:
-        """Computes the gradients of `y0`, `ts` and `params`, step by step from the last to the first."""
+    def gradient(self, dys: Nest) -> tuple[Gradients, tf.Tensor]:
+        """Computes the gradients of `y0`, `ts` and `params`, step by step from the last to the first.
+
+        Returns:
+            The gradients, and the number of iterations of Newton's method in all replayed steps.
+        """
         ts, params = self.problem.ts, self.problem.params
         times_vary = self.problem.numbers is None
         with tf.GradientTape(watch_accessed_variables=False) as clock_tape:
@@ -158,7 +162,7 @@ class Replay:
         sources = self.problem.vector_field.sources(params)
 
         def through_step(n: tf.Tensor, y: Nest, total: tuple) -> tuple:
-            adjoint, dparams, dtiming, written = total
+            adjoint, dparams, dtiming, written, iterations = total
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(tf.nest.flatten((y, sources, timing[:2])))
                 step, progress = self.step(n, y, params, clock, num_derivatives=1)
@@ -172,7 +176,8 @@ class Replay:
                 )
             dy, dstep, dclock = vjp(tape, parts, (y, sources, timing[:2]), cotangent)
             dtiming = (*trees.add(dtiming[:2], dclock), *dreadings)
-            return trees.add(dy, direct), trees.add(dparams, dstep), dtiming, written
+            iterations = iterations + _num_iterations(step)
+            return trees.add(dy, direct), trees.add(dparams, dstep), dtiming, written, iterations
 
         def through_stretch(stretch: tf.Tensor, total: tuple) -> tuple[tf.Tensor, tuple]:
             first = stretch * self.record.stride
@@ -180,16 +185,17 @@ class Replay:
             y = tf.nest.map_structure(lambda states: tf.gather(states, stretch), self.record.states)
             kept = tf.nest.map_structure(lambda a: new_buffer(self.capacity, a), y)
 
-            def again(i: tf.Tensor, y: Nest, kept: Nest) -> tuple[tf.Tensor, Nest, Nest]:
-                y = self.step(first + i - 1, y, params, clock)[0].y1
-                return i + 1, y, tf.nest.map_structure(lambda buffer, a: write(buffer, i, a), kept, y)
+            def again(i: tf.Tensor, y: Nest, kept: Nest, iterations: tf.Tensor) -> tuple:
+                step, _ = self.step(first + i - 1, y, params, clock)
+                kept = tf.nest.map_structure(lambda buffer, a: write(buffer, i, a), kept, step.y1)
+                return i + 1, step.y1, kept, iterations + _num_iterations(step)
 
             def back(i: tf.Tensor, total: tuple) -> tuple[tf.Tensor, tuple]:
                 y = tf.nest.map_structure(lambda buffer: read(buffer, i), kept)
                 return i - 1, through_step(first + i, y, total)
 
-            _, _, kept = tf.while_loop(lambda i, *_: i < length, again, (1, y, kept))
-            _, total = tf.while_loop(lambda i, _: i >= 0, back, (length - 1, total))
+            _, _, kept, iterations = tf.while_loop(lambda i, *_: i < length, again, (1, y, kept, total[-1]))
+            _, total = tf.while_loop(lambda i, _: i >= 0, back, (length - 1, (*total[:-1], iterations)))
             return stretch - 1, total
 
         # With two times, the last state is the end of the last step. With more, all states come from the dense output.
@@ -197,17 +203,17 @@ class Replay:
         written = tf.zeros_like(readings[0], dtype=tf.int32) + tf.shape(readings)[0] - 1 if self.dense else ()
         zeros = tf.nest.map_structure(tf.zeros_like, (params, timing))
         num_stretches = (self.record.count + self.record.stride - 1) // self.record.stride
-        _, (adjoint, dparams, dtiming, _) = tf.while_loop(
+        _, (adjoint, dparams, dtiming, _, iterations) = tf.while_loop(
             lambda stretch, _: stretch >= 0,
             through_stretch,
-            (num_stretches - 1, (last, *zeros, written)),
+            (num_stretches - 1, (last, *zeros, written, 0)),
             parallel_iterations=1,  # otherwise the states of several stretches would be in memory at once
         )
 
         at_start = readings <= 0 if self.dense else tf.constant([True, False])
         adjoint = tf.nest.map_structure(lambda a, d: a + tf.reduce_sum(_select(at_start, d), 0), adjoint, dys)
         dts = vjp(clock_tape, (clock.times, clock.speed, readings), ts, dtiming) if times_vary else tf.zeros_like(ts)
-        return adjoint, dts, dparams
+        return (adjoint, dts, dparams), iterations
 
     def _through_outputs(
         self,
@@ -245,6 +251,11 @@ class Replay:
             return trees.add(cotangent, dparts), trees.add(direct, dy0), dreadings, i - tf.cast(now, tf.int32)
 
         return tf.while_loop(lambda *loop: tf.reduce_any(due(loop[-1])), body, (cotangent, direct, dreadings, written))
+
+
+def _num_iterations(step: Step) -> int | tf.Tensor:
+    """The number of iterations of Newton's method in a step, that of the sample with the most of them."""
+    return 0 if step.convergence is None else tf.reduce_max(step.convergence.num_iterations)
 
 
 def _select(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:

@@ -37,8 +37,9 @@ class ODELayer(SolvingLayer):
         t0: time of the input, a number in any unit. Defaults to `0.0`.
         t1: time of the output, a number in the same unit, before or after `t0`. Defaults to `1.0`.
         solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`.
-        gradient: how to differentiate the solve: `"backsolve"` (default), `"checkpointed"`, `"direct"`, or an object
-            such as `keras_node.BacksolveAdjoint()`.
+        gradient: how to differentiate the solve: `"backsolve"`, `"checkpointed"`, `"direct"`, or an object such as
+            `keras_node.BacksolveAdjoint()`. Defaults to `None`, for `"backsolve"`, and with an implicit method
+            `"checkpointed"`, because a stiff field cannot be solved backward.
         augment_dims: number of zeros to append to the last axis of the input, an integer of 0 or more. In the extra
             dimensions, trajectories can pass each other (augmented neural ODE). Defaults to `0`.
         jit_compile: whether to compile the solve with XLA, even if the rest of the model is not compiled: `True`,

@@ -54,7 +54,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         t1: time of the data, a positive number; the noise is at time 0. The field sees `t` between 0 and `t1`. Defaults
             to `1.0`.
         solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"` with `rtol=atol=1e-5`.
-        gradient: as in `keras_node.ODELayer`. Defaults to `"backsolve"`.
+        gradient: as in `keras_node.ODELayer`. Defaults to `None`.
         trace: how to compute `tr(df/dx)`. `"exact"` (default) needs `event_dim` vector-Jacobian products at each
             evaluation of the field. `"hutchinson"` needs one product and gives an unbiased estimate, in training and in
             inference. Two flows may share a field, so you can train fast with `"hutchinson"` and evaluate with

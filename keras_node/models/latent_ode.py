@@ -63,7 +63,7 @@ class LatentODE(NestedLayers, LikelihoodModel):
         t0: time at which the latent state has its distribution, a number in the unit of `times`. No observation may be
             earlier. The field sees `t` as it runs from `t0` to the times of the observations. Defaults to `0.0`.
         solver: as in `keras_node.ODELayer`. Defaults to `"tsit5"`.
-        gradient: as in `keras_node.ODELayer`. Defaults to `"backsolve"`.
+        gradient: as in `keras_node.ODELayer`. Defaults to `None`.
         jit_compile: as in `keras_node.ODELayer`. Defaults to `"auto"`.
         track_stats: as in `keras_node.ODELayer`. Defaults to `False`.
         **kwargs: arguments of `keras.Model`, such as `name` and `dtype`.

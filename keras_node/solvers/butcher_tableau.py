@@ -103,9 +103,9 @@ class ButcherTableau:
     def guesses(self) -> tuple[tuple[float, ...], ...]:
         """For every stage after the first, the weights of the stages before it in a guess of its rate.
 
-        They are the smallest weights that are right if the rate is linear in time, and that give a bounded guess however
-        stiff the problem is. The latter needs weights that are orthogonal to the vector `w` with `A w = 0`, because the
-        rate at the start is not bounded.
+        They are the smallest weights that are right if the rate is linear in time, and that give a bounded guess
+        however stiff the problem is. The latter needs weights that are orthogonal to the vector `w` with `A w = 0`,
+        because the rate at the start is not bounded.
         """
         a, c = self.matrix, np.array(self.c, float)
         null = np.array([1, *np.linalg.solve(a[1:, 1:], -a[1:, 0])])
@@ -140,6 +140,7 @@ class ButcherTableau:
             self._check_sum("`b_error` must sum to 0", b_error, 0)
             self._require(bool(b_error.any()), "`b_error` must not vanish", self.b_error)
             self._check_order("`b - b_error`", b - b_error, a, self.error_order - 1)
+            self._check_order("`b` of this `error_order`", b, a, self.error_order - 1)
         self._check_sum("the rows of `b_dense` must sum to `b`", b_dense, b)
         self._check_order("`b_dense`", b_dense, a, self.dense_order)
 

@@ -24,9 +24,11 @@ def inverse(matrices: tf.Tensor) -> tf.Tensor:
         # Column k is now known: it is that of the identity. The column of the inverse takes its place.
         here = tf.gather(unit, k)[None, :, None]
         work = tf.where(here > 0, pivot[:, None, :], work)
-        row = tf.reduce_sum(tf.where(is_pivot[:, None, :], work, 0), 0) / tf.reduce_sum(tf.where(is_pivot, column, 0), 0)
+        row = tf.reduce_sum(tf.where(is_pivot[:, None, :], work, 0), 0) / tf.reduce_sum(
+            tf.where(is_pivot, column, 0), 0
+        )
         work = tf.where(is_pivot[:, None, :], row[None], work - column[:, None, :] * row[None])
-        return k + 1, work, free & ~is_pivot, tf.tensor_scatter_nd_update(pivots, [[k]], pivot[None])
+        return k + 1, work, free & ~is_pivot, tf.where(tf.gather(unit, k)[:, None, None] > 0, pivot[None], pivots)
 
     free = tf.ones_like(work[:, 0, :], dtype=tf.bool)
     _, work, _, pivots = tf.while_loop(

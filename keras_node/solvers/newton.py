@@ -82,6 +82,18 @@ class Rows:
         return tf.nest.pack_sequence_as(self.like, shaped)
 
 
+class Convergence(NamedTuple):
+    """How Newton's method went in a step: scalars, or `(batch,)` with per-sample steps.
+
+    Attributes:
+        converged: whether it converged at all stages.
+        num_iterations: the number of iterations at all stages.
+    """
+
+    converged: tf.Tensor
+    num_iterations: tf.Tensor
+
+
 class Iterations(NamedTuple):
     """The iterations of a step so far, one value for each sample.
 
@@ -120,16 +132,12 @@ class Newton:
         self.weights = tf.constant(tableau.matrix, dtype)
         self.jacobian = jacobian or self._jacobian
 
-    def stages(self, k1: Nest, num_derivatives: int) -> tuple[list[Nest], tf.Tensor, tf.Tensor]:
+    def stages(self, k1: Nest, num_derivatives: int) -> tuple[list[Nest], Convergence]:
         """Solves for the stages.
 
         Args:
             k1: the first stage, `f(t, y0)`.
             num_derivatives: how often you can differentiate the result by ordinary backpropagation.
-
-        Returns:
-            The stages; whether they converged; and the number of iterations. With per-sample steps the last two are
-            `(batch,)`, otherwise scalars.
         """
         first = self.rows.join(k1)
         k, iterations = self._solve(tf.stop_gradient(first))
@@ -140,7 +148,7 @@ class Newton:
         if not self.solver.per_sample:
             # The largest number of an empty batch is the lowest integer.
             converged, count = tf.reduce_all(converged), tf.maximum(tf.reduce_max(count), 0)
-        return [self.rows.split(stage) for stage in k], converged, count
+        return [self.rows.split(stage) for stage in k], Convergence(converged, count)
 
     def damped(self, error: Nest) -> Nest:
         """Returns `(1 - gamma dt J)^-1 error`, which is small where the problem is stiff."""
@@ -158,11 +166,14 @@ class Newton:
         rounding = 10 * np.finfo(dt.dtype.as_numpy_dtype).eps
         allowed = self.solver.newton_tolerance * allowed + rounding * tf.abs(y0)
 
+        numbers = tf.range(tableau.num_stages)
+
         def body(i: tf.Tensor, k: tf.Tensor, iterations: Iterations) -> tuple:
             base = y0 + dt * _combined(tf.gather(weights, i), k)
             guess = _combined(tf.gather(tf.constant(guesses, k.dtype), i), k)
             stage, iterations = self._iterate(tf.gather(times, i), dt, base, guess, allowed, iterations)
-            return i + 1, tf.tensor_scatter_nd_update(k, [[i]], stage[None]), iterations
+            # An update by index would fail for an empty batch.
+            return i + 1, tf.where((numbers == i)[:, None, None], stage[None], k), iterations
 
         zeros = tf.zeros_like(y0[:, 0])
         start = Iterations(zeros == 0, zeros + 1, tf.zeros_like(zeros, dtype=tf.int32))

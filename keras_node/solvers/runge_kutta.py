@@ -1,4 +1,4 @@
-"""The solver that a user selects: an explicit Runge-Kutta method and the control of its step size."""
+"""The solver that a user selects: a Runge-Kutta method, the control of its step size and of Newton's method."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from keras_node.arguments import number, one_of, positive_integer, positive_number
+from keras_node.arguments import number, one_of, positive_integer, positive_number, tolerance
 from keras_node.solvers.butcher_tableau import ButcherTableau
 from keras_node.solvers.tableaus import TABLEAUS
 from keras_node.step_size import ConstantSteps, PIDController
@@ -16,7 +16,7 @@ from keras_node.step_size import ConstantSteps, PIDController
 @keras.saving.register_keras_serializable(package="keras_node")
 @dataclasses.dataclass(frozen=True, repr=False)
 class RungeKutta:
-    """An explicit Runge-Kutta method, with adaptive or constant steps.
+    """A Runge-Kutta method, explicit or implicit, with adaptive or constant steps.
 
     A step is adaptive by default. The solver accepts a step from `y0` to `y1` if the estimate `e` of its local error
     is below the tolerances:
@@ -24,16 +24,30 @@ class RungeKutta:
     `rms(e / (atol + rtol * max(|y0|, |y1|))) <= 1`
 
     The root mean square is taken over the whole state, or over each sample with `per_sample`. Adaptive steps need a
-    method with an embedded error estimate: `heun`, `bosh3`, `dopri5`, `tsit5` or `dopri8`.
+    method with an embedded error estimate: `heun`, `bosh3`, `dopri5`, `tsit5`, `dopri8`, or an implicit one.
+
+    The implicit methods `trbdf2`, `kvaerno3`, `esdirk43` and `esdirk54` are for stiff problems, in which some
+    components settle much faster than the solution of interest changes. An explicit method must then take tiny steps.
+    An implicit one solves an equation at every stage by Newton's method, so a step costs more, but its length depends
+    on the accuracy alone.
+
+    For an implicit method the first axis of the state is the batch. Only if a tensor of the state has less than two
+    axes, and samples do not have their own steps or times, is the whole state one sample. Each sample of `n` numbers
+    has its own Jacobian, so samples must not influence each other. A step takes `n` vector-Jacobian products and the
+    inverse of an `(n, n)` matrix. Up to a few dozen numbers this is cheap; above some hundred it is slow. The
+    derivatives of the result with respect to components that have died out are nearly zero, as for every L-stable
+    method.
 
     You cannot change a solver, but `dataclasses.replace(solver, rtol=1e-6)` makes a changed copy. Two solvers are equal
     if their options are equal.
 
     Args:
-        method: one of `euler`, `midpoint`, `heun`, `ralston`, `rk4`, `rk38`, `bosh3`, `dopri5`, `tsit5`, `dopri8`.
-            Defaults to `"tsit5"`.
-        rtol: relative tolerance of adaptive steps, positive. Defaults to `1e-3`.
-        atol: absolute tolerance of adaptive steps, positive, in units of the state. Defaults to `1e-6`.
+        method: one of `euler`, `midpoint`, `heun`, `ralston`, `rk4`, `rk38`, `bosh3`, `dopri5`, `tsit5`, `dopri8`, or
+            of the implicit `trbdf2`, `kvaerno3`, `esdirk43`, `esdirk54`. Defaults to `"tsit5"`.
+        rtol: relative tolerance of adaptive steps and of Newton's method, a positive number, or a list of them, one for
+            each entry on the last axis of the state. Defaults to `1e-3`.
+        atol: absolute tolerance of the same, in units of the state; a positive number or a list. If the entries of the
+            state have very different sizes, give each its own. Defaults to `1e-6`.
         step_size: length of constant steps, in units of time. The last step to the end time may be shorter. Defaults
             to `None`.
         num_steps: number of constant steps between two consecutive times of `ts`. Defaults to `None`. Without
@@ -56,6 +70,10 @@ class RungeKutta:
         safety: factor that makes the next step shorter than the controller would choose, at most 1. Defaults to `0.9`.
         min_factor: smallest factor between two consecutive steps, below 1. Defaults to `0.2`.
         max_factor: largest factor between two consecutive steps, above 1. Defaults to `10.0`.
+        newton_tolerance: the part of the allowed error of a step that a stage of an implicit method may have when its
+            iterations end. Defaults to `0.03`.
+        max_newton_iterations: number of iterations after which Newton's method fails at a stage. An adaptive step is
+            then tried again, shorter. With constant steps the solve fails with status 5. Defaults to `10`.
 
     Raises:
         ValueError: for an unknown method, for adaptive steps with a method without an error estimate, for `step_size`
@@ -78,12 +96,17 @@ class RungeKutta:
         - Bogacki & Shampine (1989), "A 3(2) pair of Runge-Kutta formulas", Appl. Math. Lett. 2(4), for `bosh3`.
         - Dormand & Prince (1980), "A family of embedded Runge-Kutta formulae", J. Comp. Appl. Math. 6(1), for `dopri5`.
         - Prince & Dormand (1981), "High order embedded Runge-Kutta formulae", J. Comp. Appl. Math. 7(1), for `dopri8`.
+        - Hosea & Shampine (1996), "Analysis and implementation of TR-BDF2", Appl. Numer. Math. 20, for `trbdf2`.
+        - Kvaerno (2004), "Singly diagonally implicit Runge-Kutta methods with an explicit first stage", BIT 44(3), for
+          `kvaerno3`.
+        - Kennedy & Carpenter (2019), "Diagonally implicit Runge-Kutta methods for stiff ODEs", Appl. Numer. Math. 146,
+          for `esdirk43` (ESDIRK4(3)7L[2]SA) and `esdirk54` (ESDIRK5(4)7L[2]SA2).
     """
 
     method: str = "tsit5"
     _: dataclasses.KW_ONLY
-    rtol: float = 1e-3
-    atol: float = 1e-6
+    rtol: float | tuple[float, ...] = 1e-3
+    atol: float | tuple[float, ...] = 1e-6
     step_size: float | None = None
     num_steps: int | None = None
     max_steps: int = 4096
@@ -125,7 +148,8 @@ class RungeKutta:
         return PIDController(self.tableau.error_order, **{name: getattr(self, name) for name in _CONTROLLER})
 
     def get_config(self) -> dict[str, Any]:
-        return {**self._options(), "step_at": list(self.step_at)}
+        options = self._options()
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "RungeKutta":
@@ -161,7 +185,12 @@ class RungeKutta:
                 f"`step_size`, or use one of {able}. Received: method={self.method!r}, step_size=None, num_steps=None"
             )
         if not self.adaptive:
-            self._refuse_unused((*_CONTROLLER, "first_step"), "constant steps")
+            # The iterations of an implicit method need tolerances too.
+            needed = ("rtol", "atol") if self.tableau.implicit else ()
+            unused = tuple(name for name in (*_CONTROLLER, "first_step") if name not in needed)
+            self._refuse_unused(unused, "constant steps")
+        if not self.tableau.implicit:
+            self._refuse_unused(("newton_tolerance", "max_newton_iterations"), f"the explicit method {self.method!r}")
         if self.num_steps is not None:
             self._refuse_unused(("max_steps", "step_at"), "`num_steps`")
 
@@ -187,8 +216,8 @@ def _times(name: str, value: Any) -> tuple[float, ...]:
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "method": lambda name, value: one_of(name, value, TABLEAUS),
-    "rtol": positive_number,
-    "atol": positive_number,
+    "rtol": tolerance,
+    "atol": tolerance,
     "step_size": positive_number,
     "num_steps": positive_integer,
     "max_steps": positive_integer,

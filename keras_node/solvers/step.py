@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_node import trees
 from keras_node.solvers.butcher_tableau import ButcherTableau
-from keras_node.solvers.newton import Newton
+from keras_node.solvers.newton import Convergence, Newton
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.trees import Nest
 
@@ -40,9 +40,8 @@ class Step(NamedTuple):
         error: the embedded estimate of the local error of `y1`, or `None` if there is no estimate. It is NaN if
             Newton's method did not converge.
         k: the `Rates` at every stage.
-        stages: of an explicit method, the pairs `(time, state)` at which they were evaluated.
-        converged: of an implicit method, whether Newton's method converged at all stages; otherwise `None`.
-        num_iterations: of an implicit method, the number of its iterations; otherwise `None`.
+        stages: the pairs `(time, state)` at which they were evaluated; of an implicit method the first one only.
+        convergence: of an implicit method, how Newton's method went; otherwise `None`.
     """
 
     t: tf.Tensor
@@ -52,8 +51,7 @@ class Step(NamedTuple):
     error: Nest | None
     k: list[Rates]
     stages: list[tuple[tf.Tensor, Nest]]
-    converged: tf.Tensor | None = None
-    num_iterations: tf.Tensor | None = None
+    convergence: Convergence | None = None
 
 
 def rk_step(
@@ -87,14 +85,13 @@ def rk_step(
         return trees.add(y0, trees.scale(dt, increment))
 
     k = [vector_field(t, y0) if k1 is None else k1]
-    newton, convergence = None, ()
+    stages, newton, convergence = [(t, y0)], None, None
     if tableau.implicit:
         newton = Newton(solver, lambda t, y: vector_field(t, y).y, t, dt, y0)
-        rates, *convergence = newton.stages(k[0].y, num_derivatives)
-        k, stages = [Rates(rate) for rate in rates], []
+        rates, convergence = newton.stages(k[0].y, num_derivatives)
+        k = [Rates(rate) for rate in rates]
         y1 = moved_by(tableau.b, k)
     else:
-        stages = [(t, y0)]
         # The times of all stages are computed at once, because in eager mode every operation takes time.
         c = np.reshape(tableau.c[1:], [-1] + [1] * t.shape.rank)
         times = tf.unstack(tf.add(t, tf.multiply(tf.constant(c, t.dtype), dt)), len(c))
@@ -106,9 +103,9 @@ def rk_step(
     error = None
     if tableau.b_error is not None and len(k) == tableau.num_stages:
         error = trees.scale(dt, trees.weighted_sum(tableau.b_error, [rates.y for rates in k]))
-        if newton is not None:
-            error = trees.poison(~convergence[0], newton.damped(error))
-    return Step(t, dt, y0, y1, error, k, stages, *convergence)
+        if newton is not None and convergence is not None:
+            error = trees.poison(~convergence.converged, newton.damped(error))
+    return Step(t, dt, y0, y1, error, k, stages, convergence)
 
 
 def quadrature_rate(tableau: ButcherTableau, step: Step) -> Nest:
