@@ -158,10 +158,11 @@ def integrate(
         decision = controller.decide(length, step.error, s.y, step.y1, s.history, norm)
         accept, finite, converged, num_iterations = decision.accept, decision.finite, s.converged, s.num_iterations
         if step.convergence is not None:
-            accept = accept & step.convergence.converged
+            failed, is_number = ~step.convergence.converged, _is_finite(step.y1, per_sample)
+            accept = accept & ~failed
             # Iterations that leave the domain of the field end in NaN, and that is the reason to report.
-            converged = where_running(s, step.convergence.converged | ~_is_finite(step.y1, per_sample), s.converged)
-            finite = finite | ~converged
+            converged = where_running(s, ~failed | ~is_number, s.converged)
+            finite = (finite | failed) & is_number
             num_iterations = tf.add(num_iterations, where_running(s, step.convergence.num_iterations, 0))
         accepted = where_running(s, accept, False)
 
@@ -196,7 +197,7 @@ def integrate(
             # Time must move. Otherwise the loop would attempt the same step forever.
             running = running & (tf.add(reading, step_size) > reading)
         elif tableau.implicit:
-            running = running & converged
+            running = running & accept
         return _LoopState(
             running=running,
             reading=reading,

@@ -5,6 +5,7 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
+import scipy.linalg
 import tensorflow as tf
 from scipy.integrate import solve_ivp
 
@@ -376,6 +377,29 @@ def test_one_bad_sample_fails_alone():
     assert list(solution.status.numpy()) == [Status.SUCCESS, Status.NON_FINITE]
     np.testing.assert_allclose(solution.ys[-1, 0], [np.e], rtol=2e-3)
     assert np.isnan(solution.ys[-1, 1])
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_constant_steps_end_at_a_value_that_is_not_a_number(per_sample):
+    def field(t, y):
+        return tf.where(t > 0.5, np.nan, -y)
+
+    options = {"step_size": 0.25, "per_sample": True} if per_sample else {"num_steps": 4}
+    solution = keras_node.odeint(
+        field, tf.ones((2, 1)), [0.0, 1.0], solver=RungeKutta("trbdf2", **options), throw=False
+    )
+    assert np.all(solution.status == Status.NON_FINITE)
+    assert np.isnan(solution.ys[-1]).all()
+
+
+def test_a_state_of_many_numbers():
+    matrix = tf.constant(np.random.default_rng(0).normal(size=(40, 40)) - 50 * np.eye(40))
+    y0 = np.random.default_rng(1).normal(size=(2, 40))
+    solver = RungeKutta("esdirk54", rtol=1e-8, atol=1e-10)
+    y1 = tf.function(
+        lambda: keras_node.odeint(lambda y: y @ matrix, tf.constant(y0), [0.0, 0.05], solver=solver).ys[-1]
+    )()
+    np.testing.assert_allclose(y1, y0 @ scipy.linalg.expm(0.05 * matrix.numpy()), rtol=1e-5, atol=1e-7)
 
 
 def test_options_that_do_not_fit_are_refused():

@@ -38,7 +38,6 @@ from keras_node.step_size import error_scale
 from keras_node.trees import Nest
 
 Field = Callable[[tf.Tensor, Nest], Nest]  # f(t, y)
-Jacobian = Callable[[tf.Tensor, Nest], tf.Tensor]  # (t, y) -> (batch, n, n)
 
 # A graph holds one vector-Jacobian product for each row, up to this number. More rows are computed in a loop, which
 # evaluates the field again for every row.
@@ -115,12 +114,9 @@ class Newton:
         solver: the method, the tolerances and the options of the iterations.
         field: `f(t, y)`.
         t, dt, y0: the start of the step, its length, and the state there.
-        jacobian: computes the Jacobian, `(batch, n, n)`, or `None` to use vector-Jacobian products.
     """
 
-    def __init__(
-        self, solver: RungeKutta, field: Field, t: tf.Tensor, dt: tf.Tensor, y0: Nest, jacobian: Jacobian | None = None
-    ) -> None:
+    def __init__(self, solver: RungeKutta, field: Field, t: tf.Tensor, dt: tf.Tensor, y0: Nest) -> None:
         self.solver = solver
         self.field = field
         self.rows = Rows(y0, has_batch=dt.shape.rank == 1)
@@ -130,7 +126,6 @@ class Newton:
         nodes = tf.constant(np.reshape(tableau.c, [-1] + [1] * t.shape.rank), dtype)
         self.times = t + nodes * dt
         self.weights = tf.constant(tableau.matrix, dtype)
-        self.jacobian = jacobian or self._jacobian
 
     def stages(self, k1: Nest, num_derivatives: int) -> tuple[list[Nest], Convergence]:
         """Solves for the stages.
@@ -158,14 +153,13 @@ class Newton:
         """All stages as constants, `(stages, batch, n)`, from the first."""
         tableau = self.solver.tableau
         times, dt, y0 = trees.stop_gradient((self.times, self.dt, self.y0))
-        self.inverse = self._inverse(self._jacobian_at(times[0], y0))
+        self.inverse = self._inverse(self._jacobian(times[0], y0))
         weights = self.weights - tf.linalg.diag(tf.linalg.diag_part(self.weights))
         guesses = [[*row, *[0.0] * (tableau.num_stages - len(row))] for row in ((), *tableau.guesses)]
         allowed = self.rows.join(error_scale(self.rows.split(y0), self.solver.rtol, self.solver.atol))
         # Below the rounding error of the state, iterations do not come closer.
         rounding = 10 * np.finfo(dt.dtype.as_numpy_dtype).eps
         allowed = self.solver.newton_tolerance * allowed + rounding * tf.abs(y0)
-
         numbers = tf.range(tableau.num_stages)
 
         def body(i: tf.Tensor, k: tf.Tensor, iterations: Iterations) -> tuple:
@@ -224,7 +218,7 @@ class Newton:
         # TensorFlow would differentiate a loop whose inputs are constants if its result did not stop the gradient.
         jacobians = tf.stop_gradient(
             tf.map_fn(
-                lambda i: self._jacobian_at(tf.gather(times, i), tf.gather(points, i)),
+                lambda i: self._jacobian(tf.gather(times, i), tf.gather(points, i)),
                 numbers,
                 fn_output_signature=tf.TensorSpec([*points.shape[1:], points.shape[2]], points.dtype),
             )
@@ -249,9 +243,6 @@ class Newton:
     def _rates(self, t: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         return self.rows.join(self.field(t, self.rows.split(y)))
 
-    def _jacobian_at(self, t: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
-        return tf.stop_gradient(self.jacobian(t, self.rows.split(y)))
-
     def _inverse(self, jacobian: tf.Tensor, repeats: int = 1) -> tf.Tensor:
         """`(1 - gamma dt J)^-1`, a constant. With `repeats`, the batch of `J` is repeated."""
         h = tf.stop_gradient(self.dt) * self.solver.tableau.gamma
@@ -259,23 +250,21 @@ class Newton:
             h = tf.tile(h, [repeats, 1])[..., None]
         return tf.stop_gradient(inverse(tf.eye(jacobian.shape[-1], dtype=jacobian.dtype) - h * jacobian))
 
-    def _jacobian(self, t: tf.Tensor, y: Nest) -> tf.Tensor:
-        """The Jacobian by vector-Jacobian products with unit vectors, which give a row of all samples at once."""
-        rows = self.rows.join(y)
-        n = rows.shape[1]
+    def _jacobian(self, t: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+        """The Jacobian, a constant. A vector-Jacobian product with a unit vector gives a row of it for all samples."""
 
-        def product(units: list[tf.Tensor]) -> list[tf.Tensor]:
+        def rows(units: list[tf.Tensor]) -> list[tf.Tensor]:
             with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-                tape.watch(rows)
-                rates = self.rows.join(self.field(t, self.rows.split(rows)))
+                tape.watch(y)
+                rates = self._rates(t, y)
             return [
-                tape.gradient(rates, rows, unit + tf.zeros_like(rates), tf.UnconnectedGradients.ZERO) for unit in units
+                tape.gradient(rates, y, unit + tf.zeros_like(rates), tf.UnconnectedGradients.ZERO) for unit in units
             ]
 
-        units = tf.eye(n, dtype=rows.dtype)
-        if n <= _MOST_UNROLLED or tf.executing_eagerly():
-            return tf.stack(product(tf.unstack(units)), axis=1)
-        return tf.transpose(tf.map_fn(lambda unit: product([unit])[0], units), [1, 0, 2])
+        units = tf.eye(y.shape[1], dtype=y.dtype)
+        if y.shape[1] <= _MOST_UNROLLED or tf.executing_eagerly():
+            return tf.stop_gradient(tf.stack(rows(tf.unstack(units)), axis=1))
+        return tf.stop_gradient(tf.transpose(tf.map_fn(lambda unit: rows([unit])[0], units), [1, 0, 2]))
 
 
 def _combined(weights: tf.Tensor, stages: tf.Tensor) -> tf.Tensor:
