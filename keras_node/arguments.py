@@ -34,7 +34,7 @@ def positive_number(name: str, value: Any) -> float:
 
 def tolerance(name: str, value: Any) -> float | tuple[float, ...]:
     """Returns `value` as a positive number, or as a tuple of positive numbers if it is a list or an array of them."""
-    if isinstance(value, numbers.Real) or getattr(value, "ndim", 1) == 0 or isinstance(value, str):
+    if not isinstance(value, Iterable) or isinstance(value, str) or getattr(value, "ndim", 1) == 0:
         return positive_number(name, value)
     values = tuple(positive_number(name, each) for each in value)
     if not values:

