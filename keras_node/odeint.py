@@ -32,6 +32,7 @@ def odeint(
     gradient: Gradient | str | None = None,
     training: bool | None = None,
     mask: Nest = None,
+    jacobian: Callable[..., tf.Tensor] | None = None,
     throw: bool = True,
     jit_compile: bool | str | CompileLater = "auto",
     statistics: SolverMetrics | None = None,
@@ -71,6 +72,11 @@ def odeint(
             or model whose `call` calls this function, and `False` outside of any layer.
         mask: the mask of the state, in the structure of the state. A field receives it if it has an argument `mask`, or
             an argument with the name of its state and `_mask`, such as `y_mask`. Defaults to `None`.
+        jacobian: the Jacobian of the field, for an implicit method: a callable of `(y)`, `(t, y)` or `(t, y, args)`
+            that returns `(batch, n, n)`, or `(n, n)` if it is the same for all samples, for samples of `n` numbers.
+            Entry `[i, j]` is the derivative of rate `i` by number `j`. By default it is the method `jacobian` of the
+            field, if it has one; otherwise `n` vector-Jacobian products compute it. It speeds up a solve but does not
+            change it: an approximate one costs more iterations, and gradients do not use it.
         throw: whether a failed solve raises `tf.errors.InvalidArgumentError`. If the function or
             model around the solve is compiled with XLA, nothing can raise. In every mode, the states that a failed
             solve did not reach are NaN, and `status` says why. Defaults to `True`.
@@ -108,11 +114,24 @@ def odeint(
     gradient = gradients.get(gradient) or gradients.default(solver)
     gradients.check(gradient, solver)
     check_jit_compile(jit_compile, gradient)
+    _check_jacobian(jacobian, solver)
     here = CallContext.current()
     training = here.training if training is None else training
     return CallContext(training).run(
         functools.partial(
-            _odeint, vector_field, y0, ts, args, solver, gradient, training, mask, throw, jit_compile, statistics
+            _odeint,
+            vector_field,
+            y0,
+            ts,
+            args,
+            solver,
+            gradient,
+            training,
+            mask,
+            jacobian,
+            throw,
+            jit_compile,
+            statistics,
         )
     )
 
@@ -126,6 +145,7 @@ def _odeint(
     gradient: Gradient,
     training: bool | None,
     mask: Nest,
+    jacobian: Callable[..., tf.Tensor] | None,
     throw: bool,
     jit_compile: bool | str | CompileLater,
     statistics: SolverMetrics | None,
@@ -139,7 +159,7 @@ def _odeint(
     _check_tolerances(y0, solver, gradient)
 
     t0 = tf.cast(ts[0], dtype)
-    field = VectorField(vector_field, t0, y0, args, training, mask)
+    field = VectorField(vector_field, t0, y0, args, training, mask, jacobian)
     compiled = compiles(jit_compile, gradient, training, field.pure, tf.nest.flatten(y0)[0])
     on_backward = None if statistics is None else functools.partial(statistics.backward, training=training)
     problem = Problem(field, y0, ts, field.params, solver, throw, numbers, compiled, on_backward)
@@ -154,6 +174,19 @@ def _odeint(
         ys = check_status(status, ys, "The solve")
     ys = tf.nest.map_structure(lambda y, o: tf.cast(y, o.dtype) if tf.is_tensor(o) else y, ys, original)
     return Solution(ts, ys, stats, status)
+
+
+def _check_jacobian(jacobian: Any, solver: RungeKutta) -> None:
+    if jacobian is not None and not callable(jacobian):
+        raise TypeError(
+            "`jacobian` must be a callable of `(y)`, `(t, y)` or `(t, y, args)`. "
+            f"Received: jacobian={jacobian!r} (of type {type(jacobian).__name__})"
+        )
+    if jacobian is not None and not solver.tableau.implicit:
+        raise ValueError(
+            "Only an implicit method needs a Jacobian: leave out `jacobian`, or pass a method such as "
+            f'solver="esdirk43". Received: jacobian={jacobian!r} with solver={solver!r}'
+        )
 
 
 def _to_state(original: Nest) -> Nest:

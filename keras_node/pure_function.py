@@ -167,14 +167,21 @@ class PureFunction:
         self.context = CallContext.current(read)
 
     def __call__(
-        self, params: list[tf.Tensor], carried: list[tf.Tensor], *arguments: Nest
+        self,
+        params: list[tf.Tensor],
+        carried: list[tf.Tensor],
+        *arguments: Nest,
+        function: Callable[..., Any] | None = None,
     ) -> tuple[Any, list[tf.Tensor]]:
-        """Returns the result of the function, and the new values of `carried`."""
+        """Returns the result of the function, and the new values of `carried`.
+
+        With `function`, evaluates that function instead, for the same values of the variables.
+        """
         variables = self._trainable + self._constant + self._updated
         weights = params[: len(self._trainable)]
         mapping = list(zip(variables, [*weights, *self._constants, *carried], strict=True))
         with keras.StatelessScope(mapping, initialize_variables=False) as scope:
-            results = self.function(*arguments)
+            results = (function or self.function)(*arguments)
         return results, [tf.convert_to_tensor(scope.get_current_value(v)) for v in self._updated]
 
     def sources(self, params: list[tf.Tensor]) -> list[tf.Tensor | tf.Variable]:

@@ -22,9 +22,13 @@ class PureField(Protocol):
     pure: PureFunction
     params: list[tf.Tensor]
     precision: tf.DType | None
+    has_jacobian: bool
 
     def __call__(self, t: tf.Tensor, y: Nest, params: list[tf.Tensor]) -> Nest:
         """Returns the rate of change of `y`."""
+
+    def jacobian(self, t: tf.Tensor, y: Nest, params: list[tf.Tensor]) -> tf.Tensor:
+        """Returns the Jacobian, if `has_jacobian`."""
 
     def sources(self, params: list[tf.Tensor]) -> list[tf.Tensor | tf.Variable]:
         """Returns what a tape must watch to differentiate with respect to `params`."""
@@ -68,6 +72,13 @@ class Problem(NamedTuple):
         return tf.nest.flatten(self.y0)[0].dtype
 
     @property
+    def jacobian(self) -> Callable[[tf.Tensor, Nest], tf.Tensor] | None:
+        """The Jacobian as a function of the time and the state, if the field has one."""
+        if not self.vector_field.has_jacobian:
+            return None
+        return lambda t, y: self.vector_field.jacobian(t, y, self.params)
+
+    @property
     def precision(self) -> tf.DType:
         """The precision in which the field tells times apart. A float32 layer does not see every float64 time."""
         return tf.float64 if tf.float64 == self.dtype == self.vector_field.precision else tf.float32
@@ -108,7 +119,16 @@ def solve(problem: Problem, observers: Sequence[Observer] = (), num_derivatives:
     jump = None if clock.kinks is None else lambda i, y: y
     output = None if problem.ts.shape[0] == 2 else DenseOutput(solver.tableau, readings)
     watching = observers if output is None else (*observers, output)
-    integral = integrate(rates, y0, clock, solver, observers=watching, jump=jump, num_derivatives=num_derivatives)
+    integral = integrate(
+        rates,
+        y0,
+        clock,
+        solver,
+        observers=watching,
+        jump=jump,
+        jacobian=problem.jacobian,
+        num_derivatives=num_derivatives,
+    )
     if output is None:
         ys = tf.nest.map_structure(lambda a, b: tf.stack([a, b]), y0, integral.y1)
     else:

@@ -27,6 +27,8 @@ class VectorField:
         args: nest of tensors that is passed to the field, or `None`.
         training: passed to a callable that takes it. Layers take it from the call context.
         mask: the mask of the state, passed to a field that takes it.
+        jacobian: a callable that returns the Jacobian of the field, with the arguments of a field. By default it is the
+            method `jacobian` of `function`, if there is one.
 
     Attributes:
         pure: the field as a `PureFunction`.
@@ -34,6 +36,7 @@ class VectorField:
             the `params` of `pure`.
         precision: the lowest precision of the rates that the field returned in its last evaluation, before they were
             cast to that of the state.
+        has_jacobian: whether the Jacobian is given.
     """
 
     precision: tf.DType | None
@@ -46,9 +49,13 @@ class VectorField:
         args: Nest = None,
         training: bool | None = None,
         mask: Nest = None,
+        jacobian: Callable[..., tf.Tensor] | None = None,
     ) -> None:
         self.function = function
         self._call = FieldCall(function, y0)
+        jacobian = getattr(function, "jacobian", None) if jacobian is None else jacobian
+        self.has_jacobian = jacobian is not None
+        self._jacobian_call = FieldCall(jacobian) if self.has_jacobian else None
         if args is not None and self._call.num_arguments < 3:
             raise ValueError(
                 "`args` needs a vector field `f(t, y, args)`: add the argument to the field, or leave out `args`. "
@@ -72,10 +79,24 @@ class VectorField:
 
     def __call__(self, t: tf.Tensor, y: Nest, params: list[tf.Tensor]) -> Nest:
         """Returns `f(t, y)` for these parameters, in the structure, shapes and dtypes of `y`."""
+        return self._with(params, t, y)
+
+    def jacobian(self, t: tf.Tensor, y: Nest, params: list[tf.Tensor]) -> tf.Tensor:
+        """Returns the Jacobian that is given, for these parameters."""
+
+        def evaluate(t: tf.Tensor, y: Nest, args: Nest) -> tf.Tensor:
+            assert self._jacobian_call is not None  # only a field that has a Jacobian is asked for it
+            with tf.name_scope("jacobian"):
+                return self._jacobian_call(t, y, args, **self._keywords)
+
+        return self._with(params, t, y, evaluate)
+
+    def _with(self, params: list[tf.Tensor], t: tf.Tensor, y: Nest, function: Callable[..., Any] | None = None) -> Any:
+        """Evaluates the field, or another function of the same arguments, for these parameters."""
         float_args = iter(params)
         args = trees.each(lambda a: next(float_args) if _is_float(a) else a, self.args)
-        dy, _ = self.pure(list(float_args), self.pure.carried, t, y, args)
-        return dy
+        result, _ = self.pure(list(float_args), self.pure.carried, t, y, args, function=function)
+        return result
 
     def sources(self, params: list[tf.Tensor]) -> list[tf.Tensor | tf.Variable]:
         """Returns what a tape must watch and differentiate by, for the gradients of `params`."""

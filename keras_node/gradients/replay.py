@@ -108,6 +108,7 @@ class Replay:
         self, n: tf.Tensor, y: Nest, params: list[tf.Tensor], clock: Clock, num_derivatives: int = 0
     ) -> tuple[Step, Progress]:
         """Computes the accepted step number `n` from the state `y`."""
+        jacobian = self.problem._replace(params=params).jacobian
         progress = tf.nest.map_structure(lambda x: tf.gather(x, n), self.record.steps)
         segment = clock.segment(progress.segment)
         step = rk_step(
@@ -117,6 +118,7 @@ class Replay:
             dt=tf.multiply(progress.length, segment.speed),
             y0=y,
             last_rate=self.dense,
+            jacobian=None if jacobian is None else lambda t, y: jacobian(segment.inside(t), y),
             num_derivatives=num_derivatives,
         )
         return step, progress

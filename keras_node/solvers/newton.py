@@ -38,6 +38,7 @@ from keras_node.step_size import error_scale
 from keras_node.trees import Nest
 
 Field = Callable[[tf.Tensor, Nest], Nest]  # f(t, y)
+Jacobian = Callable[[tf.Tensor, Nest], tf.Tensor]  # df/dy(t, y)
 
 # A graph holds one vector-Jacobian product for each row, up to this number. More rows are computed in a loop, which
 # evaluates the field again for every row.
@@ -114,11 +115,22 @@ class Newton:
         solver: the method, the tolerances and the options of the iterations.
         field: `f(t, y)`.
         t, dt, y0: the start of the step, its length, and the state there.
+        jacobian: the Jacobian of the field, `(batch, n, n)`, or `(n, n)` if it is the same for all samples. By default
+            it is computed. The derivative of the stages never uses it, so it need not be exact.
     """
 
-    def __init__(self, solver: RungeKutta, field: Field, t: tf.Tensor, dt: tf.Tensor, y0: Nest) -> None:
+    def __init__(
+        self,
+        solver: RungeKutta,
+        field: Field,
+        t: tf.Tensor,
+        dt: tf.Tensor,
+        y0: Nest,
+        jacobian: Jacobian | None = None,
+    ) -> None:
         self.solver = solver
         self.field = field
+        self.given = jacobian
         self.rows = Rows(y0, has_batch=dt.shape.rank == 1)
         self.y0 = self.rows.join(y0)
         self.dt = dt if dt.shape.rank == 0 else dt[:, None]
@@ -153,7 +165,7 @@ class Newton:
         """All stages as constants, `(stages, batch, n)`, from the first."""
         tableau = self.solver.tableau
         times, dt, y0 = trees.stop_gradient((self.times, self.dt, self.y0))
-        self.inverse = self._inverse(self._jacobian(times[0], y0))
+        self.inverse = self._inverse((self._jacobian if self.given is None else self._given)(times[0], y0))
         weights = self.weights - tf.linalg.diag(tf.linalg.diag_part(self.weights))
         guesses = [[*row, *[0.0] * (tableau.num_stages - len(row))] for row in ((), *tableau.guesses)]
         allowed = self.rows.join(error_scale(self.rows.split(y0), self.solver.rtol, self.solver.atol))
@@ -249,6 +261,19 @@ class Newton:
         if h.shape.rank:
             h = tf.tile(h, [repeats, 1])[..., None]
         return tf.stop_gradient(inverse(tf.eye(jacobian.shape[-1], dtype=jacobian.dtype) - h * jacobian))
+
+    def _given(self, t: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+        """The Jacobian that the user gives, for every sample."""
+        assert self.given is not None
+        matrix, size = tf.cast(self.given(t, self.rows.split(y)), y.dtype), y.shape[1]
+        shape = (size, size) if matrix.shape.rank == 2 else (y.shape[0], size, size)
+        if not matrix.shape.is_compatible_with(shape):
+            raise ValueError(
+                f"A Jacobian must be of shape (batch, n, n), or (n, n) if it is the same for all samples. Here n is "
+                f"{size}, the number of entries of a sample. Received: a Jacobian of shape {tuple(matrix.shape)} for a "
+                f"state of shape {[tuple(leaf.shape) for leaf in tf.nest.flatten(self.rows.like)]}"
+            )
+        return tf.stop_gradient(tf.broadcast_to(matrix, [tf.shape(y)[0], size, size]))
 
     def _jacobian(self, t: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         """The Jacobian, a constant. A vector-Jacobian product with a unit vector gives a row of it for all samples."""

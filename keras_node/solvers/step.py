@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_node import trees
 from keras_node.solvers.butcher_tableau import ButcherTableau
-from keras_node.solvers.newton import Convergence, Newton
+from keras_node.solvers.newton import Convergence, Jacobian, Newton
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.trees import Nest
 
@@ -62,6 +62,7 @@ def rk_step(
     y0: Nest,
     k1: Rates | None = None,
     last_rate: bool = True,
+    jacobian: Jacobian | None = None,
     num_derivatives: int = 0,
 ) -> Step:
     """Computes one step.
@@ -75,6 +76,7 @@ def rk_step(
         k1: `f(t, y0)` if it is known already (first same as last).
         last_rate: whether an explicit method that is first same as last evaluates the field at `y1`. Without this
             evaluation, the step has no error estimate and no dense output.
+        jacobian: `df/dy(t, y)` for an implicit method, if it is given.
         num_derivatives: how often you can differentiate a step of an implicit method, by ordinary backpropagation. A
             step of an explicit method can always be differentiated.
     """
@@ -87,7 +89,7 @@ def rk_step(
     k = [vector_field(t, y0) if k1 is None else k1]
     stages, newton, convergence = [(t, y0)], None, None
     if tableau.implicit:
-        newton = Newton(solver, lambda t, y: vector_field(t, y).y, t, dt, y0)
+        newton = Newton(solver, lambda t, y: vector_field(t, y).y, t, dt, y0, jacobian)
         rates, convergence = newton.stages(k[0].y, num_derivatives)
         k = [Rates(rate) for rate in rates]
         y1 = moved_by(tableau.b, k)
