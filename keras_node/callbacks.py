@@ -67,16 +67,16 @@ class SolverMonitor(keras.callbacks.Callback):
             way = "Backward solves" if metric.kind != kind else "Solves"
             if value is None:
                 continue
+            advice = _advice(metric.name.removesuffix(kind), logs or {})
             if kind == "failed" and value > self.max_failed:
                 complaints.append(
-                    f"{way} of layer {metric.layer!r} failed ({value:.1%} of them). Lower the learning rate, clip "
-                    "gradients, raise `max_steps`, or loosen `rtol` and `atol`."
+                    f"{way} of layer {metric.layer!r} failed ({value:.1%} of them). {advice}Lower the "
+                    "learning rate, clip gradients, raise `max_steps`, or loosen `rtol` and `atol`."
                 )
             if kind == "evaluations" and value > self.max_evaluations:
                 complaints.append(
-                    f"{way} of layer {metric.layer!r} take {value:.0f} evaluations. The field may be getting stiff: "
-                    'pass an implicit method such as solver="esdirk43", loosen `rtol` and `atol`, regularize its '
-                    "weights, or bound its output, for example with a tanh."
+                    f"{way} of layer {metric.layer!r} take {value:.0f} evaluations. {advice}Loosen `rtol` and `atol`, "
+                    "regularize its weights, or bound its output, for example with a tanh."
                 )
         for complaint in complaints:
             warnings.warn(f"Epoch {epoch + 1}: {complaint}", stacklevel=2)
@@ -85,3 +85,16 @@ class SolverMonitor(keras.callbacks.Callback):
 
     def _metrics(self) -> list[SolverMetric]:
         return [metric for metric in self.model.metrics if isinstance(metric, SolverMetric)]
+
+
+def _advice(prefix: str, logs: dict[str, Any]) -> str:
+    """Says whether the field is stiff, if the entries of the logs that begin with `prefix` tell."""
+    bound, steps = logs.get(f"{prefix}bound_by_stability"), logs.get(f"{prefix}steps")
+    if bound is None or not steps:
+        return ""
+    if bound < steps / 2:
+        return "The field is not stiff: the tolerances bound the length of the steps. "
+    return (
+        f"The field is stiff: stability, and not the tolerances, bounds the length of {bound / steps:.0%} of the "
+        'steps. Pass an implicit method such as solver="esdirk43". '
+    )

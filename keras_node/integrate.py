@@ -18,7 +18,7 @@ from keras_node.solution import Stats, Status
 from keras_node.solvers.butcher_tableau import ButcherTableau
 from keras_node.solvers.newton import Jacobian
 from keras_node.solvers.runge_kutta import RungeKutta
-from keras_node.solvers.step import Rates, Step, quadrature_rate, rk_step
+from keras_node.solvers.step import Rates, Step, is_bound_by_stability, quadrature_rate, rk_step
 from keras_node.step_size import Norm, PIDController, first_step_size, rms_norm
 from keras_node.trees import Nest
 
@@ -70,6 +70,7 @@ class _LoopState(NamedTuple):
     finite: tf.Tensor  # whether the last error estimate was a finite number
     num_attempts: tf.Tensor
     num_steps: tf.Tensor
+    num_bound_by_stability: Nest  # of these, if steps are adaptive and the method is explicit; otherwise ()
     num_restarts: tf.Tensor  # the number of evaluations after jumps
     converged: Nest  # whether Newton's method converged in the last attempt; () for an explicit method
     num_iterations: Nest  # the number of its iterations; () for an explicit method
@@ -115,6 +116,7 @@ def integrate(
     end_of_clock = clock.end
     # The shape of everything that controls the loop: one value, or one for each sample.
     sample_shape = tf.shape(end_of_clock)
+    sees_stability = solver.adaptive and not tableau.implicit
     several_segments = clock.num_segments != 1
     last_index = tf.maximum(clock.count - 1, 0) if several_segments else 0
     first_segment = clock.segment(tf.zeros(sample_shape, tf.int32) if several_segments else 0)
@@ -170,6 +172,10 @@ def integrate(
             finite = (finite | failed) & is_number
             num_iterations = tf.add(num_iterations, where_running(s, step.convergence.num_iterations, 0))
         accepted = where_running(s, accept, False)
+        bound_by_stability = s.num_bound_by_stability
+        if sees_stability:
+            bound = accepted & is_bound_by_stability(tableau, step, per_sample)
+            bound_by_stability = tf.add(bound_by_stability, tf.cast(bound, tf.int32))
 
         def keep(new: Nest, old: Nest) -> Nest:
             return trees.where(accepted, new, old)
@@ -217,6 +223,7 @@ def integrate(
             finite=where_running(s, finite, s.finite),
             num_attempts=tf.add(s.num_attempts, where_running(s, 1, 0)),
             num_steps=tf.add(s.num_steps, tf.cast(accepted, tf.int32)),
+            num_bound_by_stability=bound_by_stability,
             num_restarts=restarts,
             converged=converged,
             num_iterations=num_iterations,
@@ -254,6 +261,7 @@ def integrate(
         finite=finite,
         num_attempts=zeros,
         num_steps=zeros,
+        num_bound_by_stability=zeros if sees_stability else (),
         num_restarts=zeros,
         converged=tf.equal(zeros, 0) if tableau.implicit else (),
         num_iterations=zeros if tableau.implicit else (),
@@ -278,7 +286,14 @@ def integrate(
         y1=trees.poison(status != 0, s.y),
         quadrature=trees.poison(tf.reduce_any(status != 0), s.quadrature),
         memories=s.memories,
-        stats=Stats(evaluations, s.num_steps, s.num_attempts - s.num_steps, factorizations, iterations),
+        stats=Stats(
+            num_evaluations=evaluations,
+            num_steps=s.num_steps,
+            num_rejected=s.num_attempts - s.num_steps,
+            num_bound_by_stability=s.num_bound_by_stability if sees_stability else zeros,
+            num_factorizations=factorizations,
+            num_iterations=iterations,
+        ),
         status=status,
     )
 

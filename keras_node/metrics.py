@@ -6,8 +6,10 @@ import keras
 import tensorflow as tf
 
 from keras_node.solution import Stats
+from keras_node.solvers.runge_kutta import RungeKutta
 
-_KINDS = ("evaluations", "steps", "rejected", "factorizations", "iterations", "failed")
+# The fields of `Stats`, and whether the solve failed.
+_KINDS = ("evaluations", "steps", "rejected", "bound_by_stability", "factorizations", "iterations", "failed")
 _OF_IMPLICIT_METHODS = ("factorizations", "iterations")
 
 
@@ -17,9 +19,9 @@ class SolverMetric(keras.metrics.Mean):
 
     Args:
         layer: name of the layer.
-        kind: `evaluations`, `steps` or `rejected`, or for implicit methods `factorizations` or `iterations`, the number
-            of these in a solve; or `failed`, the share of solves that failed. With the prefix `backward_`, the same for
-            the solves of the adjoint.
+        kind: `evaluations`, `steps` or `rejected`, for explicit methods with adaptive steps `bound_by_stability`, and
+            for implicit ones `factorizations` or `iterations`, the number of these in a solve; or `failed`, the share
+            of solves that failed. With the prefix `backward_`, the same for the solves of the adjoint.
         **kwargs: arguments of `keras.metrics.Metric`.
     """
 
@@ -42,12 +44,16 @@ class SolverMetrics:
     Args:
         layer: name of the layer.
         backward: whether to report the solves of gradients as well.
-        implicit: whether the method is implicit, so that there are factorizations and iterations to report.
+        solver: the method, which tells what there is to report.
     """
 
-    def __init__(self, layer: str, backward: bool, implicit: bool) -> None:
+    def __init__(self, layer: str, backward: bool, solver: RungeKutta) -> None:
         self._reports_backward = backward
-        kinds = [kind for kind in _KINDS if implicit or kind not in _OF_IMPLICIT_METHODS]
+        implicit = solver.tableau.implicit
+        without = () if implicit else _OF_IMPLICIT_METHODS
+        if implicit or not solver.adaptive:
+            without = (*without, "bound_by_stability")
+        kinds = [kind for kind in _KINDS if kind not in without]
         directions = ("", "backward_") if backward else ("",)
         self.metrics = [SolverMetric(layer, prefix + kind) for prefix in directions for kind in kinds]
 

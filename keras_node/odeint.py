@@ -171,7 +171,7 @@ def _odeint(
     if statistics is not None:
         statistics.forward(stats, status, training)
     if throw:
-        ys = check_status(status, ys, "The solve")
+        ys = check_status(status, ys, "The solve", stats)
     ys = tf.nest.map_structure(lambda y, o: tf.cast(y, o.dtype) if tf.is_tensor(o) else y, ys, original)
     return Solution(ts, ys, stats, status)
 

@@ -37,6 +37,9 @@ class Stats(NamedTuple):
         num_steps: number of accepted steps.
         num_rejected: number of attempted steps that were rejected, because their error was too large or, with an
             implicit method, because Newton's method did not converge.
+        num_bound_by_stability: number of accepted steps of an explicit method that were about as long as its stability
+            allows, and not as its accuracy would. If these are most of the steps, the problem is stiff. It is 0 with
+            constant steps.
         num_factorizations: number of Jacobians that an implicit method computed and factorized, one for each attempted
             step. Each takes one evaluation, and a vector-Jacobian product for every component of a sample.
         num_iterations: number of iterations of Newton's method. Each takes one evaluation.
@@ -45,8 +48,14 @@ class Stats(NamedTuple):
     num_evaluations: tf.Tensor
     num_steps: tf.Tensor
     num_rejected: tf.Tensor
+    num_bound_by_stability: tf.Tensor
     num_factorizations: tf.Tensor
     num_iterations: tf.Tensor
+
+    @classmethod
+    def zeros(cls) -> "Stats":
+        """The work of a solve that did nothing."""
+        return cls(*[tf.constant(0)] * len(cls._fields))
 
 
 class Solution(NamedTuple):
@@ -75,8 +84,13 @@ STATUS_HELP = (
     "constant steps, or adaptive ones, and make sure that the samples of a batch do not influence each other."
 )
 
+STABILITY_HELP = (
+    "of which were as short as the stability of an explicit method demands; if these are most of them, the field is "
+    "stiff."
+)
 
-def check_status(status: tf.Tensor, value: Nest, what: str) -> Nest:
+
+def check_status(status: tf.Tensor, value: Nest, what: str, stats: Stats | None = None) -> Nest:
     """Returns `value`, and raises `tf.errors.InvalidArgumentError` if any status is a failure.
 
     If the function or model around the solve is compiled with XLA, nothing can raise. There, only the NaN in the result
@@ -86,11 +100,12 @@ def check_status(status: tf.Tensor, value: Nest, what: str) -> Nest:
         status: values of `Status`.
         value: a nest of tensors. In a graph, it becomes available after the check.
         what: what failed, at the beginning of the message.
+        stats: the work of the solve, for the message.
     """
-    check = tf.debugging.Assert(
-        tf.reduce_all(status == int(Status.SUCCESS)),
-        [f"{what} failed with status", status, STATUS_HELP],
-    )
+    message: list = [f"{what} failed with status", status]
+    if stats is not None:
+        message += ["after", stats.num_steps, "steps,", stats.num_bound_by_stability, STABILITY_HELP]
+    check = tf.debugging.Assert(tf.reduce_all(status == int(Status.SUCCESS)), [*message, STATUS_HELP])
     if check is None:  # in eager mode, an assertion that holds returns nothing
         return value
     with tf.control_dependencies([check]):

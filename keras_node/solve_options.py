@@ -57,7 +57,7 @@ class SolveOptions:
         self.metrics: SolverMetrics | None = None
         if track_stats:
             backward = counts_backward and not isinstance(self.gradient, DirectGradient)
-            self.metrics = SolverMetrics(name, backward, self.solver.tableau.implicit)
+            self.metrics = SolverMetrics(name, backward, self.solver)
         self._has_told = False
 
     def choose(self, solver: Solver, gradient: Gradient | None) -> None:

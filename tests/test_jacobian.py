@@ -32,9 +32,7 @@ def exact_jacobian(t, y, k):
 
 def solve(jacobian, k=K, gradient=None, **options):
     solver = RungeKutta("esdirk43", rtol=1e-9, atol=1e-11, max_newton_iterations=30, **options)
-    return keras_node.odeint(
-        kinetics, Y0, [0.0, 0.7, 2.0], args=k, solver=solver, jacobian=jacobian, gradient=gradient
-    )
+    return keras_node.odeint(kinetics, Y0, [0.0, 0.7, 2.0], args=k, solver=solver, jacobian=jacobian, gradient=gradient)
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])

@@ -143,8 +143,7 @@ class BacksolveAdjoint:
     def _recall(self, problem: Problem) -> tuple[Trajectory, tuple]:
         """The trajectory of a known result."""
         ys = tf.nest.map_structure(lambda a, b: tf.stack([a, tf.cast(b, a.dtype)]), problem.y0, self._known)
-        none = tf.constant(0)
-        return Trajectory(ys, Stats(*[none] * 5), none), ()
+        return Trajectory(ys, Stats.zeros(), tf.constant(0)), ()
 
     def _backward(self, problem: Problem, memory: tuple, ys: Nest, dys: Nest) -> tuple[Gradients, Stats, tf.Tensor]:
         """The gradients of `y0`, `ts` and `params`, and the stats and status of their solve."""

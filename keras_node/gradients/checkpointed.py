@@ -128,9 +128,14 @@ def _replay_stats(problem: Problem, record: Record, iterations: tf.Tensor) -> St
         # A step takes the first stage and a Jacobian. Its derivative takes a Jacobian and an evaluation at all others.
         solved = record.count * (tableau.num_stages - 1)
         evaluations = 2 * replayed + iterations + 2 * solved
-        return Stats(evaluations, record.count, tf.constant(0), replayed + solved, iterations)
+        return Stats.zeros()._replace(
+            num_evaluations=evaluations,
+            num_steps=record.count,
+            num_factorizations=replayed + solved,
+            num_iterations=iterations,
+        )
     stages = tableau.num_stages - 1 if tableau.fsal and problem.ts.shape[0] == 2 else tableau.num_stages
-    return Stats(stages * replayed, record.count, *[tf.constant(0)] * 3)
+    return Stats.zeros()._replace(num_evaluations=stages * replayed, num_steps=record.count)
 
 
 def _square_root(count: int | tf.Tensor) -> int | tf.Tensor:

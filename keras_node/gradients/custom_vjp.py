@@ -76,7 +76,8 @@ def solve_with_gradient(
         if not problem.throw:
             return gradients
         adjoint, dts, dparams = gradients
-        return check_status(tf.where(excused, 0, status), adjoint, "The solve of the adjoint"), dts, dparams
+        failure = tf.where(excused, 0, status)
+        return check_status(failure, adjoint, "The solve of the adjoint", stats), dts, dparams
 
     inputs = (problem.y0, problem.ts, problem.params)
     ys, (stats, status) = custom_vjp(run, run_back, conclude, inputs, field.pure, problem.jit_compile)

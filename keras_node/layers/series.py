@@ -162,8 +162,7 @@ class _NoSolve(DirectGradient):
     def __call__(self, problem: Problem) -> Trajectory:
         problem.vector_field(problem.times[0], problem.y0, problem.params)
         ys = tf.nest.map_structure(lambda y: tf.stack([y, y]), problem.y0)
-        nothing = tf.constant(0)
-        return Trajectory(ys, Stats(*[nothing] * 5), nothing)
+        return Trajectory(ys, Stats.zeros(), tf.constant(0))
 
 
 class _Reports:

@@ -100,6 +100,21 @@ class ButcherTableau:
         return a
 
     @functools.cached_property
+    def stability_limit(self) -> float:
+        """The largest `z` so that steps with `dt * lambda` from `-z` to 0 are stable, for an explicit method.
+
+        A step multiplies the solution of `dy/dt = lambda y` by the stability function, `1 + sum_j z^j b A^(j - 1) 1`.
+        """
+        coefficients, powers = [1.0], np.ones(self.num_stages)
+        for _ in range(self.num_stages):
+            coefficients.append(float(np.array(self.b, float) @ powers))
+            powers = self.matrix @ powers
+        z = np.linspace(0, 2 * self.num_stages**2, 200_001)
+        # No polynomial of this degree with the right value and slope at 0 is stable as far as the end of the range.
+        grows = np.abs(np.polynomial.Polynomial(coefficients)(-z)) > 1 + 1e-9
+        return float(z[np.argmax(grows)])
+
+    @functools.cached_property
     def guesses(self) -> tuple[tuple[float, ...], ...]:
         """For every stage after the first, the weights of the stages before it in a guess of its rate.
 

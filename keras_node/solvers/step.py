@@ -10,6 +10,7 @@ from keras_node import trees
 from keras_node.solvers.butcher_tableau import ButcherTableau
 from keras_node.solvers.newton import Convergence, Jacobian, Newton
 from keras_node.solvers.runge_kutta import RungeKutta
+from keras_node.step_size import rms_norm
 from keras_node.trees import Nest
 
 
@@ -108,6 +109,24 @@ def rk_step(
         if newton is not None and convergence is not None:
             error = trees.poison(~convergence.converged, newton.damped(error))
     return Step(t, dt, y0, y1, error, k, stages, convergence)
+
+
+# A step from this part of the longest stable step on counts as bound by stability. Where accuracy bounds the steps,
+# hardly any is so long.
+_NEAR_LIMIT = 0.7
+
+
+def is_bound_by_stability(tableau: ButcherTableau, step: Step, per_sample: bool) -> tf.Tensor:
+    """Whether a step of an explicit method is about as long as its stability allows, the sign of a stiff problem.
+
+    The rates at the last two stages tell how steep the field is where the step ends. Reference: Hairer & Wanner (1996),
+    "Solving Ordinary Differential Equations II", IV.2.
+    """
+    (_, before), (_, last) = step.stages[-2:]
+    moved = rms_norm(tf.nest.map_structure(tf.subtract, last, before), per_sample)
+    change = tf.nest.map_structure(tf.subtract, step.k[-1].y, step.k[-2].y)
+    changed = rms_norm(trees.scale(step.dt, change), per_sample)
+    return changed > tf.multiply(moved, _NEAR_LIMIT * tableau.stability_limit)
 
 
 def quadrature_rate(tableau: ButcherTableau, step: Step) -> Nest:
