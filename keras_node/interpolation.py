@@ -1,7 +1,7 @@
-"""Dense output: the solution between the ends of a step, without another evaluation of the field."""
+"""Dense output: the solution between the ends of a step."""
 
 from math import comb
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -9,10 +9,24 @@ from keras_node import trees
 from keras_node.buffers import Buffer, new_buffer, stack, write
 from keras_node.clock import pick
 from keras_node.solvers.butcher_tableau import ButcherTableau
-from keras_node.solvers.step import Step
+from keras_node.solvers.runge_kutta import RungeKutta
+from keras_node.solvers.step import Step, with_dense_stages
 from keras_node.trees import Nest
 
-Memory: TypeAlias = tuple[tf.Tensor, Nest]  # of a `DenseOutput`
+
+class Memory(NamedTuple):
+    """The memory of a `DenseOutput`.
+
+    Attributes:
+        written: the number of states written so far, `()`, or `(batch,)` if samples have their own readings.
+        buffers: for every leaf of the state a buffer of states.
+        num_evaluations: the number of evaluations at further stages, one value or one for each sample; `()` if the
+            method has no further stages.
+    """
+
+    written: tf.Tensor
+    buffers: Nest
+    num_evaluations: Nest
 
 
 def interpolate(tableau: ButcherTableau, step: Step, theta: tf.Tensor) -> Nest:
@@ -72,16 +86,16 @@ class Progress(NamedTuple):
 class DenseOutput:
     """An observer that collects the solution at given readings of the clock.
 
-    Its memory is `(written, buffers)`: the number of states written so far, and for every leaf of the state a buffer of
-    them. One step may contain several readings, and another step none.
+    One step may contain several readings, and another step none.
 
     Args:
-        tableau: the method, whose continuous extension is used.
+        solver: the method, whose continuous extension is used.
         readings: `(T,)`, or `(T, batch)` if samples have their own. `readings[0]` is the start.
     """
 
-    def __init__(self, tableau: ButcherTableau, readings: tf.Tensor) -> None:
-        self.tableau = tableau
+    def __init__(self, solver: RungeKutta, readings: tf.Tensor) -> None:
+        self.tableau = solver.tableau
+        self.per_sample = solver.per_sample
         self.readings = readings
         self.size = readings.shape[0] if readings.shape[0] is not None else tf.shape(readings)[0]
         self.shared = readings.shape.rank == 1
@@ -89,36 +103,49 @@ class DenseOutput:
     def start(self, y0: Nest) -> Memory:
         written = tf.ones_like(self.readings[0], dtype=tf.int32)
         buffers = tf.nest.map_structure(self._new_buffer, y0)
-        return written, buffers
+        evaluations = tf.zeros_like(written) if self.per_sample else tf.constant(0)
+        return Memory(written, buffers, evaluations if self.tableau.a_dense else ())
 
     def update(self, memory: Memory, step: Step, progress: Progress) -> Memory:
-        return tf.while_loop(
-            lambda *memory: tf.reduce_any(self.due(memory, progress)),
-            lambda *memory: self.emit(memory, step, progress),
-            memory,
+        step, memory = self.prepare(memory, step, progress)
+        (memory,) = tf.while_loop(
+            lambda memory: tf.reduce_any(self.due(memory, progress)),
+            lambda memory: (self.emit(memory, step, progress),),
+            (memory,),
             maximum_iterations=self.size,
         )
+        return memory
+
+    def prepare(self, memory: Memory, step: Step, progress: Progress) -> tuple[Step, Memory]:
+        """Computes the further stages of a step, if a state is due and the method has any."""
+        if not self.tableau.a_dense:
+            return step, memory
+        due = self.due(memory, progress)
+        needed = tf.reduce_any(due)
+        more = len(self.tableau.a_dense) * tf.cast(due if self.per_sample else needed, tf.int32)
+        memory = memory._replace(num_evaluations=memory.num_evaluations + more)
+        return with_dense_stages(self.tableau, step, needed), memory
 
     def due(self, memory: Memory, progress: Progress) -> tf.Tensor:
         """Whether the next state lies in the step, `()`, or `(batch,)` if samples differ."""
-        written, _ = memory
+        written = memory.written
         reading = pick(self.readings, tf.minimum(written, self.size - 1))
         return (written < self.size) & (reading <= progress.end) & progress.accepted
 
     def emit(self, memory: Memory, step: Step, progress: Progress) -> Memory:
         """Writes one state if it is due."""
-        written, buffers = memory
+        written, buffers, _ = memory
         now = self.due(memory, progress)
         reading = pick(self.readings, tf.minimum(written, self.size - 1))
         y = interpolate(self.tableau, step, tf.where(now, progress.fraction(reading), 0))
         # A state that is not due is written too, and the next one overwrites it. The buffer has one more entry for the
         # case that none follows.
         buffers = tf.nest.map_structure(lambda buffer, leaf: self._write(buffer, written, leaf), buffers, y)
-        return written + tf.cast(now, tf.int32), buffers
+        return memory._replace(written=written + tf.cast(now, tf.int32), buffers=buffers)
 
     def result(self, memory: Memory, y0: Nest) -> Nest:
         """The collected states, with NaN at the times that a failed solve did not reach."""
-        written, buffers = memory
+        written, buffers, _ = memory
         index = tf.range(self.size) if self.shared else tf.range(self.size)[:, None]
         # Times equal to the first need this: a solve of length zero makes no step that would write them.
         at_start = self.readings <= 0

@@ -117,7 +117,7 @@ def solve(problem: Problem, observers: Sequence[Observer] = (), num_derivatives:
 
     # At a kink the state does not change, but the field is evaluated again.
     jump = None if clock.kinks is None else lambda i, y: y
-    output = None if problem.ts.shape[0] == 2 else DenseOutput(solver.tableau, readings)
+    output = None if problem.ts.shape[0] == 2 else DenseOutput(solver, readings)
     watching = observers if output is None else (*observers, output)
     integral = integrate(
         rates,
@@ -129,11 +129,15 @@ def solve(problem: Problem, observers: Sequence[Observer] = (), num_derivatives:
         jacobian=problem.jacobian,
         num_derivatives=num_derivatives,
     )
+    stats = integral.stats
     if output is None:
         ys = tf.nest.map_structure(lambda a, b: tf.stack([a, b]), y0, integral.y1)
     else:
-        ys = output.result(integral.memories[-1], y0)
-    return Trajectory(ys, integral.stats, integral.status), integral.memories[: len(observers)]
+        memory = integral.memories[-1]
+        ys = output.result(memory, y0)
+        if solver.tableau.a_dense:
+            stats = stats._replace(num_evaluations=stats.num_evaluations + memory.num_evaluations)
+    return Trajectory(ys, stats, integral.status), integral.memories[: len(observers)]
 
 
 def leave_start(problem: Problem, trajectory: Trajectory) -> Trajectory:

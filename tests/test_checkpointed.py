@@ -56,6 +56,23 @@ def test_it_is_the_gradient_of_the_discrete_solution(ts, options, num_checkpoint
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("ts", "per_sample", "mode"), [([0.0, 0.5, 0.51, 1.2], False, "eager"), (OWN, True, "graph"), (OWN, False, "xla")]
+)
+def test_further_stages_of_dense_output_are_differentiated(ts, per_sample, mode):
+    # The dense output of this method evaluates the field where a time falls into a step.
+    solver = keras_node.RungeKutta("dopri8", rtol=1e-5, max_steps=64, per_sample=per_sample)
+    inputs = [Y0, MATRIX, tf.constant(ts, tf.float64)]
+    compute = gradients_of if mode == "eager" else tf.function(gradients_of, jit_compile=mode == "xla")
+    computed = compute(inputs, "checkpointed", solver)
+    for a, b in zip(computed, gradients_of(inputs, "direct", solver), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+    tight = keras_node.RungeKutta("dopri5", rtol=1e-10, atol=1e-12)
+    exact = tf.function(gradients_of)(inputs, "backsolve", tight)
+    for a, b in zip(computed, exact, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
+
+
 @pytest.mark.parametrize("options", [{"num_steps": 7}, {"step_size": 0.11}], ids=str)
 def test_constant_steps(options):
     solver = keras_node.RungeKutta("rk38", **options)

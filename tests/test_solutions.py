@@ -58,7 +58,7 @@ def test_adaptive_steps_keep_the_error_near_the_tolerance(method, problem, rtol)
     assert 0 < error.max() < {"trbdf2": 100, "esdirk43": 30}.get(method, 10) * rtol
 
 
-@pytest.mark.parametrize("method", embedded)
+@pytest.mark.parametrize("method", [method for method in embedded if not TABLEAUS[method].a_dense])
 def test_more_times_cost_no_more_evaluations(method):
     solver = keras_node.RungeKutta(method, rtol=1e-4)
     y0 = tf.constant([0.5, 1.0], tf.float64)
@@ -79,6 +79,60 @@ def test_evaluations_are_counted():
     stats = keras_node.odeint(field, tf.constant([1.0]), [0.0, 3.0], solver=solver, gradient="direct").stats
     assert int(stats.num_evaluations) == len(calls) - 1  # the first call learns which variables the field reads
     assert int(stats.num_evaluations) == 2 + 6 * int(stats.num_steps + stats.num_rejected)
+
+
+def lotka_volterra(t, y):
+    return tf.stack([1.5 * y[0] - y[0] * y[1], y[0] * y[1] - 3 * y[1]])
+
+
+@pytest.mark.parametrize("mode", ["graph", "xla"])
+def test_the_dense_output_of_dopri8_is_as_exact_as_its_steps(mode):
+    ts = np.linspace(0, 10, 41)
+    solver = keras_node.RungeKutta("dopri8", rtol=1e-10, atol=1e-10)
+    y0 = tf.constant([1.0, 1.0], tf.float64)
+    solve = in_mode(mode, lambda ts: keras_node.odeint(lotka_volterra, y0, ts, solver=solver).ys)
+    between = solve(tf.constant(ts))
+    # Here every time is the end of a solve, and so of a step.
+    at_ends = [solve(tf.constant([0, t]))[-1] for t in ts[5::5]]
+    exact = solve_ivp(
+        lambda t, y: lotka_volterra(t, tf.constant(y)).numpy(), (0, 10), [1, 1], "DOP853", ts, rtol=1e-13, atol=1e-14
+    ).y.T
+    error = np.abs(between - exact).max(axis=1)
+    assert error.max() < 1.5e-9  # the error of DOP853 of SciPy at this tolerance
+    np.testing.assert_array_less(error[5::5], 2 * np.abs(at_ends - exact[5::5]).max(axis=1))
+
+
+def test_further_stages_are_evaluated_only_where_a_time_falls_into_a_step():
+    calls = []
+
+    def field(t, y):
+        calls.append(1)
+        return lotka_volterra(t, y)
+
+    solver = keras_node.RungeKutta("dopri8", rtol=1e-8)
+    evaluations = []
+    for ts in ([0.0, 10.0], [0.0, 5.0, 10.0], [0.0, 5.0, 5.0001, 5.0002, 10.0]):
+        calls.clear()
+        stats = keras_node.odeint(field, tf.ones(2, tf.float64), ts, solver=solver, gradient="direct").stats
+        assert stats.num_evaluations == len(calls) - 1
+        evaluations.append(int(stats.num_evaluations))
+    # One of these steps ends at the last time, and one contains all others.
+    assert np.diff(evaluations).tolist() == [10, 0]
+
+
+def test_further_stages_of_samples_are_counted_for_each():
+    ts = tf.constant([[0.0, 0.0], [2.0, 3.99], [6.0, 4.0]], tf.float64)
+    ends = tf.stack([ts[0], ts[2]])
+    counts = {}
+    for per_sample in (True, False):
+        solver = keras_node.RungeKutta("dopri8", per_sample=per_sample)
+        y0 = tf.ones((2, 1), tf.float64)
+        two, three = (keras_node.odeint(lambda y: -y, y0, t, solver=solver) for t in (ends, ts))
+        counts[per_sample] = (three.stats.num_evaluations - two.stats.num_evaluations).numpy()
+        np.testing.assert_allclose(three.ys[1:, :, 0], np.exp(-ts[1:]), atol=1e-4)
+    # Both times of the second sample lie in its last step.
+    assert counts[True].tolist() == [10, 5]
+    assert counts[False] == 10
 
 
 def test_scipy_agrees():

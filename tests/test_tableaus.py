@@ -62,6 +62,13 @@ def stages(tableau, dt):
     return k
 
 
+def dense_stages(tableau, dt):
+    k = list(stages(tableau, dt))
+    for a, c in zip(tableau.a_dense, tableau.c_dense, strict=True):
+        k.append(field(START + c * dt, moved_by(a, k, dt)))
+    return np.array(k)
+
+
 def fitted_power(error_of_step):
     """The `p` in `error ~ dt**p`, from the smallest errors that stand clear of rounding."""
     steps = 2.0 ** -np.arange(0, 16, 0.25)
@@ -162,7 +169,7 @@ def test_dense_output_converges_at_its_order(tableau, theta):
     weights = tableau.b_dense @ theta ** np.arange(1, len(tableau.b_dense[0]) + 1)
 
     def error(dt):
-        return moved_by(weights, stages(tableau, dt), dt) - solution(START + theta * dt)
+        return moved_by(weights, dense_stages(tableau, dt), dt) - solution(START + theta * dt)
 
     assert fitted_power(error) == pytest.approx(tableau.dense_order + 1, abs=0.25)
 
@@ -171,15 +178,30 @@ def test_dense_output_converges_at_its_order(tableau, theta):
 def test_dense_output_starts_along_the_first_stage_and_ends_at_the_step(tableau):
     b_dense = np.array(tableau.b_dense)
     if not tableau.implicit:  # that slope is not bounded in a stiff problem
-        np.testing.assert_array_equal(b_dense[:, 0], np.eye(tableau.num_stages)[0])
-    np.testing.assert_allclose(b_dense.sum(axis=1), tableau.b, atol=1e-12)
+        np.testing.assert_array_equal(b_dense[:, 0], np.eye(len(b_dense))[0])
+    np.testing.assert_allclose(b_dense.sum(axis=1), [*tableau.b, *[0] * len(tableau.a_dense)], atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["bosh3", "dopri5", "tsit5"])
-def test_dense_output_has_no_kink_where_the_last_stage_is_the_next_first(name):
+@pytest.mark.parametrize(("name", "last"), [("bosh3", -1), ("dopri5", -1), ("tsit5", -1), ("dopri8", 13)])
+def test_dense_output_has_no_kink_where_a_stage_is_the_next_first(name, last):
     b_dense = np.array(TABLEAUS[name].b_dense)
     slopes_at_end = b_dense @ np.arange(1, b_dense.shape[1] + 1)
-    np.testing.assert_allclose(slopes_at_end, np.eye(len(b_dense))[-1], atol=1e-12)
+    np.testing.assert_allclose(slopes_at_end, np.eye(len(b_dense))[last], atol=1e-11)
+
+
+def test_further_stages_check_themselves():
+    tableau = TABLEAUS["dopri8"]
+    with pytest.raises(ValueError, match="the rows of `a_dense` must sum to `c_dense`"):
+        dataclasses.replace(tableau, a_dense=nudged_row(tableau.a_dense))
+    with pytest.raises(ValueError, match="`a_dense` must have rows of length 13, 14 and so on"):
+        dataclasses.replace(tableau, a_dense=tableau.a_dense[1:])
+    with pytest.raises(ValueError, match="`c_dense` must be as long"):
+        dataclasses.replace(tableau, c_dense=tableau.c_dense[1:])
+    with pytest.raises(ValueError, match=r"`b_dense` must have 18 rows\. Received: 17"):
+        dataclasses.replace(tableau, b_dense=tableau.b_dense[:-1])
+    trbdf2 = TABLEAUS["trbdf2"]
+    with pytest.raises(ValueError, match="an implicit method has no `a_dense`"):
+        dataclasses.replace(trbdf2, a_dense=((1, 0, 0),), c_dense=(1,), b_dense=(*trbdf2.b_dense, (0, 0)))
 
 
 @every_tableau
@@ -278,7 +300,7 @@ def test_a_coefficient_that_is_not_a_number_raises(coefficients):
             r"`a` must have rows of length 1 to 3.*\[1, 2, 2\]",
         ),
         ({"c": (0, 1 / 2, 1)}, "`c` must be as long as `b`, 4. Received: 3"),
-        ({"b_dense": ((1,),)}, "`b_dense` must be as long as `b`, 4. Received: 1"),
+        ({"b_dense": ((1,),)}, "`b_dense` must have 4 rows. Received: 1"),
         ({"b_dense": ((1,),) * 4}, r"`b_dense` must have equal rows.*Received: \[1, 1, 1, 1\]"),
         (
             {"b_error": (1, -1), "error_order": 2},

@@ -109,33 +109,37 @@ def _backward(
         return vjp(tape, ys, sources, dys), tf.constant(0)
 
     arguments = (problem.y0, problem.ts, problem.params, dys)
-    (adjoint, dts, dparams), iterations = differentiated_as(
+    (adjoint, dts, dparams), evaluations = differentiated_as(
         step_by_step, at_once, arguments, problem.vector_field.pure, jit_compile=False
     )
     failed = status != int(Status.SUCCESS)
     any_failed = tf.reduce_any(failed)
     gradients = trees.poison(failed, adjoint), trees.poison(any_failed, dts), trees.poison(any_failed, dparams)
     # The forward solve has reported its failure already, and nothing is solved here that could fail.
-    return gradients, _replay_stats(problem, record, iterations), tf.constant(int(Status.SUCCESS))
+    return gradients, _replay_stats(problem, record, evaluations), tf.constant(int(Status.SUCCESS))
 
 
-def _replay_stats(problem: Problem, record: Record, iterations: tf.Tensor) -> Stats:
-    """Every step is computed once for its gradient, and once more for its state if that was not kept."""
+def _replay_stats(problem: Problem, record: Record, further: tf.Tensor) -> Stats:
+    """The work of a replay.
+
+    Every step is computed once for its gradient, and once more for its state if that was not kept. `further` is the
+    number of evaluations in which steps differ.
+    """
     tableau = problem.solver.tableau
     # The state after the last step before a checkpoint is not computed.
     replayed = 2 * record.count - (record.count + record.stride - 1) // record.stride
     if tableau.implicit:
         # A step takes the first stage and a Jacobian. Its derivative takes a Jacobian and an evaluation at all others.
         solved = record.count * (tableau.num_stages - 1)
-        evaluations = 2 * replayed + iterations + 2 * solved
+        evaluations = 2 * replayed + further + 2 * solved
         return Stats.zeros()._replace(
             num_evaluations=evaluations,
             num_steps=record.count,
             num_factorizations=replayed + solved,
-            num_iterations=iterations,
+            num_iterations=further,
         )
     stages = tableau.num_stages - 1 if tableau.fsal and problem.ts.shape[0] == 2 else tableau.num_stages
-    return Stats.zeros()._replace(num_evaluations=stages * replayed, num_steps=record.count)
+    return Stats.zeros()._replace(num_evaluations=stages * replayed + further, num_steps=record.count)
 
 
 def _square_root(count: int | tf.Tensor) -> int | tf.Tensor:

@@ -12,7 +12,7 @@ from keras_node.gradients.vjp import vjp
 from keras_node.integrate import step_limit
 from keras_node.interpolation import DenseOutput, Progress, interpolate
 from keras_node.solve import Problem, solve_clock
-from keras_node.solvers.step import Rates, Step, rk_step
+from keras_node.solvers.step import Rates, Step, rk_step, with_dense_stages
 from keras_node.trees import Nest
 
 
@@ -126,7 +126,7 @@ class Replay:
     def states(self, y0: Nest, ts: tf.Tensor, params: list[tf.Tensor]) -> Nest:
         """Computes the states at `ts` in one loop over all steps, which ordinary backpropagation can differentiate."""
         clock, readings = solve_clock(self.problem._replace(y0=y0, ts=ts))
-        output = DenseOutput(self.tableau, readings) if self.dense else None
+        output = DenseOutput(self.problem.solver, readings) if self.dense else None
         limit = step_limit(self.problem.solver, clock)
 
         def body(n: tf.Tensor, y: Nest, memory: Nest) -> tuple[tf.Tensor, Nest, Nest]:
@@ -137,6 +137,7 @@ class Replay:
             # loop twice.
             stays = tf.reduce_any(output.due(memory, progress))
             y = trees.where(stays, y, step.y1)
+            step, memory = output.prepare(memory, step, progress)
             return n + tf.cast(~stays, tf.int32), y, output.emit(memory, step, progress)
 
         _, y1, memory = tf.while_loop(
@@ -153,7 +154,8 @@ class Replay:
         """Computes the gradients of `y0`, `ts` and `params`, step by step from the last to the first.
 
         Returns:
-            The gradients, and the number of iterations of Newton's method in all replayed steps.
+            The gradients, and the number of evaluations in which replayed steps differ: those of Newton's method, or at
+            further stages of the dense output.
         """
         ts, params = self.problem.ts, self.problem.params
         times_vary = self.problem.numbers is None
@@ -164,10 +166,14 @@ class Replay:
         sources = self.problem.vector_field.sources(params)
 
         def through_step(n: tf.Tensor, y: Nest, total: tuple) -> tuple:
-            adjoint, dparams, dtiming, written, iterations = total
+            adjoint, dparams, dtiming, written, evaluations = total
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(tf.nest.flatten((y, sources, timing[:2])))
                 step, progress = self.step(n, y, params, clock, num_derivatives=1)
+                if self.dense:
+                    needed = tf.reduce_any(_is_due(readings, progress, written))
+                    step = with_dense_stages(self.tableau, step, needed)
+                    evaluations = evaluations + len(self.tableau.a_dense) * tf.cast(needed, tf.int32)
             parts = (step.y1, [rates.y for rates in step.k], step.dt) if self.dense else step.y1
             cotangent, direct = adjoint, tf.nest.map_structure(tf.zeros_like, y)
             dreadings = dtiming[2:]
@@ -178,8 +184,8 @@ class Replay:
                 )
             dy, dstep, dclock = vjp(tape, parts, (y, sources, timing[:2]), cotangent)
             dtiming = (*trees.add(dtiming[:2], dclock), *dreadings)
-            iterations = iterations + _num_iterations(step)
-            return trees.add(dy, direct), trees.add(dparams, dstep), dtiming, written, iterations
+            evaluations = evaluations + _num_iterations(step)
+            return trees.add(dy, direct), trees.add(dparams, dstep), dtiming, written, evaluations
 
         def through_stretch(stretch: tf.Tensor, total: tuple) -> tuple[tf.Tensor, tuple]:
             first = stretch * self.record.stride
@@ -187,17 +193,17 @@ class Replay:
             y = tf.nest.map_structure(lambda states: tf.gather(states, stretch), self.record.states)
             kept = tf.nest.map_structure(lambda a: new_buffer(self.capacity, a), y)
 
-            def again(i: tf.Tensor, y: Nest, kept: Nest, iterations: tf.Tensor) -> tuple:
+            def again(i: tf.Tensor, y: Nest, kept: Nest, evaluations: tf.Tensor) -> tuple:
                 step, _ = self.step(first + i - 1, y, params, clock)
                 kept = tf.nest.map_structure(lambda buffer, a: write(buffer, i, a), kept, step.y1)
-                return i + 1, step.y1, kept, iterations + _num_iterations(step)
+                return i + 1, step.y1, kept, evaluations + _num_iterations(step)
 
             def back(i: tf.Tensor, total: tuple) -> tuple[tf.Tensor, tuple]:
                 y = tf.nest.map_structure(lambda buffer: read(buffer, i), kept)
                 return i - 1, through_step(first + i, y, total)
 
-            _, _, kept, iterations = tf.while_loop(lambda i, *_: i < length, again, (1, y, kept, total[-1]))
-            _, total = tf.while_loop(lambda i, _: i >= 0, back, (length - 1, (*total[:-1], iterations)))
+            _, _, kept, evaluations = tf.while_loop(lambda i, *_: i < length, again, (1, y, kept, total[-1]))
+            _, total = tf.while_loop(lambda i, _: i >= 0, back, (length - 1, (*total[:-1], evaluations)))
             return stretch - 1, total
 
         # With two times, the last state is the end of the last step. With more, all states come from the dense output.
@@ -205,7 +211,7 @@ class Replay:
         written = tf.zeros_like(readings[0], dtype=tf.int32) + tf.shape(readings)[0] - 1 if self.dense else ()
         zeros = tf.nest.map_structure(tf.zeros_like, (params, timing))
         num_stretches = (self.record.count + self.record.stride - 1) // self.record.stride
-        _, (adjoint, dparams, dtiming, _, iterations) = tf.while_loop(
+        _, (adjoint, dparams, dtiming, _, evaluations) = tf.while_loop(
             lambda stretch, _: stretch >= 0,
             through_stretch,
             (num_stretches - 1, (last, *zeros, written, 0)),
@@ -215,7 +221,7 @@ class Replay:
         at_start = readings <= 0 if self.dense else tf.constant([True, False])
         adjoint = tf.nest.map_structure(lambda a, d: a + tf.reduce_sum(_select(at_start, d), 0), adjoint, dys)
         dts = vjp(clock_tape, (clock.times, clock.speed, readings), ts, dtiming) if times_vary else tf.zeros_like(ts)
-        return (adjoint, dts, dparams), iterations
+        return (adjoint, dts, dparams), evaluations
 
     def _through_outputs(
         self,
@@ -230,11 +236,8 @@ class Replay:
     ) -> tuple[Nest, Nest, tuple[tf.Tensor, ...], tf.Tensor]:
         """Adds the gradients of the requested states inside a step to the cotangents of the parts of this step."""
 
-        def due(i: tf.Tensor) -> tf.Tensor:
-            return (i > 0) & (pick(readings, tf.maximum(i, 0)) > progress.start)
-
         def body(cotangent: Nest, direct: Nest, dreadings: tuple[tf.Tensor, ...], i: tf.Tensor) -> tuple:
-            now, index = due(i), tf.maximum(i, 0)
+            now, index = _is_due(readings, progress, i), tf.maximum(i, 0)
             theta = progress.fraction(pick(readings, index))
             parts = (step.y1, [rates.y for rates in step.k], step.dt)
             with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -252,7 +255,16 @@ class Replay:
                 )
             return trees.add(cotangent, dparts), trees.add(direct, dy0), dreadings, i - tf.cast(now, tf.int32)
 
-        return tf.while_loop(lambda *loop: tf.reduce_any(due(loop[-1])), body, (cotangent, direct, dreadings, written))
+        return tf.while_loop(
+            lambda *loop: tf.reduce_any(_is_due(readings, progress, loop[-1])),
+            body,
+            (cotangent, direct, dreadings, written),
+        )
+
+
+def _is_due(readings: tf.Tensor, progress: Progress, i: tf.Tensor) -> tf.Tensor:
+    """Whether reading `i` lies in a step. Readings are taken from the last to the first."""
+    return (i > 0) & (pick(readings, tf.maximum(i, 0)) > progress.start)
 
 
 def _num_iterations(step: Step) -> int | tf.Tensor:

@@ -49,10 +49,10 @@ class ODELayer(SolvingLayer):
             exceptions. The choice is separate from that of `model.compile`: `jit_compile=False` there does not stop the
             layer.
         track_stats: whether the model gets metrics of the work of the solves, forward and backward: evaluations,
-            steps, rejected steps, steps that are bound by stability, and failures. They appear in the logs of `fit` and `evaluate` (see
-            `keras_node.SolverMonitor`). Their names begin with the name of the layer, so give layers that count
-            different names, in nested models too. A call without a known `training` counts nothing. Defaults to
-            `False`.
+            steps, rejected steps, steps that are bound by stability, and failures. They appear in the logs of `fit`
+            and `evaluate` (see `keras_node.SolverMonitor`). Their names begin with the name of the layer, so give
+            layers that count different names, in nested models too. A call without a known `training` counts nothing.
+            Defaults to `False`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:

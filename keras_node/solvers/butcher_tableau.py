@@ -10,7 +10,8 @@ A step from `(t, y)` over `dt`, in the notation of Hairer, Norsett & Wanner (HNW
 In an explicit method the sum over `j` ends before `i`. An implicit one (ESDIRK) has the same number, `gamma`, at
 `j = i` in all stages but the first, which is explicit. So the unknown of each of these stages is its own `k_i`.
 
-The dense output uses only the stages of the step, so it needs no further evaluation of the field.
+The dense output uses only the stages of the step, so it needs no further evaluation of the field. A method of high
+order may have further stages, `a_dense`, which are computed only where the dense output is needed.
 
 References:
     Hairer, Norsett & Wanner (1993), "Solving Ordinary Differential Equations I", 2nd edition:
@@ -46,14 +47,17 @@ class ButcherTableau:
             next row holds one more. The diagonal is not part of it.
         b: Tuple of `num_stages` numbers. Weights of the stages in the step.
         c: Tuple of `num_stages` numbers. Times of the stages, as fractions of the step.
-        b_dense: Tuple of `num_stages` rows. Row `i` holds the coefficients of
-            `theta, theta**2, ...` in the weight of stage `i` in the dense output.
+        b_dense: Tuple of `num_stages` rows, and one more for each further stage. Row `i` holds the
+            coefficients of `theta, theta**2, ...` in the weight of stage `i` in the dense output.
         dense_order: Integer. Order of the dense output at every `theta`: its local error is
             `O(dt**(dense_order + 1))`.
         b_error: Tuple of `num_stages` numbers: `b` minus the weights of the embedded method.
             `None` for a method that has no embedded one.
         error_order: Integer. The order of the embedded method plus one, so that the error estimate
             behaves like `dt**error_order`. `None` without `b_error`.
+        a_dense: Tuple of rows. The further stages that only the dense output of an explicit method
+            needs. Each row is one number longer than the one before it. Empty for most methods.
+        c_dense: Tuple of as many numbers: their times, as fractions of the step.
         gamma: Number. The diagonal of `a` in all stages but the first, which is 0 for an explicit method.
 
     Raises:
@@ -69,6 +73,8 @@ class ButcherTableau:
     dense_order: int
     b_error: tuple[float, ...] | None = None
     error_order: int | None = None
+    a_dense: tuple[tuple[float, ...], ...] = ()
+    c_dense: tuple[float, ...] = ()
     gamma: float = 0
 
     @property
@@ -94,8 +100,14 @@ class ButcherTableau:
     @property
     def matrix(self) -> np.ndarray:
         """The coefficients `a` as a square matrix, with zeros above the diagonal."""
-        a = np.diag([0.0, *[self.gamma] * (self.num_stages - 1)])
-        for i, row in enumerate(self.a, 1):
+        return self.dense_matrix[: self.num_stages, : self.num_stages]
+
+    @property
+    def dense_matrix(self) -> np.ndarray:
+        """The same with the rows of `a_dense`."""
+        rows = (*self.a, *self.a_dense)
+        a = np.diag([0.0, *[self.gamma] * len(rows)])
+        for i, row in enumerate(rows, 1):
             a[i, :i] = row
         return a
 
@@ -156,8 +168,12 @@ class ButcherTableau:
             self._require(bool(b_error.any()), "`b_error` must not vanish", self.b_error)
             self._check_order("`b - b_error`", b - b_error, a, self.error_order - 1)
             self._check_order("`b` of this `error_order`", b, a, self.error_order - 1)
-        self._check_sum("the rows of `b_dense` must sum to `b`", b_dense, b)
-        self._check_order("`b_dense`", b_dense, a, self.dense_order)
+        at_end = np.append(b, np.zeros(len(self.a_dense)))
+        self._check_sum("the rows of `b_dense` must sum to `b`, and to 0 for further stages", b_dense, at_end)
+        if self.a_dense:
+            further = self.dense_matrix[self.num_stages :]
+            self._check_sum("the rows of `a_dense` must sum to `c_dense`", further, np.array(self.c_dense, float))
+        self._check_order("`b_dense`", b_dense, self.dense_matrix, self.dense_order)
 
     def _require(self, holds: bool, condition: str, received: object) -> None:
         if not holds:
@@ -168,9 +184,16 @@ class ButcherTableau:
         rows = [len(row) for row in self.a]
         holds = rows == list(range(1, stages))
         self._require(holds, f"`a` must have rows of length 1 to {stages - 1}", rows)
-        for field in ("c", "b_dense", "b_error"):
+        for field in ("c", "b_error"):
             length = stages if getattr(self, field) is None else len(getattr(self, field))
             self._require(length == stages, f"`{field}` must be as long as `b`, {stages}", length)
+        further = [len(row) for row in self.a_dense]
+        holds = further == list(range(stages, stages + len(further)))
+        self._require(holds, f"`a_dense` must have rows of length {stages}, {stages + 1} and so on", further)
+        self._require(len(self.c_dense) == len(further), "`c_dense` must be as long as `a_dense`", self.c_dense)
+        self._require(not (further and self.implicit), "an implicit method has no `a_dense`", further)
+        length = stages + len(further)
+        self._require(len(self.b_dense) == length, f"`b_dense` must have {length} rows", len(self.b_dense))
         columns = [len(row) for row in self.b_dense]
         holds = len(set(columns)) == 1 and columns[0] >= self.dense_order
         self._require(holds, "`b_dense` must have equal rows, at least `dense_order` long", columns)

@@ -40,8 +40,9 @@ class Step(NamedTuple):
         y1: the state at `t + dt`.
         error: the embedded estimate of the local error of `y1`, or `None` if there is no estimate. It is NaN if
             Newton's method did not converge.
-        k: the `Rates` at every stage.
+        k: the `Rates` at every stage. With `with_dense_stages`, also those at the further stages.
         stages: the pairs `(time, state)` at which they were evaluated; of an implicit method the first one only.
+        vector_field: the field, for further stages.
         convergence: of an implicit method, how Newton's method went; otherwise `None`.
     """
 
@@ -52,6 +53,7 @@ class Step(NamedTuple):
     error: Nest | None
     k: list[Rates]
     stages: list[tuple[tf.Tensor, Nest]]
+    vector_field: Callable[[tf.Tensor, Nest], Rates]
     convergence: Convergence | None = None
 
 
@@ -84,8 +86,7 @@ def rk_step(
     tableau = solver.tableau
 
     def moved_by(weights: Sequence[float], k: list[Rates]) -> Nest:
-        increment = trees.weighted_sum(weights, [rates.y for rates in k])
-        return trees.add(y0, trees.scale(dt, increment))
+        return _moved(y0, dt, weights, k)
 
     k = [vector_field(t, y0) if k1 is None else k1]
     stages, newton, convergence = [(t, y0)], None, None
@@ -108,7 +109,31 @@ def rk_step(
         error = trees.scale(dt, trees.weighted_sum(tableau.b_error, [rates.y for rates in k]))
         if newton is not None and convergence is not None:
             error = trees.poison(~convergence.converged, newton.damped(error))
-    return Step(t, dt, y0, y1, error, k, stages, convergence)
+    return Step(t, dt, y0, y1, error, k, stages, vector_field, convergence)
+
+
+def with_dense_stages(tableau: ButcherTableau, step: Step, needed: tf.Tensor) -> Step:
+    """Adds the rates at the further stages of the dense output, or zeros if they are not needed."""
+    if not tableau.a_dense:
+        return step
+
+    def evaluate() -> list[Nest]:
+        k = list(step.k)
+        for a, c in zip(tableau.a_dense, tableau.c_dense, strict=True):
+            y = _moved(step.y0, step.dt, a, k)
+            k.append(step.vector_field(tf.add(step.t, tf.multiply(step.dt, c)), y))
+        return [rates.y for rates in k[tableau.num_stages :]]
+
+    def skip() -> list[Nest]:
+        return [tf.nest.map_structure(tf.zeros_like, step.y0)] * len(tableau.a_dense)
+
+    return step._replace(k=[*step.k, *[Rates(y) for y in tf.cond(needed, evaluate, skip)]])
+
+
+def _moved(y0: Nest, dt: tf.Tensor, weights: Sequence[float], k: list[Rates]) -> Nest:
+    """The state at a stage, `y0 + dt sum_j a_j k_j`."""
+    increment = trees.weighted_sum(weights, [rates.y for rates in k])
+    return trees.add(y0, trees.scale(dt, increment))
 
 
 # A step from this part of the longest stable step on counts as bound by stability. Where accuracy bounds the steps,
