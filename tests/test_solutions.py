@@ -129,7 +129,7 @@ def test_further_stages_of_samples_are_counted_for_each():
         y0 = tf.ones((2, 1), tf.float64)
         two, three = (keras_node.odeint(lambda y: -y, y0, t, solver=solver) for t in (ends, ts))
         counts[per_sample] = (three.stats.num_evaluations - two.stats.num_evaluations).numpy()
-        np.testing.assert_allclose(three.ys[1:, :, 0], np.exp(-ts[1:]), atol=1e-4)
+        np.testing.assert_allclose(three.ys[1:, :, 0], np.exp(-ts[1:]), atol=1e-3)
     # Both times of the second sample lie in its last step.
     assert counts[True].tolist() == [10, 5]
     assert counts[False] == 10
