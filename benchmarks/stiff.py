@@ -1,10 +1,11 @@
-"""Times stiff solves of batches, and their gradients, beside diffrax and SciPy, at several tolerances.
+"""Error against time of stiff solves and their gradients, beside diffrax, TensorFlow Probability and SciPy.
 
     python benchmarks/stiff.py --jax-python .venv-jax/bin/python
+    python benchmarks/stiff.py --problem robertson --batch 32
 
-Every problem of a batch is Robertson's, to time 40, with rate constants of its own. Each row gives the largest relative
-error of the result and the least time of a forward solve and of a training step. Libraries run one after the other, in
-separate processes, so times compare within a run on a quiet machine.
+Each row is a method at a tolerance: the largest relative error at the end, and the least time of a forward solve and of
+a training step. Libraries run one after the other, in separate processes, so times compare within a run on a quiet
+machine. At the end come ratios at equal error: of each library the fastest method and tolerance that is as exact.
 """
 
 import argparse
@@ -12,81 +13,121 @@ import os
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 
 TOLERANCES = (1e-3, 1e-5, 1e-7)
-BATCHES = (1, 32, 1024)
-ATOL = np.array([1e-3, 1e-8, 1e-3])  # multiplied by rtol
-END = 40.0
+ERRORS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+CHECKED = 32  # samples of a batch
+RNG = np.random.default_rng(0)
+WEIGHTS = RNG.normal(size=(2, 20, 20)) / np.sqrt(20)
 
 
-def constants(batch: int) -> np.ndarray:
-    """Returns the rate constants of each problem, `(batch, 3)`."""
-    return np.array([0.04, 3e7, 1e4]) * np.exp(0.3 * np.random.default_rng(0).normal(size=(batch, 3)))
+class Problem(NamedTuple):
+    """A field `f(library, y, k)`, where `library` is NumPy, `jax.numpy` or TensorFlow, and one problem for each sample.
+
+    `parameters(batch)` returns `k`, `(batch, ...)`. A solve goes from `start` to the time `end`; the absolute tolerance
+    is `atol * rtol`.
+    """
+
+    field: callable
+    parameters: callable
+    start: np.ndarray
+    end: float
+    atol: np.ndarray
+    batches: tuple
+
+
+def robertson(library, y, k):
+    """Three reactions of very different speed."""
+    a, b, c = (y[..., i] for i in range(3))
+    r1, r2, r3 = k[..., 0] * a, k[..., 1] * b * b, k[..., 2] * b * c
+    return library.stack([-r1 + r3, r1 - r2 - r3, r2], axis=-1)
+
+
+def van_der_pol(library, y, k):
+    """An oscillator that relaxes."""
+    a, b = y[..., 0], y[..., 1]
+    return library.stack([b, k[..., 0] * (1 - a * a) * b - a], axis=-1)
+
+
+def neural(library, y, k):
+    """A network of 20 hidden units, whose 20 inputs decay at rates from 1 to 10,000."""
+    return library.tanh(y @ WEIGHTS[0]) @ WEIGHTS[1] - k * y
+
+
+def spread(values, amount):
+    """Returns a function of the batch size: parameters that differ from sample to sample."""
+    values = np.array(values)
+    return lambda batch: values * np.exp(amount * np.random.default_rng(0).normal(size=(batch, len(values))))
+
+
+PROBLEMS = {
+    "robertson": Problem(
+        robertson,
+        spread([0.04, 3e7, 1e4], 0.3),
+        np.array([1.0, 0, 0]),
+        40.0,
+        np.array([1e-3, 1e-8, 1e-3]),
+        (1, 32, 1024),
+    ),
+    "van der pol": Problem(van_der_pol, spread([1000.0], 0.0), np.array([2.0, 0]), 1000.0, np.array([1e-2, 1e-5]), (1,)),
+    "neural": Problem(neural, spread(np.logspace(0, 4, 20), 0.3), RNG.normal(size=20), 2.0, np.full(20, 1e-3), (32,)),
+}
 
 
 def least(function, *arguments) -> float:
     """Returns the least time of a call in seconds, after a first call."""
     np.asarray(function(*arguments))
     seconds, start = [], time.perf_counter()
-    while not seconds or (time.perf_counter() - start < 2 and len(seconds) < 50):
+    while not seconds or (time.perf_counter() - start < 1.5 and len(seconds) < 50):
         begin = time.perf_counter()
         np.asarray(function(*arguments))
         seconds.append(time.perf_counter() - begin)
     return min(seconds)
 
 
-def scipy_reference(k: np.ndarray) -> np.ndarray:
-    """Returns the states at the end, `(batch, 3)`, with tight tolerances."""
+def solve_scipy(problem, k, method, rtol):
+    """Returns the state of one sample at the end."""
     from scipy.integrate import solve_ivp
 
-    return np.array([solve_scipy(solve_ivp, row, "Radau", 1e-11) for row in k])
+    ends = (0, problem.end)
+    solution = solve_ivp(
+        lambda t, y: problem.field(np, y, k), ends, problem.start, method, rtol=rtol, atol=rtol * problem.atol
+    )
+    return solution.y[:, -1]
 
 
-def solve_scipy(solve_ivp, k, method, rtol):
-    """Returns the state of one problem at the end."""
-
-    def field(t, y):
-        r = k[0] * y[0], k[1] * y[1] ** 2, k[2] * y[1] * y[2]
-        return [-r[0] + r[2], r[0] - r[1] - r[2], r[1]]
-
-    return solve_ivp(field, (0, END), [1.0, 0, 0], method, rtol=rtol, atol=rtol * ATOL).y[:, -1]
-
-
-def ours(batch: int):
+def keras_node(problem, batch):
     """Yields `(method, rtol, solve, step)`."""
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     import tensorflow as tf
 
     import keras_node
 
-    def field(t, y, k):
-        (a, b, c), (k1, k2, k3) = tf.unstack(y, axis=1), tf.unstack(k, axis=1)
-        r1, r2, r3 = k1 * a, k2 * b * b, k3 * b * c
-        return tf.stack([-r1 + r3, r1 - r2 - r3, r2], axis=1)
-
-    y0 = tf.constant([[1.0, 0, 0]] * batch, tf.float64)
+    y0 = tf.constant(np.tile(problem.start, (batch, 1)))
     for method in ("kvaerno3", "esdirk43", "esdirk54"):
         for rtol in TOLERANCES:
-            solver = keras_node.RungeKutta(method, rtol=rtol, atol=rtol * ATOL, per_sample=True)
+            solver = keras_node.RungeKutta(
+                method, rtol=rtol, atol=rtol * problem.atol, per_sample=True, max_steps=100_000
+            )
 
-            @tf.function(jit_compile=True)
             def solve(k, solver=solver):
-                return keras_node.odeint(field, y0, [0.0, END], args=k, solver=solver, throw=False).ys[-1]
+                field = lambda t, y, k: problem.field(tf, y, k)  # noqa: E731
+                ends = [0.0, problem.end]
+                return keras_node.odeint(field, y0, ends, args=k, solver=solver, throw=False).ys[-1]
 
-            @tf.function(jit_compile=True)
-            def step(k, solver=solver):
+            def step(k, solve=solve):
                 with tf.GradientTape() as tape:
                     tape.watch(k)
-                    ys = keras_node.odeint(field, y0, [0.0, END], args=k, solver=solver, throw=False).ys
-                    loss = tf.reduce_sum(ys[-1] ** 2)
+                    loss = tf.reduce_sum(solve(k) ** 2)
                 return tape.gradient(loss, k)
 
-            yield method, rtol, lambda k, solve=solve: solve(tf.constant(k)), lambda k, step=step: step(tf.constant(k))
+            compiled = [tf.function(f, jit_compile=True) for f in (solve, step)]
+            yield method, rtol, *[lambda k, f=f: f(tf.constant(k)) for f in compiled]
 
 
-def diffrax(batch: int):
+def diffrax(problem, batch):
     """Yields `(method, rtol, solve, step)`."""
     import jax
 
@@ -94,62 +135,127 @@ def diffrax(batch: int):
     import diffrax
     import jax.numpy as jnp
 
-    def field(t, y, k):
-        a, b, c = y
-        r1, r2, r3 = k[0] * a, k[1] * b * b, k[2] * b * c
-        return jnp.stack([-r1 + r3, r1 - r2 - r3, r2])
-
+    term = diffrax.ODETerm(lambda t, y, k: problem.field(jnp, y, k))
+    y0, end = jnp.array(problem.start), diffrax.SaveAt(t1=True)
     for method in (diffrax.Kvaerno3, diffrax.Kvaerno5):
         for rtol in TOLERANCES:
-            controller = diffrax.PIDController(rtol=rtol, atol=rtol * ATOL)
+            control = diffrax.PIDController(rtol=rtol, atol=rtol * problem.atol)
 
-            def one(k, method=method, controller=controller):
-                solution = diffrax.diffeqsolve(
-                    diffrax.ODETerm(field), method(), 0.0, END, None, jnp.array([1.0, 0, 0]), k,
-                    stepsize_controller=controller, saveat=diffrax.SaveAt(t1=True),
-                )  # fmt: skip
-                return solution.ys[0]
+            def one(k, method=method, control=control):
+                return diffrax.diffeqsolve(
+                    term, method(), 0.0, problem.end, None, y0, k, stepsize_controller=control, saveat=end
+                ).ys[0]
 
             solve = jax.jit(jax.vmap(one))
             step = jax.jit(jax.grad(lambda k, one=one: jnp.sum(jax.vmap(one)(k) ** 2)))
             yield method.__name__, rtol, solve, step
 
 
-def scipy(batch: int):
-    """Yields `(method, rtol, solve, None)` for a single problem."""
-    from scipy.integrate import solve_ivp
+def tfp(problem, batch):
+    """Yields `(method, rtol, solve, None)` for a single sample. Batches and gradients are not possible."""
+    import tensorflow as tf
+    import tensorflow_probability as tfp
 
+    for rtol in TOLERANCES if batch == 1 else ():
+        bdf = tfp.math.ode.BDF(rtol=rtol, atol=rtol * problem.atol)
+
+        @tf.function
+        def solve(k, bdf=bdf):
+            field = lambda t, y: problem.field(tf, y, k[0])  # noqa: E731
+            return bdf.solve(field, 0.0, tf.constant(problem.start), [problem.end]).states[-1:]
+
+        yield "BDF", rtol, lambda k, solve=solve: solve(tf.constant(k)), None
+
+
+def scipy(problem, batch):
+    """Yields `(method, rtol, solve, None)` for a single sample."""
     for method in ("Radau", "BDF") if batch == 1 else ():
         for rtol in TOLERANCES:
-            yield method, rtol, lambda k, m=method, r=rtol: solve_scipy(solve_ivp, k[0], m, r)[None], None
+            yield method, rtol, lambda k, m=method, r=rtol: solve_scipy(problem, k[0], m, r)[None], None
+
+
+def measure(library, problems, batches):
+    """Prints a row for each method and tolerance of a library."""
+    for name in problems:
+        problem = PROBLEMS[name]
+        for batch in problem.batches if batches is None else batches:
+            k = problem.parameters(batch)
+            exact = np.array([solve_scipy(problem, row, "Radau", 1e-11) for row in k[:CHECKED]])
+            scale = np.abs(exact) + 1e-3 * np.abs(exact).max(axis=0)
+            for method, rtol, solve, step in globals()[library](problem, batch):
+                try:
+                    error = np.max(np.abs(np.asarray(solve(k))[:CHECKED] - exact) / scale)
+                    times = [1e3 * least(f, k) if f else np.nan for f in (solve, step)]
+                except Exception as failure:  # a library that cannot do it is reported
+                    error, times = np.nan, [np.nan, np.nan]
+                    print(f"{library} {method} {name}: {type(failure).__name__}", file=sys.stderr)
+                print(
+                    f"| {name} | {batch} | {library} | {method} | {rtol:.0e} | {error:.1e} "
+                    f"| {times[0]:.3g} | {times[1]:.3g} |",
+                    flush=True,
+                )
+
+
+def compare(rows):
+    """Prints the ratios of times at equal error, ours by those of each other library."""
+    fastest = {}  # (problem, batch, library, error, forward or step): milliseconds
+    for row in rows:
+        problem, batch, library, _, _, error, *times = [cell.strip() for cell in row.strip("| \n").split("|")]
+        for bound in ERRORS:
+            for way, ms in zip(("forward", "step"), times, strict=True):
+                key = problem, batch, library, bound, way
+                if float(error) <= bound and float(ms) < fastest.get(key, np.inf):
+                    fastest[key] = float(ms)
+    print("\n| | problem | batch | " + " | ".join(f"{e:.0e}" for e in ERRORS) + " |\n" + "| --- " * 8 + "|")
+    for library in ("diffrax", "tfp", "scipy"):
+        for way in ("forward", "step"):
+            ratios = []
+            for problem, batch in dict.fromkeys(key[:2] for key in fastest):
+                pairs = [[fastest.get((problem, batch, x, e, way)) for x in ("keras_node", library)] for e in ERRORS]
+                row = [a / b if a and b else np.nan for a, b in pairs]
+                ratios += [x for x in row if np.isfinite(x)]
+                if any(map(np.isfinite, row)):
+                    cells = " | ".join("" if np.isnan(x) else f"{x:.2f}" for x in row)
+                    print(f"| {way}, ours / {library} | {problem} | {batch} | {cells} |")
+            if ratios:
+                mean, most = np.exp(np.mean(np.log(ratios))), max(ratios)
+                print(f"| {way}, ours / {library}: geometric mean {mean:.2f}, largest {most:.2f} |" + " |" * 7)
+    for e in ERRORS:
+        one, many = (fastest.get(("robertson", batch, "keras_node", e, "step")) for batch in ("1", "1024"))
+        if one and many:
+            print(f"a training step of 1024 problems takes {many / one:.0f} times one, at an error of {e:.0e}")
 
 
 def main() -> None:
     """Runs all libraries, each in a separate process, or only one of them."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--jax-python", help="interpreter with diffrax; without it, diffrax is left out")
-    arguments.add_argument("--library", choices=["ours", "diffrax", "scipy"], help="run this one in this process")
+    arguments.add_argument("--library", choices=["keras_node", "diffrax", "tfp", "scipy"], help="run only this one")
+    arguments.add_argument("--problem", choices=PROBLEMS, help="only this problem")
+    arguments.add_argument("--batch", type=int, help="only this batch size")
     options = arguments.parse_args()
-    if options.library is None:
-        print(
-            "| library | method | batch | rtol | error | forward ms | step ms |\n| --- " + "| --- " * 6 + "|",
-            flush=True,
-        )
-        for library in ("ours", "diffrax", "scipy"):
-            python = options.jax_python if library == "diffrax" else sys.executable
-            if python:
-                subprocess.run([python, __file__, "--library", library], check=True)
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    problems = [options.problem] if options.problem else list(PROBLEMS)
+    batches = None if options.batch is None else [options.batch]
+    if options.library is not None:
+        measure(options.library, problems, batches)
         return
-    for batch in BATCHES:
-        k = constants(batch)
-        checked = min(batch, 32)
-        exact = scipy_reference(k[:checked])
-        for method, rtol, solve, step in globals()[options.library](batch):
-            error = np.max(np.abs(np.asarray(solve(k))[:checked] / exact - 1))
-            times = [1e3 * least(f, k) if f else float("nan") for f in (solve, step)]
-            row = f"| {options.library} | {method} | {batch} | {rtol:.0e} | {error:.0e} "
-            row += f"| {times[0]:.2f} | {times[1]:.2f} |"
-            print(row, flush=True)
+    print("| problem | batch | library | method | rtol | error | forward ms | step ms |\n" + "| --- " * 8 + "|")
+    sys.stdout.flush()
+    rows = []
+    for library in ("keras_node", "diffrax", "tfp", "scipy"):
+        python = options.jax_python if library == "diffrax" else sys.executable
+        if python is None:
+            continue
+        command = [python, __file__, "--library", library]
+        command += [f"--problem={options.problem}"] if options.problem else []
+        command += [f"--batch={options.batch}"] if options.batch is not None else []
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                rows.append(line)
+    compare(rows)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from keras_node.clock import Clock, Segment
 from keras_node.interpolation import Progress
 from keras_node.solution import Stats, Status
 from keras_node.solvers.butcher_tableau import ButcherTableau
-from keras_node.solvers.newton import Jacobian
+from keras_node.solvers.newton import ConstantField
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.solvers.step import Rates, Step, is_bound_by_stability, quadrature_rate, rk_step
 from keras_node.step_size import Norm, PIDController, first_step_size, rms_norm
@@ -87,7 +87,7 @@ def integrate(
     jump: Callable[[tf.Tensor, Nest], Nest] | None = None,
     norm: Norm | None = None,
     first_step: tf.Tensor | None = None,
-    jacobian: Jacobian | None = None,
+    constant_field: ConstantField | None = None,
     num_derivatives: int = 0,
 ) -> Integral:
     """Integrates `dy/dt = f(t, y)` from the clock's first stop to its last.
@@ -104,8 +104,7 @@ def integrate(
         norm: the norm of the error. By default it is the root mean square, over the whole state or over each sample.
         first_step: the first step that an adaptive solve attempts, in units of the clock, if the caller knows a better
             one than the solver; a scalar, or `(batch,)` with per-sample steps.
-        jacobian: `jacobian(t, y)` returns the Jacobian of the field, for an implicit method, which computes it by
-            vector-Jacobian products otherwise.
+        constant_field: the same field with constant parameters, for an implicit method.
         num_derivatives: how often you can differentiate the result of an implicit method, by ordinary backpropagation.
 
     Returns:
@@ -159,7 +158,7 @@ def integrate(
             dt=dt,
             y0=s.y,
             k1=s.k1 if tableau.fsal else None,
-            jacobian=None if jacobian is None else lambda t, y: jacobian(segment.inside(t), y),
+            constant_field=constant_field and constant_field.inside(segment),
             num_derivatives=num_derivatives,
         )
         decision = controller.decide(length, step.error, s.y, step.y1, s.history, norm)

@@ -6,11 +6,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import tensorflow as tf
 
+from keras_node import trees
 from keras_node.clock import Clock, make_clock, merge, reorder
 from keras_node.integrate import Observer, integrate
 from keras_node.interpolation import DenseOutput
 from keras_node.pure_function import PureFunction
 from keras_node.solution import Stats
+from keras_node.solvers.newton import ConstantField
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.solvers.step import Rates
 from keras_node.trees import Nest
@@ -72,11 +74,11 @@ class Problem(NamedTuple):
         return tf.nest.flatten(self.y0)[0].dtype
 
     @property
-    def jacobian(self) -> Callable[[tf.Tensor, Nest], tf.Tensor] | None:
-        """The Jacobian as a function of the time and the state, if the field has one."""
-        if not self.vector_field.has_jacobian:
-            return None
-        return lambda t, y: self.vector_field.jacobian(t, y, self.params)
+    def constant_field(self) -> ConstantField:
+        """The field with these parameters as constants."""
+        field, params = self.vector_field, trees.stop_gradient(self.params)
+        jacobian = (lambda t, y: field.jacobian(t, y, params)) if field.has_jacobian else None
+        return ConstantField(lambda t, y: field(t, y, params), jacobian)
 
     @property
     def precision(self) -> tf.DType:
@@ -126,7 +128,7 @@ def solve(problem: Problem, observers: Sequence[Observer] = (), num_derivatives:
         solver,
         observers=watching,
         jump=jump,
-        jacobian=problem.jacobian,
+        constant_field=problem.constant_field,
         num_derivatives=num_derivatives,
     )
     stats = integral.stats

@@ -30,15 +30,15 @@ def exact_jacobian(t, y, k):
     return tf.stack([tf.stack(row, -1) for row in rows], -2)
 
 
-def solve(jacobian, k=K, gradient=None, **options):
-    solver = RungeKutta("esdirk43", rtol=1e-9, atol=1e-11, max_newton_iterations=30, **options)
+def solve(jacobian, k=K, gradient=None, rtol=1e-9, **options):
+    solver = RungeKutta("esdirk43", rtol=rtol, atol=1e-2 * rtol, max_newton_iterations=30, **options)
     return keras_node.odeint(kinetics, Y0, [0.0, 0.7, 2.0], args=k, solver=solver, jacobian=jacobian, gradient=gradient)
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 def test_an_exact_jacobian_changes_nothing(mode):
     run = {"eager": lambda f: f, "graph": tf.function, "xla": tf.function(jit_compile=True)}[mode]
-    mine, computed = run(lambda: solve(exact_jacobian))(), run(lambda: solve(None))()
+    mine, computed = run(lambda: [solve(jacobian, rtol=1e-4) for jacobian in (exact_jacobian, None)])()
     np.testing.assert_allclose(mine.ys, computed.ys, rtol=1e-12)
     for a, b in zip(mine.stats, computed.stats, strict=True):
         assert a == b

@@ -122,22 +122,21 @@ def _backward(
 def _replay_stats(problem: Problem, record: Record, further: tf.Tensor) -> Stats:
     """The work of a replay.
 
-    Every step is computed once for its gradient, and once more for its state if that was not kept. `further` is the
-    number of evaluations in which steps differ.
+    Every step is computed once for its gradient, and once more for its state if that was not kept, or for the stages of
+    an implicit method. `further` is the number of evaluations in which steps differ.
     """
     tableau = problem.solver.tableau
-    # The state after the last step before a checkpoint is not computed.
-    replayed = 2 * record.count - (record.count + record.stride - 1) // record.stride
     if tableau.implicit:
-        # A step takes the first stage and a Jacobian. Its derivative takes a Jacobian and an evaluation at all others.
-        solved = record.count * (tableau.num_stages - 1)
-        evaluations = 2 * replayed + further + 2 * solved
+        # A step takes the first stage, a Jacobian and the iterations. Its derivative takes the first stage, and a
+        # Jacobian and an evaluation at all others.
         return Stats.zeros()._replace(
-            num_evaluations=evaluations,
+            num_evaluations=(2 + 1 + 2 * (tableau.num_stages - 1)) * record.count + further,
             num_steps=record.count,
-            num_factorizations=replayed + solved,
+            num_factorizations=tableau.num_stages * record.count,
             num_iterations=further,
         )
+    # The state after the last step before a checkpoint is not computed.
+    replayed = 2 * record.count - (record.count + record.stride - 1) // record.stride
     stages = tableau.num_stages - 1 if tableau.fsal and problem.ts.shape[0] == 2 else tableau.num_stages
     return Stats.zeros()._replace(num_evaluations=stages * replayed + further, num_steps=record.count)
 

@@ -12,6 +12,7 @@ from keras_node.gradients.vjp import vjp
 from keras_node.integrate import step_limit
 from keras_node.interpolation import DenseOutput, Progress, interpolate
 from keras_node.solve import Problem, solve_clock
+from keras_node.solvers.newton import Rows
 from keras_node.solvers.step import Rates, Step, rk_step, with_dense_stages
 from keras_node.trees import Nest
 
@@ -105,10 +106,15 @@ class Replay:
         self.dense = problem.ts.shape[0] != 2
 
     def step(
-        self, n: tf.Tensor, y: Nest, params: list[tf.Tensor], clock: Clock, num_derivatives: int = 0
+        self,
+        n: tf.Tensor,
+        y: Nest,
+        params: list[tf.Tensor],
+        clock: Clock,
+        num_derivatives: int = 0,
+        known_stages: tf.Tensor | None = None,
     ) -> tuple[Step, Progress]:
         """Computes the accepted step number `n` from the state `y`."""
-        jacobian = self.problem._replace(params=params).jacobian
         progress = tf.nest.map_structure(lambda x: tf.gather(x, n), self.record.steps)
         segment = clock.segment(progress.segment)
         step = rk_step(
@@ -118,8 +124,9 @@ class Replay:
             dt=tf.multiply(progress.length, segment.speed),
             y0=y,
             last_rate=self.dense,
-            jacobian=None if jacobian is None else lambda t, y: jacobian(segment.inside(t), y),
+            constant_field=self.problem._replace(params=params).constant_field.inside(segment),
             num_derivatives=num_derivatives,
+            known_stages=known_stages,
         )
         return step, progress
 
@@ -165,11 +172,11 @@ class Replay:
         timing: tuple[tf.Tensor, ...] = (clock.times, clock.speed, readings) if times_vary else ()
         sources = self.problem.vector_field.sources(params)
 
-        def through_step(n: tf.Tensor, y: Nest, total: tuple) -> tuple:
+        def through_step(n: tf.Tensor, y: Nest, known_stages: tf.Tensor | None, total: tuple) -> tuple:
             adjoint, dparams, dtiming, written, evaluations = total
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(tf.nest.flatten((y, sources, timing[:2])))
-                step, progress = self.step(n, y, params, clock, num_derivatives=1)
+                step, progress = self.step(n, y, params, clock, 1, known_stages)
                 if self.dense:
                     needed = tf.reduce_any(_is_due(readings, progress, written))
                     step = with_dense_stages(self.tableau, step, needed)
@@ -184,25 +191,32 @@ class Replay:
                 )
             dy, dstep, dclock = vjp(tape, parts, (y, sources, timing[:2]), cotangent)
             dtiming = (*trees.add(dtiming[:2], dclock), *dreadings)
-            evaluations = evaluations + _num_iterations(step)
             return trees.add(dy, direct), trees.add(dparams, dstep), dtiming, written, evaluations
 
         def through_stretch(stretch: tf.Tensor, total: tuple) -> tuple[tf.Tensor, tuple]:
             first = stretch * self.record.stride
             length = tf.minimum(self.record.stride, self.record.count - first)
             y = tf.nest.map_structure(lambda states: tf.gather(states, stretch), self.record.states)
-            kept = tf.nest.map_structure(lambda a: new_buffer(self.capacity, a), y)
+            kept = tf.nest.map_structure(lambda a: new_buffer(self.capacity + 1, a), y)
+            # To solve for the stages of an implicit method is far more work than to keep them.
+            stages = new_buffer(self.capacity, self._no_stages(y)) if self.tableau.implicit else ()
 
-            def again(i: tf.Tensor, y: Nest, kept: Nest, evaluations: tf.Tensor) -> tuple:
-                step, _ = self.step(first + i - 1, y, params, clock)
-                kept = tf.nest.map_structure(lambda buffer, a: write(buffer, i, a), kept, step.y1)
-                return i + 1, step.y1, kept, evaluations + _num_iterations(step)
+            def again(i: tf.Tensor, y: Nest, kept: Nest, stages: Nest, evaluations: tf.Tensor) -> tuple:
+                step, _ = self.step(first + i, y, params, clock)
+                kept = tf.nest.map_structure(lambda buffer, a: write(buffer, i + 1, a), kept, step.y1)
+                if step.convergence is not None:
+                    stages = write(stages, i, step.convergence.stages)
+                    evaluations = evaluations + tf.reduce_max(step.convergence.num_iterations)
+                return i + 1, step.y1, kept, stages, evaluations
 
             def back(i: tf.Tensor, total: tuple) -> tuple[tf.Tensor, tuple]:
                 y = tf.nest.map_structure(lambda buffer: read(buffer, i), kept)
-                return i - 1, through_step(first + i, y, total)
+                return i - 1, through_step(first + i, y, read(stages, i) if self.tableau.implicit else None, total)
 
-            _, _, kept, evaluations = tf.while_loop(lambda i, *_: i < length, again, (1, y, kept, total[-1]))
+            last = length if self.tableau.implicit else length - 1
+            _, _, kept, stages, evaluations = tf.while_loop(
+                lambda i, *_: i < last, again, (0, y, kept, stages, total[-1])
+            )
             _, total = tf.while_loop(lambda i, _: i >= 0, back, (length - 1, (*total[:-1], evaluations)))
             return stretch - 1, total
 
@@ -222,6 +236,11 @@ class Replay:
         adjoint = tf.nest.map_structure(lambda a, d: a + tf.reduce_sum(_select(at_start, d), 0), adjoint, dys)
         dts = vjp(clock_tape, (clock.times, clock.speed, readings), ts, dtiming) if times_vary else tf.zeros_like(ts)
         return (adjoint, dts, dparams), evaluations
+
+    def _no_stages(self, y: Nest) -> tf.Tensor:
+        """Zeros in place of the stages of a step."""
+        rows = Rows(y, has_batch=self.problem.solver.per_sample or self.problem.ts.shape.rank == 2).join(y)
+        return tf.zeros_like(tf.stack([rows] * self.tableau.num_stages))
 
     def _through_outputs(
         self,
@@ -265,11 +284,6 @@ class Replay:
 def _is_due(readings: tf.Tensor, progress: Progress, i: tf.Tensor) -> tf.Tensor:
     """Whether reading `i` lies in a step. Readings are taken from the last to the first."""
     return (i > 0) & (pick(readings, tf.maximum(i, 0)) > progress.start)
-
-
-def _num_iterations(step: Step) -> int | tf.Tensor:
-    """The number of iterations of Newton's method in a step, that of the sample with the most of them."""
-    return 0 if step.convergence is None else tf.reduce_max(step.convergence.num_iterations)
 
 
 def _select(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:

@@ -32,6 +32,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_node import trees
+from keras_node.clock import Segment
 from keras_node.solvers.inverse import inverse
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.step_size import error_scale
@@ -39,6 +40,31 @@ from keras_node.trees import Nest
 
 Field = Callable[[tf.Tensor, Nest], Nest]  # f(t, y)
 Jacobian = Callable[[tf.Tensor, Nest], tf.Tensor]  # df/dy(t, y)
+
+
+class ConstantField(NamedTuple):
+    """A field with constant parameters, for everything that is not differentiated.
+
+    A loop that contains nothing a tape watches takes TensorFlow far less time to trace.
+
+    Attributes:
+        rates: `f(t, y)`.
+        jacobian: `df/dy(t, y)` if it is given, `(batch, n, n)`, or `(n, n)` if it is the same for all samples.
+    """
+
+    rates: Field
+    jacobian: Jacobian | None = None
+
+    def inside(self, segment: Segment) -> "ConstantField":
+        """Returns the same field at times that are moved off the ends of a segment."""
+        rates, jacobian = self
+        if segment.kinks is None:
+            return self
+        return ConstantField(
+            lambda t, y: rates(segment.inside(t), y),
+            None if jacobian is None else lambda t, y: jacobian(segment.inside(t), y),
+        )
+
 
 # A graph holds one vector-Jacobian product for each row, up to this number. More rows are computed in a loop, which
 # evaluates the field again for every row.
@@ -86,10 +112,12 @@ class Convergence(NamedTuple):
     """How Newton's method went in a step: scalars, or `(batch,)` with per-sample steps.
 
     Attributes:
+        stages: the rates at all stages, as constants, `(stages, batch, n)`.
         converged: whether it converged at all stages.
         num_iterations: the number of iterations at all stages.
     """
 
+    stages: tf.Tensor
     converged: tf.Tensor
     num_iterations: tf.Tensor
 
@@ -115,8 +143,8 @@ class Newton:
         solver: the method, the tolerances and the options of the iterations.
         field: `f(t, y)`.
         t, dt, y0: the start of the step, its length, and the state there.
-        jacobian: the Jacobian of the field, `(batch, n, n)`, or `(n, n)` if it is the same for all samples. By default
-            it is computed. The derivative of the stages never uses it, so it need not be exact.
+        constant_field: the same field with constant parameters. The derivative of the stages does not use its Jacobian,
+            which need not be exact.
     """
 
     def __init__(
@@ -126,11 +154,11 @@ class Newton:
         t: tf.Tensor,
         dt: tf.Tensor,
         y0: Nest,
-        jacobian: Jacobian | None = None,
+        constant_field: ConstantField | None = None,
     ) -> None:
         self.solver = solver
         self.field = field
-        self.given = jacobian
+        self.constant_field = constant_field or ConstantField(field)
         self.rows = Rows(y0, has_batch=dt.shape.rank == 1)
         self.y0 = self.rows.join(y0)
         self.dt = dt if dt.shape.rank == 0 else dt[:, None]
@@ -139,33 +167,35 @@ class Newton:
         self.times = t + nodes * dt
         self.weights = tf.constant(tableau.matrix, dtype)
 
-    def stages(self, k1: Nest, num_derivatives: int) -> tuple[list[Nest], Convergence]:
+    def stages(
+        self, k1: Nest, num_derivatives: int, known: tf.Tensor | None = None
+    ) -> tuple[list[Nest], Convergence | None]:
         """Solves for the stages.
 
         Args:
             k1: the first stage, `f(t, y0)`.
             num_derivatives: how often you can differentiate the result by ordinary backpropagation.
+            known: the stages as constants if they are known. Then nothing is iterated, and the `Convergence` is `None`.
         """
         first = self.rows.join(k1)
-        k, iterations = self._solve(tf.stop_gradient(first))
-        k = [first, *tf.unstack(k, self.solver.tableau.num_stages)[1:]]
+        convergence = self._solve(tf.stop_gradient(first)) if known is None else None
+        constant = known if convergence is None else convergence.stages
+        k = [first, *tf.unstack(constant, self.solver.tableau.num_stages)[1:]]
         if num_derivatives:
             k = self._differentiable(k, num_derivatives)
-        converged, count = iterations.converged, iterations.count
-        if not self.solver.per_sample:
-            # The largest number of an empty batch is the lowest integer.
-            converged, count = tf.reduce_all(converged), tf.maximum(tf.reduce_max(count), 0)
-        return [self.rows.split(stage) for stage in k], Convergence(converged, count)
+        return [self.rows.split(stage) for stage in k], convergence
 
     def damped(self, error: Nest) -> Nest:
         """Returns `(1 - gamma dt J)^-1 error`, which is small where the problem is stiff."""
         return self.rows.split(_times(self.inverse, self.rows.join(error)))
 
-    def _solve(self, first: tf.Tensor) -> tuple[tf.Tensor, Iterations]:
-        """All stages as constants, `(stages, batch, n)`, from the first."""
+    def _solve(self, first: tf.Tensor) -> Convergence:
+        """Solves for the stages as constants, from the first."""
         tableau = self.solver.tableau
         times, dt, y0 = trees.stop_gradient((self.times, self.dt, self.y0))
-        self.inverse = self._inverse((self._jacobian if self.given is None else self._given)(times[0], y0))
+        self.inverse = self._inverse(
+            self._jacobian(times[0], y0) if self.constant_field.jacobian is None else self._given(times[0], y0)
+        )
         weights = self.weights - tf.linalg.diag(tf.linalg.diag_part(self.weights))
         guesses = [[*row, *[0.0] * (tableau.num_stages - len(row))] for row in ((), *tableau.guesses)]
         allowed = self.rows.join(error_scale(self.rows.split(y0), self.solver.rtol, self.solver.atol))
@@ -190,7 +220,11 @@ class Newton:
             (1, tf.stack([first, *others]), start),
             maximum_iterations=tableau.num_stages - 1,
         )
-        return tf.stop_gradient(k), iterations
+        converged, count = iterations.converged, iterations.count
+        if not self.solver.per_sample:
+            # The largest number of an empty batch is the lowest integer.
+            converged, count = tf.reduce_all(converged), tf.maximum(tf.reduce_max(count), 0)
+        return Convergence(tf.stop_gradient(k), converged, count)
 
     def _iterate(
         self, t: tf.Tensor, dt: tf.Tensor, base: tf.Tensor, guess: tf.Tensor, allowed: tf.Tensor, before: Iterations
@@ -199,7 +233,7 @@ class Newton:
         h = dt * self.solver.tableau.gamma
 
         def body(first: tf.Tensor, k: tf.Tensor, active: tf.Tensor, last: tf.Tensor, now: Iterations) -> tuple:
-            change = _times(self.inverse, self._rates(t, base + h * k) - k)
+            change = _times(self.inverse, self._constant_rates(t, base + h * k) - k)
             size = tf.sqrt(tf.reduce_mean(tf.square(h * change / allowed), axis=1))
             # The first iteration has nothing to compare with. The stage before it had the same matrix.
             contraction = tf.where(first, now.contraction, size / last)
@@ -255,6 +289,9 @@ class Newton:
     def _rates(self, t: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         return self.rows.join(self.field(t, self.rows.split(y)))
 
+    def _constant_rates(self, t: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
+        return self.rows.join(self.constant_field.rates(t, self.rows.split(y)))
+
     def _inverse(self, jacobian: tf.Tensor, repeats: int = 1) -> tf.Tensor:
         """`(1 - gamma dt J)^-1`, a constant. With `repeats`, the batch of `J` is repeated."""
         h = tf.stop_gradient(self.dt) * self.solver.tableau.gamma
@@ -264,8 +301,8 @@ class Newton:
 
     def _given(self, t: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
         """The Jacobian that the user gives, for every sample."""
-        assert self.given is not None
-        matrix, size = tf.cast(self.given(t, self.rows.split(y)), y.dtype), y.shape[1]
+        assert self.constant_field.jacobian is not None
+        matrix, size = tf.cast(self.constant_field.jacobian(t, self.rows.split(y)), y.dtype), y.shape[1]
         shape = (size, size) if matrix.shape.rank == 2 else (y.shape[0], size, size)
         if not matrix.shape.is_compatible_with(shape):
             raise ValueError(
@@ -281,7 +318,7 @@ class Newton:
         def rows(units: list[tf.Tensor]) -> list[tf.Tensor]:
             with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
                 tape.watch(y)
-                rates = self._rates(t, y)
+                rates = self._constant_rates(t, y)
             return [
                 tape.gradient(rates, y, unit + tf.zeros_like(rates), tf.UnconnectedGradients.ZERO) for unit in units
             ]

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from keras_node import trees
 from keras_node.solvers.butcher_tableau import ButcherTableau
-from keras_node.solvers.newton import Convergence, Jacobian, Newton
+from keras_node.solvers.newton import ConstantField, Convergence, Newton
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.step_size import rms_norm
 from keras_node.trees import Nest
@@ -65,8 +65,9 @@ def rk_step(
     y0: Nest,
     k1: Rates | None = None,
     last_rate: bool = True,
-    jacobian: Jacobian | None = None,
+    constant_field: ConstantField | None = None,
     num_derivatives: int = 0,
+    known_stages: tf.Tensor | None = None,
 ) -> Step:
     """Computes one step.
 
@@ -79,9 +80,11 @@ def rk_step(
         k1: `f(t, y0)` if it is known already (first same as last).
         last_rate: whether an explicit method that is first same as last evaluates the field at `y1`. Without this
             evaluation, the step has no error estimate and no dense output.
-        jacobian: `df/dy(t, y)` for an implicit method, if it is given.
+        constant_field: for an implicit method, the same field with constant parameters.
         num_derivatives: how often you can differentiate a step of an implicit method, by ordinary backpropagation. A
             step of an explicit method can always be differentiated.
+        known_stages: the stages of this step of an implicit method if they have been computed before, those of a
+            `Convergence`. The step has no error estimate then.
     """
     tableau = solver.tableau
 
@@ -91,8 +94,8 @@ def rk_step(
     k = [vector_field(t, y0) if k1 is None else k1]
     stages, newton, convergence = [(t, y0)], None, None
     if tableau.implicit:
-        newton = Newton(solver, lambda t, y: vector_field(t, y).y, t, dt, y0, jacobian)
-        rates, convergence = newton.stages(k[0].y, num_derivatives)
+        newton = Newton(solver, lambda t, y: vector_field(t, y).y, t, dt, y0, constant_field)
+        rates, convergence = newton.stages(k[0].y, num_derivatives, known_stages)
         k = [Rates(rate) for rate in rates]
         y1 = moved_by(tableau.b, k)
     else:
@@ -105,7 +108,7 @@ def rk_step(
                 k.append(vector_field(*stages[-1]))
         y1 = stages[-1][1] if tableau.fsal else moved_by(tableau.b, k)
     error = None
-    if tableau.b_error is not None and len(k) == tableau.num_stages:
+    if tableau.b_error is not None and len(k) == tableau.num_stages and known_stages is None:
         error = trees.scale(dt, trees.weighted_sum(tableau.b_error, [rates.y for rates in k]))
         if newton is not None and convergence is not None:
             error = trees.poison(~convergence.converged, newton.damped(error))
