@@ -84,6 +84,7 @@ PEERS := --python $(BIN)/python --torch-python $(VENV)-torch/bin/python --jax-py
 
 bench: $(INSTALLED) $(VENV)-torch/.installed $(VENV)-jax/.installed
 	$(BIN)/python benchmarks/compare.py $(PEERS) $(BENCH_ARGS)
+	$(BIN)/python benchmarks/stiff.py --jax-python $(VENV)-jax/bin/python
 
 # Error against time and numbers of steps beside other libraries, plain fit beside XLA, and how the time of a step grows.
 bench-more: $(INSTALLED) $(VENV)-torch/.installed $(VENV)-jax/.installed

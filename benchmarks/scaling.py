@@ -95,7 +95,7 @@ def backward_evaluations(norm: str, rtol: float) -> float:
     y0 = tf.constant(np.random.default_rng(0).uniform(-1, 1, (32, 4)))
     solver = keras_node.RungeKutta("dopri5", rtol=rtol, atol=1e-3 * rtol)
     gradient = keras_node.BacksolveAdjoint(norm=norm)
-    statistics = SolverMetrics("pendulums", backward=True)
+    statistics = SolverMetrics("pendulums", backward=True, solver=solver)
 
     @tf.function
     def step():

@@ -1,15 +1,17 @@
 """Error against time of stiff solves and their gradients, beside diffrax, TensorFlow Probability and SciPy.
 
     python benchmarks/stiff.py --jax-python .venv-jax/bin/python
-    python benchmarks/stiff.py --problem robertson --batch 32
+    python benchmarks/stiff.py --problem robertson --batch 32 --out robertson.png
 
 Each row is a method at a tolerance: the largest relative error at the end, and the least time of a forward solve and of
 a training step. Libraries run one after the other, in separate processes, so times compare within a run on a quiet
 machine. At the end come ratios at equal error: of each library the fastest method and tolerance that is as exact.
+The picture shows error against time.
 """
 
 import argparse
 import os
+import pathlib
 import subprocess
 import sys
 import time
@@ -72,7 +74,9 @@ PROBLEMS = {
         np.array([1e-3, 1e-8, 1e-3]),
         (1, 32, 1024),
     ),
-    "van der pol": Problem(van_der_pol, spread([1000.0], 0.0), np.array([2.0, 0]), 1000.0, np.array([1e-2, 1e-5]), (1,)),
+    "van der pol": Problem(
+        van_der_pol, spread([1000.0], 0.0), np.array([2.0, 0]), 1000.0, np.array([1e-2, 1e-5]), (1,)
+    ),
     "neural": Problem(neural, spread(np.logspace(0, 4, 20), 0.3), RNG.normal(size=20), 2.0, np.full(20, 1e-3), (32,)),
 }
 
@@ -108,9 +112,7 @@ def keras_node(problem, batch):
     y0 = tf.constant(np.tile(problem.start, (batch, 1)))
     for method in ("kvaerno3", "esdirk43", "esdirk54"):
         for rtol in TOLERANCES:
-            solver = keras_node.RungeKutta(
-                method, rtol=rtol, atol=rtol * problem.atol, per_sample=True, max_steps=100_000
-            )
+            solver = keras_node.RungeKutta(method, rtol=rtol, atol=rtol * problem.atol, per_sample=True)
 
             def solve(k, solver=solver):
                 field = lambda t, y, k: problem.field(tf, y, k)  # noqa: E731
@@ -196,16 +198,34 @@ def measure(library, problems, batches):
                 )
 
 
+class Row(NamedTuple):
+    """A method at a tolerance. Times are in milliseconds."""
+
+    problem: str
+    batch: str
+    library: str
+    method: str
+    rtol: float
+    error: float
+    forward: float
+    step: float
+
+    @classmethod
+    def parse(cls, line):
+        """Returns the row of a line of the table."""
+        *names, rtol, error, forward, step = [cell.strip() for cell in line.strip("| \n").split("|")]
+        return cls(*names, float(rtol), float(error), float(forward), float(step))
+
+
 def compare(rows):
     """Prints the ratios of times at equal error, ours by those of each other library."""
     fastest = {}  # (problem, batch, library, error, forward or step): milliseconds
     for row in rows:
-        problem, batch, library, _, _, error, *times = [cell.strip() for cell in row.strip("| \n").split("|")]
         for bound in ERRORS:
-            for way, ms in zip(("forward", "step"), times, strict=True):
-                key = problem, batch, library, bound, way
-                if float(error) <= bound and float(ms) < fastest.get(key, np.inf):
-                    fastest[key] = float(ms)
+            for way in ("forward", "step"):
+                key = row.problem, row.batch, row.library, bound, way
+                if row.error <= bound and getattr(row, way) < fastest.get(key, np.inf):
+                    fastest[key] = getattr(row, way)
     print("\n| | problem | batch | " + " | ".join(f"{e:.0e}" for e in ERRORS) + " |\n" + "| --- " * 8 + "|")
     for library in ("diffrax", "tfp", "scipy"):
         for way in ("forward", "step"):
@@ -226,6 +246,32 @@ def compare(rows):
             print(f"a training step of 1024 problems takes {many / one:.0f} times one, at an error of {e:.0e}")
 
 
+def draw(rows, path):
+    """Draws error against time, forward above and training steps below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = list(dict.fromkeys((row.problem, row.batch) for row in rows))
+    figure, axes = plt.subplots(2, len(cases), figsize=(3.6 * len(cases), 7), layout="constrained", squeeze=False)
+    for column, (problem, batch) in zip(axes.T, cases, strict=True):
+        for axis, way in zip(column, ("forward", "step"), strict=True):
+            for library, method in dict.fromkeys((row.library, row.method) for row in rows):
+                mine = [row for row in rows if (row.problem, row.batch) == (problem, batch)]
+                mine = [row for row in mine if (row.library, row.method) == (library, method)]
+                style = "o-" if library == "keras_node" else ".--"
+                times, errors = [getattr(row, way) for row in mine], [row.error for row in mine]
+                axis.loglog(times, errors, style, label=f"{library}, {method}")
+            axis.set(xlabel=f"{'forward solve' if way == 'forward' else 'training step'}, least ms")
+        column[0].set_title(f"{problem}, batch {batch}")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("largest relative error")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.savefig(path, dpi=120)
+    print(f"picture: {path}")
+
+
 def main() -> None:
     """Runs all libraries, each in a separate process, or only one of them."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -233,6 +279,7 @@ def main() -> None:
     arguments.add_argument("--library", choices=["keras_node", "diffrax", "tfp", "scipy"], help="run only this one")
     arguments.add_argument("--problem", choices=PROBLEMS, help="only this problem")
     arguments.add_argument("--batch", type=int, help="only this batch size")
+    arguments.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).with_suffix(".png"))
     options = arguments.parse_args()
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     problems = [options.problem] if options.problem else list(PROBLEMS)
@@ -254,8 +301,9 @@ def main() -> None:
             assert process.stdout is not None
             for line in process.stdout:
                 print(line, end="", flush=True)
-                rows.append(line)
+                rows.append(Row.parse(line))
     compare(rows)
+    draw(rows, options.out)
 
 
 if __name__ == "__main__":
