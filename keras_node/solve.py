@@ -74,8 +74,10 @@ class Problem(NamedTuple):
         return tf.nest.flatten(self.y0)[0].dtype
 
     @property
-    def constant_field(self) -> ConstantField:
-        """The field with these parameters as constants."""
+    def constant_field(self) -> ConstantField | None:
+        """The field with these parameters as constants, for an implicit method; otherwise `None`."""
+        if not self.solver.tableau.implicit:
+            return None
         field, params = self.vector_field, trees.stop_gradient(self.params)
         jacobian = (lambda t, y: field.jacobian(t, y, params)) if field.has_jacobian else None
         return ConstantField(lambda t, y: field(t, y, params), jacobian)

@@ -12,7 +12,7 @@ from keras_node.gradients.vjp import vjp
 from keras_node.integrate import step_limit
 from keras_node.interpolation import DenseOutput, Progress, interpolate
 from keras_node.solve import Problem, solve_clock
-from keras_node.solvers.newton import Rows
+from keras_node.solvers.rows import Rows
 from keras_node.solvers.step import Rates, Step, rk_step, with_dense_stages
 from keras_node.trees import Nest
 
@@ -117,6 +117,7 @@ class Replay:
         """Computes the accepted step number `n` from the state `y`."""
         progress = tf.nest.map_structure(lambda x: tf.gather(x, n), self.record.steps)
         segment = clock.segment(progress.segment)
+        constant_field = self.problem._replace(params=params).constant_field
         step = rk_step(
             self.problem.solver,
             lambda t, y: Rates(self.problem.vector_field(segment.inside(t), y, params)),
@@ -124,7 +125,7 @@ class Replay:
             dt=tf.multiply(progress.length, segment.speed),
             y0=y,
             last_rate=self.dense,
-            constant_field=self.problem._replace(params=params).constant_field.inside(segment),
+            constant_field=constant_field and constant_field.inside(segment),
             num_derivatives=num_derivatives,
             known_stages=known_stages,
         )
