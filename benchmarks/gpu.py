@@ -27,6 +27,8 @@ TESTS = (
     "test_latent_ode.py",
     "test_continuous_flow.py",
     "test_mixed_precision.py",
+    "test_solutions.py",
+    "test_stiff.py",
     "test_gpu.py",
 )
 

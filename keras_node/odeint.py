@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_node import gradients, solvers
 from keras_node.call_context import CallContext
-from keras_node.gradients import BacksolveAdjoint, Gradient
+from keras_node.checks import check_batch, check_jacobian, check_size, check_tolerances, checked_times
+from keras_node.gradients import Gradient
 from keras_node.jit_compile import CompileLater, check_jit_compile, compiles
 from keras_node.metrics import SolverMetrics
 from keras_node.solution import Solution, Status, check_status
@@ -114,7 +114,7 @@ def odeint(
     gradient = gradients.get(gradient) or gradients.default(solver)
     gradients.check(gradient, solver)
     check_jit_compile(jit_compile, gradient)
-    _check_jacobian(jacobian, solver)
+    check_jacobian(jacobian, solver)
     here = CallContext.current()
     training = here.training if training is None else training
     return CallContext(training).run(
@@ -154,9 +154,10 @@ def _odeint(
     original, y0 = y0, _to_state(y0)
     dtype = tf.nest.flatten(y0)[0].dtype
     numbers = as_numbers(ts)
-    ts, valid = _checked(prepare_times(ts, dtype))
-    _check_batch(y0, ts, solver)
-    _check_tolerances(y0, solver, gradient)
+    ts, valid = checked_times(prepare_times(ts, dtype))
+    check_batch(y0, ts, solver)
+    check_tolerances(y0, solver, gradient)
+    check_size(y0, ts, solver)
 
     t0 = tf.cast(ts[0], dtype)
     field = VectorField(vector_field, t0, y0, args, training, mask, jacobian)
@@ -174,19 +175,6 @@ def _odeint(
         ys = check_status(status, ys, "The solve", stats)
     ys = tf.nest.map_structure(lambda y, o: tf.cast(y, o.dtype) if tf.is_tensor(o) else y, ys, original)
     return Solution(ts, ys, stats, status)
-
-
-def _check_jacobian(jacobian: Any, solver: RungeKutta) -> None:
-    if jacobian is not None and not callable(jacobian):
-        raise TypeError(
-            "`jacobian` must be a callable of `(y)`, `(t, y)` or `(t, y, args)`. "
-            f"Received: jacobian={jacobian!r} (of type {type(jacobian).__name__})"
-        )
-    if jacobian is not None and not solver.tableau.implicit:
-        raise ValueError(
-            "Only an implicit method needs a Jacobian: leave out `jacobian`, or pass a method such as "
-            f'solver="esdirk43". Received: jacobian={jacobian!r} with solver={solver!r}'
-        )
 
 
 def _to_state(original: Nest) -> Nest:
@@ -217,71 +205,6 @@ def _to_state(original: Nest) -> Nest:
         raise ValueError(f"The state must hold at least one tensor. Received: y0={original!r}")
     dtype = tf.float64 if any(y.dtype == tf.float64 for y in leaves) else tf.float32
     return tf.nest.map_structure(lambda y: tf.cast(y, dtype), state)
-
-
-def _checked(ts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
-    """Returns the times, and if their values are not known yet, whether they are finite and monotonic."""
-    if ts.shape.rank not in (1, 2):
-        raise ValueError(f"`ts` must be of shape (T,) or (T, batch). Received: ts.shape={tuple(ts.shape)}")
-    if ts.shape[0] is not None and ts.shape[0] < 2:
-        raise ValueError(
-            f"`ts` must hold the initial time and one more time at least. Received: ts.shape={tuple(ts.shape)}"
-        )
-    values = tf.get_static_value(ts)
-    if values is None:
-        valid = tf.reduce_all(tf.math.is_finite(ts), 0)
-        if ts.shape[0] != 2:  # two times are always monotonic
-            valid &= tf.reduce_all(ts[1:] >= ts[:-1], 0) | tf.reduce_all(ts[1:] <= ts[:-1], 0)
-        # A solve over times that are not monotonic would have some result. Solve over no time, and mark the result.
-        return tf.where(valid, ts, tf.zeros_like(ts)), valid
-    steps = np.diff(values, axis=0)
-    valid = (np.all(steps >= 0, axis=0) | np.all(steps <= 0, axis=0)) & np.all(np.isfinite(values), axis=0)
-    if not np.all(valid):
-        sample = "" if values.ndim == 1 else f" for sample {np.argmin(valid)}"
-        received = values if values.ndim == 1 else values[:, np.argmin(valid)]
-        raise ValueError(
-            "`ts` must be finite and monotonic, all increasing or all decreasing. "
-            f"Received: ts={received.tolist()}{sample}"
-        )
-    return ts, None
-
-
-def _check_batch(y0: Nest, ts: tf.Tensor, solver: RungeKutta) -> None:
-    """Checks that every leaf of the state has the same batch axis, if samples have their own times."""
-    if ts.shape.rank == 1 and not solver.per_sample:
-        return
-    why = "`per_sample=True`" if solver.per_sample else f"`ts` of shape {tuple(ts.shape)}"
-    batch = ts.shape[1] if ts.shape.rank == 2 else None
-    for leaf in tf.nest.flatten(y0):
-        if leaf.shape.rank == 0:
-            raise ValueError(f"With {why} every tensor of the state must have a batch axis. Received: a scalar in y0")
-        if None not in (batch, leaf.shape[0]) and leaf.shape[0] != batch:
-            raise ValueError(
-                f"With {why} the first axis of the state must be the batch. Received: y0 of shape {tuple(leaf.shape)}"
-                f" for a batch of {batch}"
-            )
-        batch = leaf.shape[0] if batch is None else batch
-
-
-def _check_tolerances(y0: Nest, solver: RungeKutta, gradient: Gradient) -> None:
-    """Checks that every tensor of the state has one entry for each tolerance on its last axis."""
-    solvers_used = [solver]
-    if isinstance(gradient, BacksolveAdjoint) and gradient.solver is not None:
-        solvers_used.append(gradient.solver)
-    for name, value in ((name, getattr(s, name)) for s in solvers_used for name in ("rtol", "atol")):
-        if not isinstance(value, tuple):
-            continue
-        for leaf in tf.nest.flatten(y0):
-            if leaf.shape[-1:] != [len(value)]:
-                raise ValueError(
-                    f"`{name}` must be a number, or one number for each entry on the last axis of every tensor of the "
-                    f"state. Received: {name}={value} for a state of shape {tuple(leaf.shape)}"
-                )
-        if isinstance(gradient, BacksolveAdjoint) and gradient.norm == "full":
-            raise ValueError(
-                f'With norm="full" the error norm contains the gradients of weights, so `{name}` must be one number. '
-                f"Received: {name}={value} with gradient={gradient!r}"
-            )
 
 
 def _mark_invalid(valid: tf.Tensor, ys: Nest) -> Nest:

@@ -452,6 +452,18 @@ def test_a_state_of_many_numbers():
     np.testing.assert_allclose(y1, y0 @ scipy.linalg.expm(0.05 * matrix.numpy()), rtol=1e-5, atol=1e-7)
 
 
+def test_an_implicit_method_warns_of_large_matrices(recwarn):
+    solver = RungeKutta("trbdf2", num_steps=1)
+    with pytest.warns(
+        UserWarning, match=r"300 x 300 matrix for every sample(.|\n)*Received: a state of shape \[\(2, 300\)"
+    ):
+        keras_node.odeint(lambda y: -y, tf.ones((2, 300)), [0.0, 0.1], solver=solver)
+    recwarn.clear()
+    keras_node.odeint(lambda y: -y, tf.ones((300, 2)), [0.0, 0.1], solver=solver)
+    keras_node.odeint(lambda y: -y, tf.ones(300), [0.0, 0.1])
+    assert not recwarn
+
+
 def test_options_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"explicit method 'tsit5'(.|\n)*newton_tolerance"):
         RungeKutta("tsit5", newton_tolerance=0.1)
