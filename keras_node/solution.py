@@ -3,6 +3,7 @@
 import enum
 from typing import NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from keras_node.trees import Nest
@@ -74,16 +75,19 @@ class Solution(NamedTuple):
     status: tf.Tensor
 
 
-STATUS_HELP = (
-    "Status 1: `max_steps` was reached before the last time; if the field is stiff, use an implicit method, such as "
-    'solver="esdirk43"; otherwise increase `max_steps`, `rtol` or `atol`, or use constant steps with `num_steps`. '
-    "Status 2: a NaN or infinite value appeared; look for an overflow in the vector field, its inputs or its weights. "
-    "Status 3: the step size became too small to move the time; the problem is singular, or too stiff for an explicit "
-    "method, or the tolerances are too small for the dtype of the state. Status 4: `ts` is not finite or not "
-    "monotonic; pass times that all increase or all decrease. Status 5: Newton's method did not converge; take shorter "
-    "constant steps, or adaptive ones, and make sure that the samples of a batch do not influence each other."
-)
-
+STATUS_HELP = {
+    Status.MAX_STEPS: "`max_steps` was reached before the last time; if the field is stiff, use an implicit method, "
+    'such as solver="esdirk43"; otherwise increase `max_steps`, `rtol` or `atol`, or use constant steps with '
+    "`num_steps`.",
+    Status.NON_FINITE: "a NaN or infinite value appeared; look for an overflow in the vector field, its inputs or its "
+    "weights.",
+    Status.STEP_SIZE_UNDERFLOW: "the step size became too small to move the time; the state goes to infinity, or the "
+    "field jumps, or it is too stiff for an explicit method, or the tolerances are too small for the dtype of the "
+    "state.",
+    Status.BAD_TIMES: "`ts` is not finite or not monotonic; pass times that all increase or all decrease.",
+    Status.NO_CONVERGENCE: "Newton's method did not converge; take shorter constant steps, or adaptive ones, and make "
+    "sure that the samples of a batch do not influence each other.",
+}
 STABILITY_HELP = (
     "of which were as short as the stability of an explicit method demands; if these are most of them, the field is "
     "stiff."
@@ -102,11 +106,30 @@ def check_status(status: tf.Tensor, value: Nest, what: str, stats: Stats | None 
         what: what failed, at the beginning of the message.
         stats: the work of the solve, for the message.
     """
+    succeeded = tf.reduce_all(status == int(Status.SUCCESS))
+    if tf.executing_eagerly():
+        if not succeeded:
+            raise tf.errors.InvalidArgumentError(None, None, _explanation(np.array(status), what, stats))
+        return value
+    # A graph cannot choose words, so the message explains every status.
     message: list = [f"{what} failed with status", status]
     if stats is not None:
         message += ["after", stats.num_steps, "steps,", stats.num_bound_by_stability, STABILITY_HELP]
-    check = tf.debugging.Assert(tf.reduce_all(status == int(Status.SUCCESS)), [*message, STATUS_HELP])
-    if check is None:  # in eager mode, an assertion that holds returns nothing
-        return value
-    with tf.control_dependencies([check]):
+    message += [" ".join(f"Status {int(number)}: {text}" for number, text in STATUS_HELP.items())]
+    with tf.control_dependencies([tf.debugging.Assert(succeeded, message)]):
         return tf.nest.map_structure(tf.identity, value)
+
+
+def _explanation(status: np.ndarray, what: str, stats: Stats | None) -> str:
+    """What happened and what to do, for statuses of which one at least is a failure."""
+    failed = np.flatnonzero(status)
+    kinds = [Status(number) for number in np.unique(status[status != 0])]
+    text = f"{what} failed with status {', '.join(f'{int(kind)} ({kind.name})' for kind in kinds)}"
+    if status.ndim:
+        text += f" in {failed.size} of {status.size} samples, the first of which is number {failed[0]},"
+    if stats is not None:
+        steps, bound = (np.ravel(n)[failed[0]] for n in (stats.num_steps, stats.num_bound_by_stability))
+        text += f" after {steps} steps"
+        if 2 * bound > steps:
+            text += f", {bound} of which were as short as the stability of the method demands: the field is stiff"
+    return " ".join([f"{text}.", *(f"Status {int(kind)}: {STATUS_HELP[kind]}" for kind in kinds)])

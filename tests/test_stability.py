@@ -86,6 +86,22 @@ def test_each_sample_counts_for_itself(mode):
     assert share(pull(strength), np.zeros((3, 2)), 2.0, RungeKutta("tsit5"), mode) > 0.9
 
 
+def test_an_eager_error_explains_what_happened_and_nothing_else():
+    def fail(field, y0, solver):
+        with pytest.raises(tf.errors.InvalidArgumentError) as caught:
+            keras_node.odeint(field, y0, [0.0, 1.0], solver=solver)
+        return str(caught.value)
+
+    stiff = fail(pull(1e5), tf.zeros(2), RungeKutta(max_steps=60))
+    assert stiff.startswith("The solve failed with status 1 (MAX_STEPS) after ")
+    assert "the field is stiff. Status 1: `max_steps`" in stiff and "Status 2" not in stiff
+    outside = fail(lambda y: tf.sqrt(y - 1), tf.zeros(2), RungeKutta())
+    assert outside.startswith("The solve failed with status 2 (NON_FINITE) after 0 steps. Status 2: a NaN")
+    assert "stiff" not in outside
+    exploding = fail(tf.square, tf.constant([[0.1], [5.0], [3.0]]), RungeKutta(per_sample=True))
+    assert "3 (STEP_SIZE_UNDERFLOW) in 2 of 3 samples, the first of which is number 1, after" in exploding
+
+
 def test_constant_steps_and_implicit_methods_count_nothing():
     for solver in (RungeKutta("tsit5", num_steps=10), RungeKutta("kvaerno3")):
         assert share(pull(10.0), [0.0], 1.0, solver, "eager") == 0
