@@ -134,3 +134,27 @@ def test_what_does_not_fit_is_refused():
         keras_node.odeint(lambda y: -y, y0, [0.0, 1.0], solver="trbdf2", jacobian=3)
     with pytest.raises(ValueError, match=r"n is 3(.|\n)*shape \(2, 3\) for a state"):
         keras_node.odeint(lambda y: -y, y0, [0.0, 1.0], solver="trbdf2", jacobian=lambda y: y)
+
+
+@pytest.mark.parametrize("gradient", ["checkpointed", "direct"])
+def test_the_jacobian_is_not_evaluated_at_a_jump(gradient):
+    def field(t, y):
+        return -2 * (y - tf.where(t < 0.5, tf.constant(1.0, y.dtype), 2.0))
+
+    def jacobian(t, y):
+        return tf.fill((2, 1, 1), tf.where(t == 0.5, tf.constant(float("nan"), y.dtype), -2.0))
+
+    solver = RungeKutta("esdirk43", rtol=1e-5, atol=1e-7, step_at=[0.5])
+
+    @tf.function
+    def solve(y0):
+        with tf.GradientTape() as tape:
+            tape.watch(y0)
+            y1 = keras_node.odeint(field, y0, [0.0, 1.0], solver=solver, jacobian=jacobian, gradient=gradient).ys[-1]
+        return y1, tape.gradient(y1, y0)
+
+    y0 = tf.constant([[0.0], [2.0]], tf.float64)
+    y1, derivative = solve(y0)
+    middle = 1 + (y0 - 1) * np.exp(-1)
+    np.testing.assert_allclose(y1, 2 + (middle - 2) * np.exp(-1), rtol=1e-5)
+    np.testing.assert_allclose(derivative, np.full((2, 1), np.exp(-2)), rtol=1e-4)

@@ -30,7 +30,8 @@ class ODELayer(SolvingLayer):
         vector_field: the field `f`, a Keras layer or model, or a callable registered with
             `keras.saving.register_keras_serializable`. It takes `(y)`, `(t, y)` or `(t, y, args)` and returns the
             shape of `y`. A functional model has the inputs `[t, y]` or `[t, y, args]`, and receives `t` in the shape of
-            its input. Noise inside the field (dropout) is drawn once for each solve. A field that updates a state at
+            its input. For an implicit method it may have a method `jacobian`, see `keras_node.odeint`. Noise inside the
+            field (dropout) is drawn once for each solve. A field that updates a state at
             every evaluation (BatchNormalization in training) raises an error. If several layers share a field, Keras
             saves its weights only once and cannot load the model from a `.keras` file, as with its own wrappers:
             build the model in code and call `load_weights`.
