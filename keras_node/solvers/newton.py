@@ -58,13 +58,10 @@ class ConstantField(NamedTuple):
 
     def inside(self, segment: Segment) -> "ConstantField":
         """Returns the same field at times that are moved off the ends of a segment."""
-        rates, jacobian = self
         if segment.kinks is None:
             return self
-        return ConstantField(
-            lambda t, y: rates(segment.inside(t), y),
-            None if jacobian is None else lambda t, y: jacobian(segment.inside(t), y),
-        )
+        # A Jacobian that is given is evaluated at the start of a step only, which is moved off already.
+        return self._replace(rates=lambda t, y: self.rates(segment.inside(t), y))
 
 
 # A graph holds one vector-Jacobian product for each row, up to this number. More rows are computed in a loop, which
