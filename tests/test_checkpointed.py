@@ -67,6 +67,8 @@ def test_further_stages_of_dense_output_are_differentiated(ts, per_sample, mode)
     computed = compute(inputs, "checkpointed", solver)
     for a, b in zip(computed, gradients_of(inputs, "direct", solver), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+    if mode != "eager":  # the others equal the same gradient, which is compared once with that of another method
+        return
     tight = keras_node.RungeKutta("dopri5", rtol=1e-10, atol=1e-12)
     exact = tf.function(gradients_of)(inputs, "backsolve", tight)
     for a, b in zip(computed, exact, strict=True):
