@@ -53,9 +53,8 @@ class VectorField:
     ) -> None:
         self.function = function
         self._call = FieldCall(function, y0)
-        jacobian = getattr(function, "jacobian", None) if jacobian is None else jacobian
-        self.has_jacobian = jacobian is not None
-        self._jacobian_call = FieldCall(jacobian) if self.has_jacobian else None
+        self._jacobian = getattr(function, "jacobian", None) if jacobian is None else jacobian
+        self.has_jacobian = callable(self._jacobian)
         if args is not None and self._call.num_arguments < 3:
             raise ValueError(
                 "`args` needs a vector field `f(t, y, args)`: add the argument to the field, or leave out `args`. "
@@ -85,9 +84,10 @@ class VectorField:
         """Returns the Jacobian that is given, for these parameters."""
 
         def evaluate(t: tf.Tensor, y: Nest, args: Nest) -> tf.Tensor:
-            assert self._jacobian_call is not None  # only a field that has a Jacobian is asked for it
+            # An explicit method does not get here. Its field may have a method of this name for another purpose.
+            assert self._jacobian is not None
             with tf.name_scope("jacobian"):
-                return self._jacobian_call(t, y, args, **self._keywords)
+                return FieldCall(self._jacobian)(t, y, args, **self._keywords)
 
         return self._with(params, t, y, evaluate)
 

@@ -126,6 +126,18 @@ def test_a_state_may_be_a_nest_and_time_may_differ():
     assert given.stats.num_iterations == computed.stats.num_iterations
 
 
+def test_an_explicit_method_takes_no_notice_of_a_method_of_this_name():
+    class Field(keras.layers.Layer):
+        def call(self, y):
+            return -y
+
+        def jacobian(self, one, two, three, four):
+            raise NotImplementedError
+
+    y1 = keras_node.odeint(Field(), tf.ones((2, 1)), [0.0, 1.0]).ys[-1]
+    np.testing.assert_allclose(y1, np.full((2, 1), np.exp(-1)), rtol=1e-3)
+
+
 def test_what_does_not_fit_is_refused():
     y0 = tf.ones((2, 3))
     with pytest.raises(ValueError, match=r"Only an implicit method needs a Jacobian(.|\n)*tsit5"):
