@@ -11,6 +11,7 @@ if keras.backend.backend() != "tensorflow":
 from keras_node import plots, utils
 from keras_node.callbacks import SolverMonitor
 from keras_node.control import ControlPath, control_path
+from keras_node.events import Event, EventHistory
 from keras_node.gradcheck import GradientCheck, gradcheck
 from keras_node.gradients.backsolve import BacksolveAdjoint
 from keras_node.gradients.checkpointed import CheckpointedAdjoint
@@ -42,6 +43,8 @@ __all__ = [
     "ContinuousFlow",
     "ControlPath",
     "DirectGradient",
+    "Event",
+    "EventHistory",
     "GRUODEField",
     "GradientCheck",
     "HamiltonianField",

@@ -56,11 +56,15 @@ def checked_times(ts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
     return ts, None
 
 
-def check_batch(y0: Nest, ts: tf.Tensor, solver: RungeKutta) -> None:
-    """Checks that every leaf of the state has the same batch axis, if samples have their own times."""
-    if ts.shape.rank == 1 and not solver.per_sample:
+def check_batch(y0: Nest, ts: tf.Tensor, solver: RungeKutta, hybrid: bool) -> None:
+    """Checks that every leaf of the state has the same batch axis, if samples have their own times.
+
+    They have with events or jumps (`hybrid`) too.
+    """
+    if ts.shape.rank == 1 and not solver.per_sample and not hybrid:
         return
     why = "`per_sample=True`" if solver.per_sample else f"`ts` of shape {tuple(ts.shape)}"
+    why = "events or jumps" if hybrid else why
     batch = ts.shape[1] if ts.shape.rank == 2 else None
     for leaf in tf.nest.flatten(y0):
         if leaf.shape.rank == 0:

@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from keras_node import trees
 from keras_node.clock import Clock, Segment
+from keras_node.event_detector import Detected, EventDetector
 from keras_node.interpolation import Progress
 from keras_node.solution import Stats, Status
 from keras_node.solvers.butcher_tableau import ButcherTableau
@@ -47,6 +48,7 @@ class Integral(NamedTuple):
         memories: the memory of every observer.
         stats: a `Stats`.
         status: a value of `Status`.
+        detected: the events of a solve with a detector; otherwise `None`.
     """
 
     y1: Nest
@@ -54,6 +56,7 @@ class Integral(NamedTuple):
     memories: tuple
     stats: Stats
     status: tf.Tensor
+    detected: Detected | None = None
 
 
 class _LoopState(NamedTuple):
@@ -67,6 +70,7 @@ class _LoopState(NamedTuple):
     k1: Nest  # the `Rates` at (reading, y) if the method is first same as last; otherwise ()
     history: tuple[tf.Tensor, ...]  # the memory of the controller
     memories: tuple  # the memories of the observers
+    detected: Nest  # what is known about events; () without a detector
     finite: tf.Tensor  # whether the last error estimate was a finite number
     num_attempts: tf.Tensor
     num_steps: tf.Tensor
@@ -89,6 +93,7 @@ def integrate(
     first_step: tf.Tensor | None = None,
     constant_field: ConstantField | None = None,
     num_derivatives: int = 0,
+    detector: EventDetector | None = None,
 ) -> Integral:
     """Integrates `dy/dt = f(t, y)` from the clock's first stop to its last.
 
@@ -106,6 +111,8 @@ def integrate(
             one than the solver; a scalar, or `(batch,)` with per-sample steps.
         constant_field: the same field with constant parameters, for an implicit method.
         num_derivatives: how often you can differentiate the result of an implicit method, by ordinary backpropagation.
+        detector: looks for events. A sample in which one happens stands still from there on. Only with per-sample
+            steps.
 
     Returns:
         An `Integral`.
@@ -142,7 +149,10 @@ def integrate(
             done = tf.cast(s.steps_done + 1, proposed.dtype)
             lands = done >= number
             end = tf.minimum(segment.start + done * proposed, segment.stop)
-        return trees.where(lands, segment.stop, end), lands, proposed
+        end = trees.where(lands, segment.stop, end)
+        if detector is not None:
+            end, lands = tf.where(s.detected.landing, s.detected.target, end), lands & ~s.detected.landing
+        return end, lands, proposed
 
     def body(s: _LoopState) -> _LoopState:
         index = tf.minimum(s.segment, last_index) if several_segments else 0
@@ -161,7 +171,8 @@ def integrate(
             constant_field=constant_field and constant_field.inside(segment),
             num_derivatives=num_derivatives,
         )
-        decision = controller.decide(length, step.error, s.y, step.y1, s.history, norm)
+        error_norm = norm if detector is None else detector.norm(s.running & ~s.detected.landing)
+        decision = controller.decide(length, step.error, s.y, step.y1, s.history, error_norm)
         accept, finite, converged, num_iterations = decision.accept, decision.finite, s.converged, s.num_iterations
         if step.convergence is not None:
             failed, is_number = ~step.convergence.converged, _is_finite(step.y1, per_sample)
@@ -170,6 +181,12 @@ def integrate(
             converged = where_running(s, ~failed | ~is_number, s.converged)
             finite = (finite | failed) & is_number
             num_iterations = tf.add(num_iterations, where_running(s, step.convergence.num_iterations, 0))
+        detected = s.detected
+        if detector is not None:
+            # The last step to an event is a part of a step that was accepted.
+            accept = accept | detected.landing
+            detected = detector.update(detected, tableau, step, s.reading, end, s.running & accept)
+            accept = accept & (s.detected.landing | ~detected.landing)
         accepted = where_running(s, accept, False)
         bound_by_stability = s.num_bound_by_stability
         if sees_stability:
@@ -207,7 +224,9 @@ def integrate(
             # Time must move. Otherwise the loop would attempt the same step forever.
             running = running & (tf.add(reading, step_size) > reading)
         elif tableau.implicit:
-            running = running & accept
+            running = running & (accept if detector is None else accept | detected.landing)
+        if detector is not None:
+            running = running & ~detected.landed
         return _LoopState(
             running=running,
             reading=reading,
@@ -219,6 +238,7 @@ def integrate(
             k1=k1,
             history=decision.history,
             memories=memories,
+            detected=detected,
             finite=where_running(s, finite, s.finite),
             num_attempts=tf.add(s.num_attempts, where_running(s, 1, 0)),
             num_steps=tf.add(s.num_steps, tf.cast(accepted, tf.int32)),
@@ -240,14 +260,19 @@ def integrate(
             restarts = restarts + tf.cast(arrived, tf.int32)
         return y, k1, restarts
 
+    if detector is not None:
+        norm = detector.norm(end_of_clock > 0)
     k1, step_size, evaluations = _first_evaluations(
-        vector_field, y0, first_segment, clock, solver, sample_shape, norm, first_step
+        vector_field, y0, first_segment, clock, solver, sample_shape, norm, first_step, detector is not None
     )
     zeros = tf.zeros(sample_shape, tf.int32)
+    detected: Nest = ()
+    if detector is not None:
+        detected = detector.start(first_segment.first, y0, k1.y)
     finite = _is_finite(k1.y, per_sample) if k1 != () else tf.fill(sample_shape, True)
     reading = tf.zeros(sample_shape, clock.stops.dtype)
     start = _LoopState(
-        running=finite & on_the_way(zeros, reading),
+        running=finite & on_the_way(zeros, reading) & (True if detector is None else ~detected.stuck),
         reading=reading,
         segment=zeros if several_segments else (),
         steps_done=() if solver.adaptive else zeros,
@@ -257,6 +282,7 @@ def integrate(
         k1=k1 if tableau.fsal else (),
         history=controller.start(step_size),
         memories=tuple(observer.start(y0) for observer in observers),
+        detected=detected,
         finite=finite,
         num_attempts=zeros,
         num_steps=zeros,
@@ -269,11 +295,15 @@ def integrate(
         lambda s: tf.reduce_any(s.running) if per_sample else s.running,
         lambda s: (body(s),),
         (start,),
-        maximum_iterations=step_limit(solver, clock),
+        # To find an event and to land on it takes one more attempt than to pass it.
+        maximum_iterations=step_limit(solver, clock) + int(detector is not None),
     )
 
     finite = s.finite & _is_finite(s.y, per_sample)
-    ended = tf.where(on_the_way(s.segment, s.reading), int(Status.STEP_SIZE_UNDERFLOW), int(Status.SUCCESS))
+    short = on_the_way(s.segment, s.reading)
+    if detector is not None:
+        short = short & ~s.detected.landed
+    ended = tf.where(short, int(Status.STEP_SIZE_UNDERFLOW), int(Status.SUCCESS))
     status = tf.where(s.running, int(Status.MAX_STEPS), tf.where(finite, ended, int(Status.NON_FINITE)))
     evaluations = evaluations + s.num_restarts + s.num_attempts * _evaluations_per_step(tableau)
     factorizations = iterations = zeros
@@ -281,6 +311,8 @@ def integrate(
         status = tf.where(s.converged | s.running, status, int(Status.NO_CONVERGENCE))
         factorizations, iterations = s.num_attempts, s.num_iterations
         evaluations = evaluations + iterations
+    if detector is not None:
+        status = tf.where(s.detected.stuck, int(Status.GRAZING_EVENT), status)
     return Integral(
         y1=trees.poison(status != 0, s.y),
         quadrature=trees.poison(tf.reduce_any(status != 0), s.quadrature),
@@ -294,6 +326,7 @@ def integrate(
             num_iterations=iterations,
         ),
         status=status,
+        detected=s.detected if detector is not None else None,
     )
 
 
@@ -306,13 +339,14 @@ def _first_evaluations(
     sample_shape: tf.Tensor,
     norm: Norm,
     first_step: tf.Tensor | None,
+    needs_rate: bool,
 ) -> tuple[Nest, tf.Tensor, int]:
     """The `Rates` at the start if they are needed, else `()`; the first step size; the number of evaluations."""
     adaptive_start = solver.adaptive and solver.first_step is None and first_step is None
     speed = segment.speed
     k1: Nest = ()
     evaluations = 0
-    if solver.tableau.fsal or adaptive_start:
+    if solver.tableau.fsal or adaptive_start or needs_rate:
         k1, evaluations = vector_field(segment.inside(segment.first), y0, speed), 1
     if first_step is not None:
         return k1, first_step, evaluations

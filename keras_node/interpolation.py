@@ -143,21 +143,23 @@ class DenseOutput:
         buffers = tf.nest.map_structure(lambda buffer, leaf: self._write(buffer, written, leaf), buffers, y)
         return memory._replace(written=written + tf.cast(now, tf.int32), buffers=buffers)
 
-    def result(self, memory: Memory, y0: Nest) -> Nest:
-        """The collected states, with NaN at the times that a failed solve did not reach."""
+    def result(self, memory: Memory, y0: Nest, y1: Nest = None) -> Nest:
+        """The collected states. At times that the solve did not reach they are `y1`, by default NaN."""
         written, buffers, _ = memory
         index = tf.range(self.size) if self.shared else tf.range(self.size)[:, None]
         # Times equal to the first need this: a solve of length zero makes no step that would write them.
         at_start = self.readings <= 0
         reached = index < written
 
-        def leaf(buffer: Buffer, first: tf.Tensor) -> tf.Tensor:
+        def leaf(buffer: Buffer, first: tf.Tensor, rest: tf.Tensor) -> tf.Tensor:
             states = stack(buffer)[: self.size]
             expand = tf.ones([states.shape.rank - at_start.shape.rank], tf.int32)
             starts, known = (tf.reshape(m, tf.concat([tf.shape(m), expand], 0)) for m in (at_start, reached))
-            return tf.where(starts, first[None], tf.where(known, states, float("nan")))
+            return tf.where(starts, first[None], tf.where(known, states, rest))
 
-        return tf.nest.map_structure(leaf, buffers, y0)
+        if y1 is None:
+            y1 = tf.nest.map_structure(lambda y: tf.constant(float("nan"), y.dtype), y0)
+        return tf.nest.map_structure(leaf, buffers, y0, y1)
 
     def _new_buffer(self, leaf: tf.Tensor) -> Buffer:
         if self.shared:

@@ -1,24 +1,29 @@
 """The entrance to every solve: it checks the arguments, makes the field pure, and passes the problem to a gradient."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from keras_node import gradients, solvers
+from keras_node.arguments import positive_integer
 from keras_node.call_context import CallContext
 from keras_node.checks import check_batch, check_jacobian, check_size, check_tolerances, checked_times
+from keras_node.event_functions import EventFunctions
+from keras_node.events import Event, as_events
 from keras_node.gradients import Gradient
+from keras_node.hybrid import solve_hybrid
 from keras_node.jit_compile import CompileLater, check_jit_compile, compiles
 from keras_node.metrics import SolverMetrics
+from keras_node.signatures import call_arguments
 from keras_node.solution import Solution, Status, check_status
 from keras_node.solve import Problem
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.times import Times, as_numbers, prepare_times
 from keras_node.trees import Nest
-from keras_node.vector_field import VectorField
+from keras_node.vector_field import VectorField, as_tensors
 
 
 @tf.autograph.experimental.do_not_convert
@@ -33,6 +38,9 @@ def odeint(
     training: bool | None = None,
     mask: Nest = None,
     jacobian: Callable[..., tf.Tensor] | None = None,
+    event: Event | Sequence[Event] | None = None,
+    max_events: int = 32,
+    jumps: tuple[Times, Nest] | None = None,
     throw: bool = True,
     jit_compile: bool | str | CompileLater = "auto",
     statistics: SolverMetrics | None = None,
@@ -129,6 +137,9 @@ def odeint(
             training,
             mask,
             jacobian,
+            as_events(event),
+            positive_integer("max_events", max_events),
+            jumps,
             throw,
             jit_compile,
             statistics,
@@ -146,6 +157,9 @@ def _odeint(
     training: bool | None,
     mask: Nest,
     jacobian: Callable[..., tf.Tensor] | None,
+    events: list[Event],
+    max_events: int,
+    jumps: tuple[Times, Nest] | None,
     throw: bool,
     jit_compile: bool | str | CompileLater,
     statistics: SolverMetrics | None,
@@ -155,16 +169,28 @@ def _odeint(
     dtype = tf.nest.flatten(y0)[0].dtype
     numbers = as_numbers(ts)
     ts, valid = checked_times(prepare_times(ts, dtype))
-    check_batch(y0, ts, solver)
+    check_batch(y0, ts, solver, hybrid=bool(events) or jumps is not None)
     check_tolerances(y0, solver, gradient)
     check_size(y0, ts, solver)
 
     t0 = tf.cast(ts[0], dtype)
-    field = VectorField(vector_field, t0, y0, args, training, mask, jacobian)
+    functions = None
+    field_args = args
+    if events:
+        args = as_tensors(args, dtype)
+        first = t0 + tf.zeros(tf.shape(tf.nest.flatten(y0)[0])[:1], dtype)
+        functions = EventFunctions(events, first, y0, args, training)
+        # The arguments may be those of the event alone.
+        field_args = args if call_arguments(vector_field)[0] == 3 or not functions.take_args else None
+    field = VectorField(vector_field, t0, y0, field_args, training, mask, jacobian)
     compiled = compiles(jit_compile, gradient, training, field.pure, tf.nest.flatten(y0)[0])
     on_backward = None if statistics is None else functools.partial(statistics.backward, training=training)
-    problem = Problem(field, y0, ts, field.params, solver, throw, numbers, compiled, on_backward)
-    ys, stats, status = gradient(problem)
+    problem = Problem(field, y0, ts, field.params, solver, throw, numbers, numbers is None, compiled, on_backward)
+    history = None
+    if functions is None and jumps is None:
+        ys, stats, status, _ = gradient(problem)
+    else:
+        (ys, stats, status, _), history = solve_hybrid(problem, gradient, functions, jumps, max_events)
     if valid is not None:
         ys = _mark_invalid(valid, ys)
         valid = valid if status.shape.rank == 1 else tf.reduce_all(valid)
@@ -174,7 +200,7 @@ def _odeint(
     if throw:
         ys = check_status(status, ys, "The solve", stats)
     ys = tf.nest.map_structure(lambda y, o: tf.cast(y, o.dtype) if tf.is_tensor(o) else y, ys, original)
-    return Solution(ts, ys, stats, status)
+    return Solution(ts, ys, stats, status, history)
 
 
 def _to_state(original: Nest) -> Nest:

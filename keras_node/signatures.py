@@ -26,23 +26,26 @@ class FieldCall:
     Args:
         function: a Keras layer or model, or a callable.
         y: a state, which tells whether the inputs of a functional model are `[t, y]` or a nest.
+        role: what the function is, for messages.
 
     Attributes:
         num_arguments: how many of `y`, `t` and `args` the field takes: 1, 2 or 3.
         takes_training: whether the field takes `training`.
     """
 
-    def __init__(self, function: keras.Layer | Callable[..., Nest], y: Nest = None) -> None:
+    def __init__(
+        self, function: keras.Layer | Callable[..., Nest], y: Nest = None, role: str = "A vector field"
+    ) -> None:
         if not callable(function):
             raise TypeError(
-                "A vector field must be a Keras layer or a callable `f(y)`, `f(t, y)` or `f(t, y, args)`. "
+                f"{role} must be a Keras layer or a callable `f(y)`, `f(t, y)` or `f(t, y, args)`. "
                 f"Received: {function!r} (of type {type(function).__name__})"
             )
         parameters = inspect.signature(function.call if isinstance(function, keras.Layer) else function).parameters
         names = _positional(parameters)
         if not 1 <= len(names) <= 3:
             raise ValueError(
-                "A vector field must take `(y)`, `(t, y)` or `(t, y, args)`. Change the arguments of the function. "
+                f"{role} must take `(y)`, `(t, y)` or `(t, y, args)`. Change the arguments of the function. "
                 f"Received: {function!r} with signature ({', '.join(parameters)})"
             )
         self.function = function
@@ -68,14 +71,14 @@ class FieldCall:
             keywords[self._mask_name] = mask
         return self.function(*self._arguments(t, y, args), **keywords)
 
-    def build(self, t: tf.Tensor, y: Nest, args: Nest = None) -> None:
-        """Builds a layer for arguments of these shapes, and checks that it returns a derivative of `y`."""
+    def build(self, t: tf.Tensor, y: Nest, args: Nest = None) -> Nest:
+        """Builds a layer for arguments of these shapes, and returns the spec of its output."""
         t, y, args = (tf.nest.map_structure(_to_symbolic, x) for x in (t, y, args))
         if self._inputs is not None:
             t = _to_symbolic(self._inputs[0])
         layer: keras.Layer = self.function
         arguments = self._arguments(t, y, args)
-        like_state(layer.compute_output_spec(*arguments) if layer.built else layer(*arguments), y, layer)
+        return layer.compute_output_spec(*arguments) if layer.built else layer(*arguments)
 
     def _arguments(self, t: tf.Tensor, y: Nest, args: Nest) -> tuple:
         if self.num_arguments == 1:
@@ -92,21 +95,24 @@ def call_arguments(function: keras.Layer | Callable[..., Nest]) -> tuple[int, bo
 
 def build(layer: keras.Layer, t: tf.Tensor, y: Nest, args: Nest = None) -> None:
     """Builds a layer for arguments of these shapes, and checks that it returns a derivative of `y`."""
-    FieldCall(layer, y).build(t, y, args)
+    like_state(FieldCall(layer, y).build(t, y, args), tf.nest.map_structure(_to_symbolic, y), layer)
 
 
-def like_state(dy: Nest, y: Nest, function: Any) -> Nest:
-    """Checks that the output `dy` of a field is a derivative of `y`, and casts it to the dtypes of `y`."""
+def like_state(dy: Nest, y: Nest, function: Any, role: str = "A vector field", what: str = "rate of change") -> Nest:
+    """Checks that the output `dy` of a field is a derivative of `y`, and casts it to the dtypes of `y`.
+
+    `role` and `what` say for messages what the function is and what it returns.
+    """
     if any(d is None for d in tf.nest.flatten(dy)):
         raise ValueError(
-            "A vector field must return the rate of change of the state: look for a `return` that is missing. "
+            f"{role} must return the {what} of the state: look for a `return` that is missing. "
             f"Received: {dy!r} from {function!r}"
         )
     try:
         tf.nest.assert_same_structure(y, dy)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            "A vector field must return the rate of change in the structure of the state. "
+            f"{role} must return the {what} in the structure of the state. "
             f"Received: {_shapes(dy)} for a state of {_shapes(y)}, from {function!r}"
         ) from error
 
@@ -114,19 +120,19 @@ def like_state(dy: Nest, y: Nest, function: Any) -> Nest:
         symbolic = isinstance(d, keras.KerasTensor)
         if isinstance(d, tf.RaggedTensor | tf.SparseTensor):
             raise TypeError(
-                "A vector field must return dense tensors: convert its output first. "
+                f"{role} must return dense tensors: convert its output first. "
                 f"Received: {type(d).__name__} from {function!r}"
             )
         d = d if symbolic else tf.convert_to_tensor(d)
         if not tf.as_dtype(d.dtype).is_floating:
             raise TypeError(
-                "A vector field must return floating-point values: cast its output, for example to the dtype of `y`. "
+                f"{role} must return floating-point values: cast its output, for example to the dtype of `y`. "
                 f"Received: dtype={tf.as_dtype(d.dtype).name} for a state of dtype {tf.as_dtype(a.dtype).name}, "
                 f"from {function!r}"
             )
         if not tf.TensorShape(d.shape).is_compatible_with(a.shape):
             raise ValueError(
-                "A vector field must return the shape of the state, because it returns its rate of change. "
+                f"{role} must return the shape of the state, because it returns its {what}. "
                 f"Received: shape={tuple(d.shape)} for a state of shape {tuple(a.shape)}, from {function!r}"
             )
         if symbolic:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from keras_node.events import EventHistory
 from keras_node.trees import Nest
 
 
@@ -20,6 +21,9 @@ class Status(enum.IntEnum):
       `ValueError` instead.
     - `NO_CONVERGENCE` (5): Newton's method did not converge at a stage of an implicit method, with constant steps, or
       with adaptive steps until they became too short.
+    - `MAX_EVENTS` (6): more than `max_events` events happened in a sample, which then stopped.
+    - `GRAZING_EVENT` (7): an event function is zero, and so is its rate of change, so the state touches the surface of
+      the event but need not pass it. The solve cannot go on from there, and the event time has no derivative.
     """
 
     SUCCESS = 0
@@ -28,6 +32,8 @@ class Status(enum.IntEnum):
     STEP_SIZE_UNDERFLOW = 3
     BAD_TIMES = 4
     NO_CONVERGENCE = 5
+    MAX_EVENTS = 6
+    GRAZING_EVENT = 7
 
 
 class Stats(NamedTuple):
@@ -36,8 +42,8 @@ class Stats(NamedTuple):
     Attributes:
         num_evaluations: number of evaluations of the vector field.
         num_steps: number of accepted steps.
-        num_rejected: number of attempted steps that were rejected, because their error was too large or, with an
-            implicit method, because Newton's method did not converge.
+        num_rejected: number of attempted steps that were rejected, because their error was too large, because an event
+            happened inside the step or, with an implicit method, because Newton's method did not converge.
         num_bound_by_stability: number of accepted steps of an explicit method that were about as long as its stability
             allows, and not as its accuracy would. If these are most of the steps, the problem is stiff. It is 0 with
             constant steps.
@@ -66,13 +72,16 @@ class Solution(NamedTuple):
         ts: the times, `(T,)` or `(T, batch)`.
         ys: the states at these times, in the structure of the state, with a new first axis of length `T`.
         stats: the work of the solve, a `Stats`.
-        status: how the solve ended, an int32 value of `Status`: `(batch,)` with per-sample steps, otherwise a scalar.
+        status: how the solve ended, an int32 value of `Status`: `(batch,)` with per-sample steps, events or jumps,
+            otherwise a scalar.
+        events: the events of the solve, a `keras_node.EventHistory`, or `None` for a solve without `event`.
     """
 
     ts: tf.Tensor
     ys: Nest
     stats: Stats
     status: tf.Tensor
+    events: EventHistory | None = None
 
 
 STATUS_HELP = {
@@ -87,6 +96,10 @@ STATUS_HELP = {
     Status.BAD_TIMES: "`ts` is not finite or not monotonic; pass times that all increase or all decrease.",
     Status.NO_CONVERGENCE: "Newton's method did not converge; take shorter constant steps, or adaptive ones, and make "
     "sure that the samples of a batch do not influence each other.",
+    Status.MAX_EVENTS: "more than `max_events` events happened in a sample; increase `max_events`, or add a terminal "
+    "event, if events follow each other ever faster.",
+    Status.GRAZING_EVENT: "an event function is zero and does not change there, so whether the event happens is not "
+    "defined; end the solve before by a terminal event, or choose a `reset` that moves the state off the event.",
 }
 STABILITY_HELP = (
     "of which were as short as the stability of an explicit method demands; if these are most of them, the field is "

@@ -1,5 +1,6 @@
 """The problem that every gradient method receives, and its forward solve."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -8,6 +9,7 @@ import tensorflow as tf
 
 from keras_node import trees
 from keras_node.clock import Clock, make_clock, merge, reorder
+from keras_node.event_detector import EventDetector
 from keras_node.integrate import Observer, integrate
 from keras_node.interpolation import DenseOutput
 from keras_node.pure_function import PureFunction
@@ -50,12 +52,14 @@ class Problem(NamedTuple):
         params: flat list of the float tensors that the field reads.
         solver: a `RungeKutta`.
         throw: whether a failed solve raises an error where it can.
-        numbers: the times as float64 if they are numbers, so that they need no gradient and the clock is known before
-            the solve runs. `None` if they are tensors.
+        numbers: the times as float64 if they are numbers, so that the clock is known before the solve runs. `None` if
+            they are tensors.
+        times_vary: whether the times need a gradient.
         jit_compile: whether to compile the solve and its gradient with XLA, if the graph around them is not compiled. A
             boolean tensor decides it anew each time the graph runs.
         on_backward: a function that the gradient calls with the `Stats` and the status of its own solve, and with
             whether a failure of it is excused.
+        detector: looks for events, at which samples stop; `None` for a solve to the last time.
     """
 
     vector_field: PureField
@@ -65,8 +69,15 @@ class Problem(NamedTuple):
     solver: RungeKutta
     throw: bool
     numbers: np.ndarray | None
+    times_vary: bool
     jit_compile: bool | tf.Tensor
     on_backward: Callable[[Stats, tf.Tensor, tf.Tensor], None] | None = None
+    detector: EventDetector | None = None
+
+    @property
+    def forward_solver(self) -> RungeKutta:
+        """The solver of the forward solve. With events, every sample has a clock of its own."""
+        return self.solver if self.detector is None else dataclasses.replace(self.solver, per_sample=True)
 
     @property
     def dtype(self) -> tf.DType:
@@ -93,12 +104,47 @@ class Problem(NamedTuple):
         return tf.cast(self.ts, self.dtype)
 
 
+class Stop(NamedTuple):
+    """Where an event has stopped the samples of a solve.
+
+    Attributes:
+        time: the time of the event, `(batch,)`, in the precision of the times.
+        index: the number of the event, and -1 for a sample without one.
+        sides: on which side of zero each event function was before, `(E, batch)`.
+    """
+
+    time: tf.Tensor
+    index: tf.Tensor
+    sides: tf.Tensor
+
+    def limit(self, ts: tf.Tensor) -> tf.Tensor:
+        """The times `(T, batch)` of a solve that ends for each sample at its event."""
+        return tf.where(self._passes(ts), self.time, _by_sample(ts))
+
+    def limit_gradient(self, ts: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
+        """The gradient of `ts` from that of the limited times. The time of the event counts as a constant."""
+        upstream = tf.where(self._passes(ts), tf.zeros_like(upstream), upstream)
+        return upstream if ts.shape.rank == 2 else tf.reduce_sum(upstream, axis=1)
+
+    def _passes(self, ts: tf.Tensor) -> tf.Tensor:
+        ts = _by_sample(ts)
+        return (self.index >= 0) & tf.where(ts[-1] < ts[0], ts < self.time, ts > self.time)
+
+
+def _by_sample(ts: tf.Tensor) -> tf.Tensor:
+    return ts if ts.shape.rank == 2 else ts[:, None]
+
+
 class Trajectory(NamedTuple):
-    """The states at the requested times, the work that they took, and how the solve ended."""
+    """The states at the requested times, the work that they took, how the solve ended, and with events a `Stop`.
+
+    At the times after its event, a sample has the state at the event.
+    """
 
     ys: Nest
     stats: Stats
     status: tf.Tensor
+    stop: Stop | tuple[()] = ()
 
 
 def solve(problem: Problem, observers: Sequence[Observer] = (), num_derivatives: int = 0) -> tuple[Trajectory, tuple]:
@@ -112,7 +158,7 @@ def solve(problem: Problem, observers: Sequence[Observer] = (), num_derivatives:
     Returns:
         The trajectory and the memories of the observers.
     """
-    y0, solver = problem.y0, problem.solver
+    y0, solver, detector = problem.y0, problem.forward_solver, problem.detector
     clock, readings = solve_clock(problem)
 
     def rates(t: tf.Tensor, y: Nest, speed: tf.Tensor) -> Rates:
@@ -132,22 +178,29 @@ def solve(problem: Problem, observers: Sequence[Observer] = (), num_derivatives:
         jump=jump,
         constant_field=problem.constant_field,
         num_derivatives=num_derivatives,
+        detector=detector,
     )
-    stats = integral.stats
+    stats, stop, detected = integral.stats, (), integral.detected
+    if detector is not None and detected is not None:
+        index = tf.where(detected.landed, detected.index, -1)
+        # The value is more exact in the precision of times. If the first time moves, so does the reading of the event.
+        time, moving = tf.stop_gradient(detector.time(detected.target)), detected.time
+        time = time + tf.cast(moving - tf.stop_gradient(moving), time.dtype)
+        stop = Stop(time, index, detected.sides)
     if output is None:
         ys = tf.nest.map_structure(lambda a, b: tf.stack([a, b]), y0, integral.y1)
     else:
         memory = integral.memories[-1]
-        ys = output.result(memory, y0)
+        ys = output.result(memory, y0, None if detector is None else integral.y1)
         if solver.tableau.a_dense:
             stats = stats._replace(num_evaluations=stats.num_evaluations + memory.num_evaluations)
-    return Trajectory(ys, stats, integral.status), integral.memories[: len(observers)]
+    return Trajectory(ys, stats, integral.status, stop), integral.memories[: len(observers)]
 
 
 def leave_start(problem: Problem, trajectory: Trajectory) -> Trajectory:
     """Adds the gradient of times that equal the first one. No step leads to them, but moving one moves its state."""
-    ts, solver = problem.ts, problem.solver
-    if problem.numbers is not None:
+    ts, solver = problem.ts, problem.forward_solver
+    if not problem.times_vary:
         return trajectory
     rate = problem.vector_field(problem.times[0], problem.y0, problem.params)
     at_start = ts == ts[:1]
@@ -166,7 +219,7 @@ def leave_start(problem: Problem, trajectory: Trajectory) -> Trajectory:
 
 def solve_clock(problem: Problem) -> tuple[Clock, Nest]:
     """The clock of a solve and its readings at `ts`, or `()` for two times, because these are the ends of the clock."""
-    solver, dtype = problem.solver, problem.dtype
+    solver, dtype = problem.forward_solver, problem.dtype
 
     def make(ts: tf.Tensor) -> tuple[Clock, Nest]:
         if solver.num_steps is not None:

@@ -72,6 +72,11 @@ def stop_gradient(x: Nest) -> Nest:
     return each(tf.stop_gradient, x)
 
 
+def constants(x: Nest) -> Nest:
+    """Returns a nest of any objects in which float tensors have no gradient."""
+    return each(lambda a: tf.stop_gradient(a) if tf.is_tensor(a) and a.dtype.is_floating else a, x)
+
+
 def poison(failed: tf.Tensor, x: Nest) -> Nest:
     """Returns `x` with NaN where a solve has failed. `failed` is a scalar or has shape `(batch,)`."""
 

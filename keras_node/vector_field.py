@@ -61,7 +61,7 @@ class VectorField:
                 f"Received: args={args!r} for {function!r}, which takes {self._call.num_arguments} argument(s)"
             )
         self._keywords = {"training": None if isinstance(function, keras.Layer) else training, "mask": mask}
-        self.args = tf.nest.map_structure(lambda a: _to_tensor(a, tf.nest.flatten(y0)[0].dtype), args)
+        self.args = as_tensors(args, tf.nest.flatten(y0)[0].dtype)
         self._float_args = [a for a in tf.nest.flatten(self.args) if _is_float(a)]
         variables: list[keras.Variable] = []
         if isinstance(function, keras.Layer):
@@ -69,8 +69,8 @@ class VectorField:
                 build(function, trees.align(t0, tf.nest.flatten(y0)[0]), y0, self.args)
             # Take all variables, because the field may read other ones later than at the start.
             variables = [*function.trainable_variables, *function.non_trainable_variables]
-        constants = trees.each(lambda a: tf.stop_gradient(a) if _is_float(a) else a, self.args)
-        self.pure = PureFunction(self._evaluate, *trees.stop_gradient((t0, y0)), constants, variables=variables)
+        constants = trees.constants((t0, y0, self.args))
+        self.pure = PureFunction(self._evaluate, *constants, variables=variables)
         self.params = self._float_args + self.pure.params
         self._check_losses()
         self._check_weights()
@@ -150,6 +150,11 @@ class VectorField:
                     f"Received: {self.function!r}"
                 )
             variable.assign(value)
+
+
+def as_tensors(args: Nest, dtype: tf.DType) -> Nest:
+    """Returns `args` as tensors. Numbers and arrays take the precision `dtype` of the state."""
+    return tf.nest.map_structure(lambda a: _to_tensor(a, dtype), args)
 
 
 def _to_tensor(x: Any, dtype: tf.DType) -> tf.Tensor | None:

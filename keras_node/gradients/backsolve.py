@@ -12,7 +12,6 @@ from keras_node import solvers, trees
 from keras_node.arguments import positive_integer
 from keras_node.clock import Clock, merge, pick, reorder
 from keras_node.gradients.custom_vjp import Gradients, solve_with_gradient
-from keras_node.gradients.vjp import vjp
 from keras_node.integrate import VectorFieldWithSpeed, integrate
 from keras_node.interpolation import Progress
 from keras_node.solution import Stats
@@ -22,6 +21,7 @@ from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.solvers.step import Rates, Step
 from keras_node.step_size import rms_norm
 from keras_node.trees import Nest
+from keras_node.vjp import vjp
 
 
 @keras.saving.register_keras_serializable(package="keras_node")
@@ -132,13 +132,16 @@ class BacksolveAdjoint:
 
     def _forward(self, problem: Problem) -> tuple[Trajectory, tuple]:
         """Solves forward, and keeps the step size with which the backward solve can begin."""
-        solver = problem.solver
+        solver = problem.forward_solver
         if self.solver is not None or not solver.adaptive or solver.first_step is not None:
             return solve(problem)
         batch = tf.shape(tf.nest.flatten(problem.y0)[0])[:1] if solver.per_sample else []
         trajectory, ((last, before),) = solve(problem, [LastSteps(tf.zeros(batch, problem.dtype))])
         # The end may have cut the last step short.
-        return trajectory, (tf.maximum(last, before),)
+        reached = tf.maximum(last, before)
+        if solver.per_sample and not problem.solver.per_sample:
+            reached = tf.reduce_max(reached)  # the backward solve has joint steps
+        return trajectory, (reached,)
 
     def _recall(self, problem: Problem) -> tuple[Trajectory, tuple]:
         """The trajectory of a known result."""
@@ -202,7 +205,7 @@ class BacksolveAdjoint:
             # Add the gradients of times that equal the first. If all of them do, the adjoint contains these already.
             adjoint = trees.where(clock.count > 0, trees.add(adjoint, arriving(clock.count)), adjoint)
         dts = tf.zeros_like(problem.ts)
-        if problem.numbers is None:
+        if problem.times_vary:
             dts = tf.cast(_time_gradient(problem, ys, dys, adjoint), dts.dtype)
             adjoint = tf.nest.map_structure(lambda a: a + _unknown_derivative(problem.ts, stops, a), adjoint)
         adjoint = trees.add(adjoint, tf.nest.map_structure(lambda d: d[0], dys))

@@ -10,11 +10,11 @@ from keras_node import trees
 from keras_node.arguments import positive_integer
 from keras_node.gradients.custom_vjp import Gradients, differentiated_as, solve_with_gradient
 from keras_node.gradients.replay import Record, Recorder, Replay
-from keras_node.gradients.vjp import vjp
 from keras_node.integrate import step_limit
 from keras_node.solution import Stats, Status
 from keras_node.solve import Problem, Trajectory, leave_start, solve, solve_clock
 from keras_node.trees import Nest
+from keras_node.vjp import vjp
 
 
 @keras.saving.register_keras_serializable(package="keras_node")
@@ -63,7 +63,7 @@ class CheckpointedAdjoint:
     def __call__(self, problem: Problem) -> Trajectory:
         """Solves the problem with this gradient. The layers and `keras_node.odeint` call it."""
         clock, _ = solve_clock(problem._replace(ts=tf.stop_gradient(problem.ts)))
-        max_steps = step_limit(problem.solver, clock)
+        max_steps = step_limit(problem.forward_solver, clock)
         slots = self.num_checkpoints or _square_root(max_steps)
         recorder = Recorder(clock, max_steps, slots)
         # The distances between checkpoints are powers of two.

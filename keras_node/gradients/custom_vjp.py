@@ -18,11 +18,11 @@ from typing import Any, TypeAlias
 
 import tensorflow as tf
 
-from keras_node.gradients.vjp import vjp
 from keras_node.pure_function import PureFunction
 from keras_node.solution import Stats, Status, check_status
-from keras_node.solve import Problem, Trajectory
+from keras_node.solve import Problem, Stop, Trajectory
 from keras_node.trees import Nest
+from keras_node.vjp import vjp
 
 Gradients: TypeAlias = tuple[Nest, tf.Tensor, list[tf.Tensor]]  # of `y0`, `ts` and `params`
 
@@ -45,7 +45,7 @@ def solve_with_gradient(
 
     def run(y0: Nest, ts: tf.Tensor, params: list[tf.Tensor]) -> tuple[Nest, Nest, Nest]:
         trajectory, memory = forward(problem._replace(y0=y0, ts=ts, params=params))
-        return trajectory.ys, (trajectory.stats, trajectory.status), memory
+        return trajectory.ys, (trajectory.stats, trajectory.status, trajectory.stop), (memory, trajectory.stop)
 
     def run_back(
         memory: Nest,
@@ -56,10 +56,15 @@ def solve_with_gradient(
         ys: Nest,
         dys: Nest,
     ) -> tuple[Gradients, list[tf.Tensor], Nest]:
+        memory, stop = memory
         reading = field.also_reading(variables)
         more = reading.params[len(params) :]
         problem_again = problem._replace(vector_field=reading, y0=y0, ts=ts, params=[*params, *more])
+        if isinstance(stop, Stop):
+            problem_again = problem_again._replace(ts=stop.limit(ts))
         (dy0, dts, dparams), *report = backward(problem_again, memory, ys, dys)
+        if isinstance(stop, Stop):
+            dts = stop.limit_gradient(ts, dts)
         return (dy0, dts, dparams[: len(params)]), dparams[len(params) :], report
 
     def conclude(gradients: Gradients, report: Nest, dys: Nest) -> Gradients:
@@ -80,8 +85,8 @@ def solve_with_gradient(
         return check_status(failure, adjoint, "The solve of the adjoint", stats), dts, dparams
 
     inputs = (problem.y0, problem.ts, problem.params)
-    ys, (stats, status) = custom_vjp(run, run_back, conclude, inputs, field.pure, problem.jit_compile)
-    return Trajectory(ys, stats, status)
+    ys, (stats, status, stop) = custom_vjp(run, run_back, conclude, inputs, field.pure, problem.jit_compile)
+    return Trajectory(ys, stats, status, stop)
 
 
 def custom_vjp(
@@ -147,7 +152,9 @@ def custom_vjp(
             def run_back(*arguments: Nest) -> tuple[tuple, list[tf.Tensor], Nest]:
                 return backward(memory, variables or [], *arguments)
 
-            again = (*arguments, *solved, dys)
+            # In the gradient of a loop around the solve, these are tensors of the loop's forward graph, which a tape
+            # would watch in vain.
+            again = tf.nest.map_structure(tf.identity, (*arguments, *solved, dys))
             if compiles is not False:
                 results = differentiated_as(run_back, run_back, again, pure, compiles)
             else:

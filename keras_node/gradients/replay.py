@@ -8,13 +8,13 @@ from keras_node import trees
 from keras_node.buffers import new_buffer, read, stack, write
 from keras_node.clock import Clock, pick
 from keras_node.gradients.custom_vjp import Gradients
-from keras_node.gradients.vjp import vjp
 from keras_node.integrate import step_limit
 from keras_node.interpolation import DenseOutput, Progress, interpolate
 from keras_node.solve import Problem, solve_clock
 from keras_node.solvers.rows import Rows
 from keras_node.solvers.step import Rates, Step, rk_step, with_dense_stages
 from keras_node.trees import Nest
+from keras_node.vjp import vjp
 
 
 class Record(NamedTuple):
@@ -119,7 +119,7 @@ class Replay:
         segment = clock.segment(progress.segment)
         constant_field = self.problem._replace(params=params).constant_field
         step = rk_step(
-            self.problem.solver,
+            self.problem.forward_solver,
             lambda t, y: Rates(self.problem.vector_field(segment.inside(t), y, params)),
             t=segment.time(progress.start),
             dt=tf.multiply(progress.length, segment.speed),
@@ -134,8 +134,8 @@ class Replay:
     def states(self, y0: Nest, ts: tf.Tensor, params: list[tf.Tensor]) -> Nest:
         """Computes the states at `ts` in one loop over all steps, which ordinary backpropagation can differentiate."""
         clock, readings = solve_clock(self.problem._replace(y0=y0, ts=ts))
-        output = DenseOutput(self.problem.solver, readings) if self.dense else None
-        limit = step_limit(self.problem.solver, clock)
+        output = DenseOutput(self.problem.forward_solver, readings) if self.dense else None
+        limit = step_limit(self.problem.forward_solver, clock)
 
         def body(n: tf.Tensor, y: Nest, memory: Nest) -> tuple[tf.Tensor, Nest, Nest]:
             step, progress = self.step(n, y, params, clock, num_derivatives=2)
@@ -166,7 +166,7 @@ class Replay:
             further stages of the dense output.
         """
         ts, params = self.problem.ts, self.problem.params
-        times_vary = self.problem.numbers is None
+        times_vary = self.problem.times_vary
         with tf.GradientTape(watch_accessed_variables=False) as clock_tape:
             clock_tape.watch(ts)
             clock, readings = solve_clock(self.problem)
@@ -240,7 +240,7 @@ class Replay:
 
     def _no_stages(self, y: Nest) -> tf.Tensor:
         """Zeros in place of the stages of a step."""
-        rows = Rows(y, has_batch=self.problem.solver.per_sample or self.problem.ts.shape.rank == 2).join(y)
+        rows = Rows(y, has_batch=self.problem.forward_solver.per_sample or self.problem.ts.shape.rank == 2).join(y)
         return tf.zeros_like(tf.stack([rows] * self.tableau.num_stages))
 
     def _through_outputs(

@@ -11,9 +11,9 @@ import tensorflow as tf
 
 from keras_node import trees
 from keras_node.buffers import Buffer, new_buffer, stack, write
-from keras_node.gradients.vjp import vjp
 from keras_node.pure_function import PureFunction
 from keras_node.trees import Nest
+from keras_node.vjp import vjp
 
 
 class Scan:

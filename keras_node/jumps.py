@@ -1,0 +1,72 @@
+"""Jumps of the state at times that are known before the solve, such as doses."""
+
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from keras_node.clock import reorder
+from keras_node.times import prepare_times
+from keras_node.trees import Nest
+
+
+class Jumps(NamedTuple):
+    """Jumps in the order in which a solve meets them.
+
+    Attributes:
+        ts: their times, `(D, batch)`. Those outside the solve are at its end.
+        amounts: what is added to the state, `(D, batch, ...)`, zero for a jump outside the solve.
+    """
+
+    ts: tf.Tensor
+    amounts: Nest
+
+    @property
+    def number(self) -> int | tf.Tensor:
+        """The number of jumps, as a Python integer if it is known."""
+        return self.ts.shape[0] if self.ts.shape[0] is not None else tf.shape(self.ts)[0]
+
+
+def prepare_jumps(jumps: Any, ts: tf.Tensor, y0: Nest) -> Jumps:
+    """Checks `jumps=(times, amounts)` and sorts them.
+
+    Args:
+        jumps: times `(D,)` or `(D, batch)`, and amounts in the structure of the state, `(D, ...)` or `(D, batch, ...)`.
+        ts: the times of the solve, `(T, batch)`.
+        y0: the initial state, with a batch axis.
+    """
+    if not isinstance(jumps, list | tuple) or len(jumps) != 2:
+        raise ValueError(
+            "`jumps` must be a pair `(times, amounts)`: times of shape (D,) or (D, batch), and what to add to the "
+            f"state at each of them. Received: jumps={jumps!r}"
+        )
+    times = tf.cast(tf.convert_to_tensor(prepare_times(jumps[0], ts.dtype)), ts.dtype)
+    if times.shape.rank not in (1, 2):
+        raise ValueError(
+            f"The times of `jumps` must be of shape (D,) or (D, batch). Received: shape={tuple(times.shape)}"
+        )
+    first, last = ts[0], ts[-1]
+    times = times if times.shape.rank == 2 else times[:, None] + tf.zeros_like(first)
+    # The states at `ts` are those before a jump at the same time, so a jump at the last time changes nothing.
+    inside = tf.where(last < first, (times <= first) & (times > last), (times >= first) & (times < last))
+    times = tf.where(inside, times, last)
+    order = tf.argsort(tf.where(last < first, -times, times), axis=0, stable=True)
+
+    def leaf(amount: Any, y: tf.Tensor) -> tf.Tensor:
+        amount = tf.cast(tf.convert_to_tensor(amount), y.dtype)
+        if amount.shape.rank not in (y.shape.rank, y.shape.rank + 1):
+            raise ValueError(
+                "The amounts of `jumps` must have the shape of the state after the axis of the jumps: (D, ...) if all "
+                "samples share them, or (D, batch, ...). "
+                f"Received: amounts of shape {tuple(amount.shape)} for a state of shape {tuple(y.shape)}"
+            )
+        amount = amount if amount.shape.rank > y.shape.rank else amount[:, None]
+        mask = tf.reshape(inside, tf.concat([tf.shape(inside), tf.ones([y.shape.rank - 1], tf.int32)], axis=0))
+        return reorder(tf.where(mask, amount, tf.zeros_like(y)), order)
+
+    try:
+        amounts = tf.nest.map_structure(leaf, jumps[1], y0) if tf.nest.is_nested(y0) else leaf(jumps[1], y0)
+    except TypeError as error:
+        raise ValueError(
+            f"The amounts of `jumps` must have the structure of the state. Received: {jumps[1]!r}"
+        ) from error
+    return Jumps(reorder(times, order), amounts)
