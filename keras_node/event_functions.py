@@ -29,11 +29,10 @@ class EventFunctions:
         self.events = events
         self.args = args
         self.training = training
+        for event in events:
+            event.build(trees.align(t0, tf.nest.flatten(y0)[0]), y0, args)
         self._pure = [self._pure_function(event, t0, y0) for event in events]
         self._resets = [None if event.reset is None else FieldCall(event.reset, y0, "A reset") for event in events]
-        for call in self._resets:
-            if call is not None:
-                _build(call, t0, y0, args)
 
     @property
     def take_args(self) -> bool:
@@ -112,7 +111,6 @@ class EventFunctions:
 
     def _pure_function(self, event: Event, t0: tf.Tensor, y0: Nest) -> PureFunction:
         call = FieldCall(event.function, y0, "An event function")
-        _build(call, t0, y0, self.args)
 
         def evaluate(t: tf.Tensor, y: Nest, args: Nest) -> tf.Tensor:
             with tf.name_scope("event"):
@@ -135,11 +133,6 @@ class EventFunctions:
 
     def _training_of(self, function: Any) -> bool | None:
         return None if isinstance(function, keras.Layer) else self.training
-
-
-def _build(call: FieldCall, t0: tf.Tensor, y0: Nest, args: Nest) -> None:
-    if isinstance(call.function, keras.Layer) and not call.function.built:
-        call.build(trees.align(t0, tf.nest.flatten(y0)[0]), y0, args)
 
 
 def _one_per_sample(value: Any, t: tf.Tensor, y: Nest, function: Any) -> tf.Tensor:

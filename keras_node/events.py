@@ -87,6 +87,13 @@ class Event:
         """The Keras layers among `function` and `reset`."""
         return [f for f in (self.function, self.reset) if isinstance(f, keras.Layer)]
 
+    def build(self, t: Any, y: Nest, args: Nest = None) -> None:
+        """Builds these layers for arguments of these shapes, as far as they are known. `t` has the rank of `y`."""
+        for layer in self.layers:
+            call = FieldCall(layer, y)
+            if not layer.built and (args is not None or call.num_arguments < 3):
+                call.build(t, y, args)
+
     def get_config(self) -> dict[str, Any]:
         return {
             "function": keras.saving.serialize_keras_object(self.function),

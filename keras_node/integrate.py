@@ -15,16 +15,14 @@ from keras_node import trees
 from keras_node.clock import Clock, Segment
 from keras_node.event_detector import Detected, EventDetector
 from keras_node.interpolation import Progress
+from keras_node.loop_start import first_evaluations, spacing, step_limit
 from keras_node.solution import Stats, Status
 from keras_node.solvers.butcher_tableau import ButcherTableau
 from keras_node.solvers.newton import ConstantField
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.solvers.step import Rates, Step, is_bound_by_stability, quadrature_rate, rk_step
-from keras_node.step_size import Norm, PIDController, first_step_size, rms_norm
+from keras_node.step_size import Norm, rms_norm
 from keras_node.trees import Nest
-
-_LONGER_THAN_ALL = 1e30  # and not infinity, because a converter may write a selection as a product with zero: NaN
-
 
 VectorFieldWithSpeed: TypeAlias = Callable[[tf.Tensor, Nest, tf.Tensor], Rates]  # f(t, y, speed)
 
@@ -118,7 +116,7 @@ def integrate(
         An `Integral`.
     """
     tableau, controller, per_sample = solver.tableau, solver.controller, solver.per_sample
-    norm = norm or functools.partial(rms_norm, per_sample=per_sample)
+    error_norm: Norm = norm or functools.partial(rms_norm, per_sample=per_sample)
     end_of_clock = clock.end
     # The shape of everything that controls the loop: one value, or one for each sample.
     sample_shape = tf.shape(end_of_clock)
@@ -126,7 +124,7 @@ def integrate(
     several_segments = clock.num_segments != 1
     last_index = tf.maximum(clock.count - 1, 0) if several_segments else 0
     first_segment = clock.segment(tf.zeros(sample_shape, tf.int32) if several_segments else 0)
-    first_spacing = None if solver.adaptive or several_segments else _spacing(first_segment, solver)
+    first_spacing = None if solver.adaptive or several_segments else spacing(first_segment, solver)
 
     def on_the_way(index: Nest, reading: tf.Tensor) -> tf.Tensor:
         """Whether the end is not reached yet."""
@@ -145,7 +143,7 @@ def integrate(
             end = tf.add(s.reading, proposed)
         else:
             # Steps are counted from the start of the segment, because a sum of lengths would drift.
-            proposed, number = _spacing(segment, solver) if first_spacing is None else first_spacing
+            proposed, number = spacing(segment, solver) if first_spacing is None else first_spacing
             done = tf.cast(s.steps_done + 1, proposed.dtype)
             lands = done >= number
             end = tf.minimum(segment.start + done * proposed, segment.stop)
@@ -171,8 +169,8 @@ def integrate(
             constant_field=constant_field and constant_field.inside(segment),
             num_derivatives=num_derivatives,
         )
-        error_norm = norm if detector is None else detector.norm(s.running & ~s.detected.landing)
-        decision = controller.decide(length, step.error, s.y, step.y1, s.history, error_norm)
+        norm = error_norm if detector is None else detector.norm(s.running & ~s.detected.landing)
+        decision = controller.decide(length, step.error, s.y, step.y1, s.history, norm)
         accept, finite, converged, num_iterations = decision.accept, decision.finite, s.converged, s.num_iterations
         if step.convergence is not None:
             failed, is_number = ~step.convergence.converged, _is_finite(step.y1, per_sample)
@@ -261,9 +259,9 @@ def integrate(
         return y, k1, restarts
 
     if detector is not None:
-        norm = detector.norm(end_of_clock > 0)
-    k1, step_size, evaluations = _first_evaluations(
-        vector_field, y0, first_segment, clock, solver, sample_shape, norm, first_step, detector is not None
+        error_norm = detector.norm(end_of_clock > 0)
+    k1, step_size, evaluations = first_evaluations(
+        vector_field, y0, first_segment, clock, solver, sample_shape, error_norm, first_step, detector is not None
     )
     zeros = tf.zeros(sample_shape, tf.int32)
     detected: Nest = ()
@@ -330,51 +328,6 @@ def integrate(
     )
 
 
-def _first_evaluations(
-    vector_field: VectorFieldWithSpeed,
-    y0: Nest,
-    segment: Segment,
-    clock: Clock,
-    solver: RungeKutta,
-    sample_shape: tf.Tensor,
-    norm: Norm,
-    first_step: tf.Tensor | None,
-    needs_rate: bool,
-) -> tuple[Nest, tf.Tensor, int]:
-    """The `Rates` at the start if they are needed, else `()`; the first step size; the number of evaluations."""
-    adaptive_start = solver.adaptive and solver.first_step is None and first_step is None
-    speed = segment.speed
-    k1: Nest = ()
-    evaluations = 0
-    if solver.tableau.fsal or adaptive_start or needs_rate:
-        k1, evaluations = vector_field(segment.inside(segment.first), y0, speed), 1
-    if first_step is not None:
-        return k1, first_step, evaluations
-    if not adaptive_start:
-        given = solver.step_size or 0.0
-        if solver.adaptive:
-            assert solver.first_step is not None  # otherwise the step is chosen below
-            given = min(solver.first_step, _LONGER_THAN_ALL)
-        return k1, tf.fill(sample_shape, tf.constant(given, clock.stops.dtype)), evaluations
-
-    def rate_of_change(reading: tf.Tensor, y: Nest) -> Nest:
-        return trees.scale(speed, vector_field(segment.time(reading), y, speed).y)
-
-    assert isinstance(solver.controller, PIDController)  # the solver is adaptive
-    step_size = first_step_size(rate_of_change, y0, trees.scale(speed, k1.y), clock.end, solver.controller, norm)
-    return k1, step_size, evaluations + 1
-
-
-def _spacing(segment: Segment, solver: RungeKutta) -> tuple[tf.Tensor, tf.Tensor]:
-    """The length of constant steps on the clock, and the number of steps in a segment."""
-    length = segment.stop - segment.start
-    if solver.num_steps is not None:
-        return length / solver.num_steps, tf.cast(solver.num_steps, length.dtype)
-    spacing = tf.constant(solver.step_size, length.dtype)
-    # As with adaptive steps, the last step may be up to 1 % longer.
-    return spacing, tf.math.ceil(length / spacing - 0.01)
-
-
 def _is_finite(x: Nest, per_sample: bool) -> tf.Tensor:
     """Whether all numbers are finite, in the whole nest or in each sample."""
     flags = []
@@ -388,11 +341,3 @@ def _evaluations_per_step(tableau: ButcherTableau) -> int:
     if tableau.implicit:
         return 1  # for the Jacobian; every iteration is another one
     return tableau.num_stages - 1 if tableau.fsal else tableau.num_stages
-
-
-def step_limit(solver: RungeKutta, clock: Clock) -> int | tf.Tensor:
-    """The largest number of steps that a solve may attempt."""
-    if solver.num_steps is None:
-        return solver.max_steps
-    segments = clock.num_segments
-    return solver.num_steps * (tf.shape(clock.speed)[0] if segments is None else segments)

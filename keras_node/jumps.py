@@ -1,5 +1,6 @@
 """Jumps of the state at times that are known before the solve, such as doses."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -34,11 +35,7 @@ def prepare_jumps(jumps: Any, ts: tf.Tensor, y0: Nest) -> Jumps:
         ts: the times of the solve, `(T, batch)`.
         y0: the initial state, with a batch axis.
     """
-    if not isinstance(jumps, list | tuple) or len(jumps) != 2:
-        raise ValueError(
-            "`jumps` must be a pair `(times, amounts)`: times of shape (D,) or (D, batch), and what to add to the "
-            f"state at each of them. Received: jumps={jumps!r}"
-        )
+    check_jumps(jumps)
     times = tf.cast(tf.convert_to_tensor(prepare_times(jumps[0], ts.dtype)), ts.dtype)
     if times.shape.rank not in (1, 2):
         raise ValueError(
@@ -63,10 +60,26 @@ def prepare_jumps(jumps: Any, ts: tf.Tensor, y0: Nest) -> Jumps:
         mask = tf.reshape(inside, tf.concat([tf.shape(inside), tf.ones([y.shape.rank - 1], tf.int32)], axis=0))
         return reorder(tf.where(mask, amount, tf.zeros_like(y)), order)
 
+    amounts = map_amounts(leaf, jumps[1], y0)
+    return Jumps(reorder(times, order), amounts)
+
+
+def check_jumps(jumps: Any) -> None:
+    """Checks that `jumps` is a pair."""
+    if not isinstance(jumps, list | tuple) or len(jumps) != 2:
+        raise ValueError(
+            "`jumps` must be a pair `(times, amounts)`: times of shape (D,) or (D, batch), and what to add to the "
+            f"state at each of them. Received: jumps={jumps!r}"
+        )
+
+
+def map_amounts(function: Callable[[Any, tf.Tensor], tf.Tensor], amounts: Nest, y0: Nest) -> Nest:
+    """Calls a function for every tensor of the state, with the amounts of jumps that belong to it."""
+    if not tf.nest.is_nested(y0):
+        return function(amounts, y0)
     try:
-        amounts = tf.nest.map_structure(leaf, jumps[1], y0) if tf.nest.is_nested(y0) else leaf(jumps[1], y0)
+        return tf.nest.map_structure(function, amounts, y0)
     except TypeError as error:
         raise ValueError(
-            f"The amounts of `jumps` must have the structure of the state. Received: {jumps[1]!r}"
+            f"The amounts of `jumps` must have the structure of the state. Received: amounts={amounts!r}"
         ) from error
-    return Jumps(reorder(times, order), amounts)

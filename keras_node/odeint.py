@@ -85,6 +85,19 @@ def odeint(
             Entry `[i, j]` is the derivative of rate `i` by number `j`. By default it is the method `jacobian` of the
             field, if it has one; otherwise `n` vector-Jacobian products compute it. It speeds up a solve but does not
             change it: an approximate one costs more iterations, and gradients do not use it.
+        event: a `keras_node.Event` or a list of them: zeros of functions of time and state, at which the solve of a
+            sample ends or its state jumps. Every sample has its own event times, which `solution.events` holds. After a
+            terminal event, the states at later `ts` are the state at the event. At the time of an event with a reset,
+            and of a jump, the state is the one before it. If several events happen to a sample at the same time, the
+            first of the list comes first. With events, the first axis of the state is the batch, and the field sees
+            `t` as `(batch, 1, ..., 1)`. Defaults to `None`.
+        max_events: the largest number of events of a sample, if not all of them are terminal. One more ends the solve
+            of the sample with status 6. Defaults to `32`.
+        jumps: a pair `(times, amounts)` of jumps whose times are known, such as doses. At each of the times, `(D,)`, or
+            `(D, batch)` if samples have their own, the solve adds an amount to the state. The amounts have the
+            structure of the state with one or two more axes, `(D, ...)` or `(D, batch, ...)`. The times need not be
+            sorted. A jump before the first time or after the last, also at infinity, has no effect, so that you can
+            pad. You can differentiate with respect to times and amounts. Defaults to `None`.
         throw: whether a failed solve raises `tf.errors.InvalidArgumentError`. If the function or
             model around the solve is compiled with XLA, nothing can raise. In every mode, the states that a failed
             solve did not reach are NaN, and `status` says why. Defaults to `True`.
@@ -104,7 +117,8 @@ def odeint(
 
     Raises:
         TypeError: for a state that is not floating-point, or not a dense tensor.
-        ValueError: for `ts` of another shape or not monotonic, for a field that returns another structure or shape,
+        ValueError: for `ts` of another shape or not monotonic, for an event function that does not return one number
+            per sample, for `jumps` of another structure or shape, for a field that returns another structure or shape,
             and for options that are unknown or contradict each other.
         tf.errors.InvalidArgumentError: if a solve fails and `throw` is true, except under XLA.
 

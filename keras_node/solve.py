@@ -180,7 +180,8 @@ def solve(problem: Problem, observers: Sequence[Observer] = (), num_derivatives:
         num_derivatives=num_derivatives,
         detector=detector,
     )
-    stats, stop, detected = integral.stats, (), integral.detected
+    stats, detected = integral.stats, integral.detected
+    stop: Stop | tuple[()] = ()
     if detector is not None and detected is not None:
         index = tf.where(detected.landed, detected.index, -1)
         # The value is more exact in the precision of times. If the first time moves, so does the reading of the event.

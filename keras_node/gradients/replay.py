@@ -8,8 +8,8 @@ from keras_node import trees
 from keras_node.buffers import new_buffer, read, stack, write
 from keras_node.clock import Clock, pick
 from keras_node.gradients.custom_vjp import Gradients
-from keras_node.integrate import step_limit
 from keras_node.interpolation import DenseOutput, Progress, interpolate
+from keras_node.loop_start import step_limit
 from keras_node.solve import Problem, solve_clock
 from keras_node.solvers.rows import Rows
 from keras_node.solvers.step import Rates, Step, rk_step, with_dense_stages

@@ -1,14 +1,16 @@
 """A layer of continuous depth."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from keras_node.arguments import non_negative_integer
+from keras_node.arguments import non_negative_integer, positive_integer
+from keras_node.events import Event, as_events
+from keras_node.jumps import check_jumps, map_amounts
 from keras_node.signatures import build, call_arguments
 from keras_node.solve_options import Gradient, Solver, SolvingLayer
 from keras_node.times import as_numbers, prepare_times
@@ -41,6 +43,11 @@ class ODELayer(SolvingLayer):
         gradient: how to differentiate the solve: `"backsolve"`, `"checkpointed"`, `"direct"`, or an object such as
             `keras_node.BacksolveAdjoint()`. Defaults to `None`, for `"backsolve"`, and with an implicit method
             `"checkpointed"`, because a stiff field cannot be solved backward.
+        event: a `keras_node.Event` or a list of them. A sample stops where a terminal event happens to it, and its
+            later states are that at the event. Defaults to `None`.
+        max_events: the largest number of events of a sample if not all of them are terminal, an integer of 1 or more.
+            Defaults to `32`.
+        return_events: whether to return the events as well. Defaults to `False`.
         augment_dims: number of zeros to append to the last axis of the input, an integer of 0 or more. In the extra
             dimensions, trajectories can pass each other (augmented neural ODE). Defaults to `0`.
         jit_compile: whether to compile the solve with XLA, even if the rest of the model is not compiled: `True`,
@@ -64,6 +71,9 @@ class ODELayer(SolvingLayer):
             have gradients. For their precision see `odeint`. Defaults to `None`, for the state at `t1`.
         args: nest of tensors for a field `f(t, y, args)`. Numbers and NumPy arrays take the precision of the state.
             Defaults to `None`.
+        jumps: a pair `(times, amounts)`. At each of the times, `(D,)` or `(batch, D)`, the solve adds an amount to the
+            state: `(D, ..., features)`, or `(batch, D, ..., features)` if each sample has its own. See
+            `keras_node.odeint`. Defaults to `None`.
         training: Python boolean, passed to the field.
         mask: boolean, with the shape of the state up to the axis that it masks. By default the mask that a layer such
             as `Masking` or `Embedding` gave to `inputs`.
@@ -75,12 +85,19 @@ class ODELayer(SolvingLayer):
     Output shape:
         The input shape, with a last axis that is longer by `augment_dims`. With `ts`, `(batch, T, ..., features)`.
 
+        With `return_events`, a pair of this and a dictionary of the `M` possible events of each sample, where `M` is
+        `max_events`, or 1 if all events are terminal: `"ts"`, the times `(batch, M)`; `"index"`, the number of the
+        event in the list `event`, `(batch, M)`; `"ys"`, the states before the events, `(batch, M, ..., features)`; and
+        `"count"`, the number of events, `(batch,)`. Where there was no event, times and states are NaN and the index
+        is -1.
+
     Masking:
         The mask is passed to a field that takes `mask`. The layer solves masked steps like the others. The output
         carries the mask; with `ts` the mask is repeated for each time, `(batch, T, ...)`.
 
     Raises:
-        ValueError: for an option out of range, and for `ts` of another shape or not monotonic.
+        ValueError: for an option out of range, for `return_events` without an `event`, and for `ts` of another shape or
+            not monotonic.
         TypeError: for inputs that are not floating-point.
         tf.errors.InvalidArgumentError: if a solve fails (too many steps, a NaN, or a step size that becomes too
             small). In a model that is compiled with XLA nothing can raise; the output is NaN instead.
@@ -100,6 +117,8 @@ class ODELayer(SolvingLayer):
         - Dupont, Doucet & Teh (2019), "Augmented Neural ODEs", arXiv:1904.01681.
     """
 
+    nested: ClassVar = {"vector_field": "vector_field", "event": "event"}
+
     def __init__(
         self,
         vector_field: keras.Layer | Callable,
@@ -108,6 +127,9 @@ class ODELayer(SolvingLayer):
         *,
         solver: Solver = "tsit5",
         gradient: Gradient | None = None,
+        event: Event | Sequence[Event] | None = None,
+        max_events: int = 32,
+        return_events: bool = False,
         augment_dims: int = 0,
         jit_compile: bool | str = "auto",
         track_stats: bool = False,
@@ -121,6 +143,12 @@ class ODELayer(SolvingLayer):
         self.vector_field = vector_field
         self.t0 = float(t0)
         self.t1 = float(t1)
+        self.event = event
+        self.event_layers = [layer for each in as_events(event) for layer in each.layers]  # Keras tracks these
+        self.max_events = positive_integer("max_events", max_events)
+        self.return_events = bool(return_events)
+        if return_events and not as_events(event):
+            raise ValueError("`return_events` needs an `event`. Received: return_events=True, event=None")
         self.augment_dims = non_negative_integer("augment_dims", augment_dims)
         self.set_options(solver, gradient, jit_compile, track_stats)
         self.supports_masking = True
@@ -146,6 +174,7 @@ class ODELayer(SolvingLayer):
         inputs: Nest,
         ts: Any = None,
         args: Any = None,
+        jumps: Any = None,
         training: bool | None = None,
         mask: Nest = None,
         inputs_mask: Nest = None,
@@ -153,24 +182,43 @@ class ODELayer(SolvingLayer):
         mask = _known(inputs_mask if mask is None else mask)
         y0 = tf.nest.map_structure(self._initial_state, inputs)
         times = [self.t0, self.t1] if ts is None else self._times(ts)
-        solution = self.options.solve(self.vector_field, y0, times, args=args, training=training, mask=mask)
+        if jumps is not None:
+            jumps = self._jumps(jumps, y0)
+        solution = self.options.solve(
+            self.vector_field,
+            y0,
+            times,
+            args=args,
+            event=self.event,
+            max_events=self.max_events,
+            jumps=jumps,
+            training=training,
+            mask=mask,
+        )
 
         def output(y: tf.Tensor) -> tf.Tensor:
             y = y[-1] if ts is None else ops.moveaxis(y[1:], 0, 1)
             return ops.cast(y, self.compute_dtype)
 
-        return self._with_mask(tf.nest.map_structure(output, solution.ys), mask, ts)
+        outputs = self._with_mask(tf.nest.map_structure(output, solution.ys), mask, ts)
+        if not self.return_events:
+            return outputs
+        assert solution.events is not None
+        times, index, states, count = solution.events
+        states = tf.nest.map_structure(lambda y: ops.cast(ops.moveaxis(y, 0, 1), self.compute_dtype), states)
+        return outputs, {"ts": ops.transpose(times), "index": ops.transpose(index), "ys": states, "count": count}
 
     def compute_output_spec(
         self,
         inputs: Nest,
         ts: Any = None,
         args: Any = None,
+        jumps: Any = None,
         training: bool | None = None,
         mask: Nest = None,
         inputs_mask: Nest = None,
     ) -> Nest:
-        del training
+        del training, jumps
         ts_shape = None if ts is None else _shape(ts)
         if args is not None and isinstance(self.vector_field, keras.Layer):
             own_times = ts_shape is not None and len(ts_shape) == 2
@@ -180,15 +228,39 @@ class ODELayer(SolvingLayer):
             return keras.KerasTensor(self._output_shape(tuple(x.shape), ts_shape), dtype=self.compute_dtype)
 
         outputs = tf.nest.map_structure(output, inputs)
-        return self._with_mask(outputs, _known(inputs_mask if mask is None else mask), ts)
+        outputs = self._with_mask(outputs, _known(inputs_mask if mask is None else mask), ts)
+        if not self.return_events:
+            return outputs
+        ts_dtype = self.variable_dtype if ts is None else prepare_times(ts, self.variable_dtype).dtype
+        dtypes = {"ts": keras.backend.standardize_dtype(ts_dtype), "index": "int32", "count": "int32"}
+        shapes = self._event_shapes(tf.nest.map_structure(lambda x: tuple(x.shape), inputs))
+        events = {name: keras.KerasTensor(shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
+        states = _map_shapes(lambda shape: keras.KerasTensor(shape, dtype=self.compute_dtype), shapes["ys"])
+        return outputs, {**events, "ys": states}
 
     def compute_output_shape(self, inputs_shape: Nest, ts_shape: tuple | None = None) -> Nest:
-        return _map_shapes(lambda shape: self._output_shape(shape, ts_shape), inputs_shape)
+        shapes = _map_shapes(lambda shape: self._output_shape(shape, ts_shape), inputs_shape)
+        return (shapes, self._event_shapes(inputs_shape)) if self.return_events else shapes
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
-        config.update(t0=self.t0, t1=self.t1, augment_dims=self.augment_dims)
+        config.update(
+            t0=self.t0,
+            t1=self.t1,
+            max_events=self.max_events,
+            return_events=self.return_events,
+            augment_dims=self.augment_dims,
+        )
         return config
+
+    def _event_shapes(self, inputs_shape: Nest) -> dict[str, Any]:
+        """The shapes of the dictionary of events."""
+        number = 1 if all(event.terminal for event in as_events(self.event)) else self.max_events
+        states = _map_shapes(lambda shape: (shape[0], number, *self._augmented_shape(shape)[1:]), inputs_shape)
+        leaves: list[tuple] = []
+        _map_shapes(leaves.append, inputs_shape)
+        batch = leaves[0][0]
+        return {"ts": (batch, number), "index": (batch, number), "ys": states, "count": (batch,)}
 
     def _build_field(self, inputs_shape: Nest, own_times: bool, args: Any) -> None:
         def spec(shape: tuple) -> keras.KerasTensor:
@@ -196,8 +268,25 @@ class ODELayer(SolvingLayer):
 
         y = _map_shapes(lambda shape: spec(self._augmented_shape(shape)), inputs_shape)
         rank = len(tf.nest.flatten(y)[0].shape)
-        own_times = own_times or self.solver.per_sample
-        build(self.vector_field, spec((None,) + (1,) * (rank - 1) if own_times else ()), y, args)
+        events = as_events(self.event)
+        own_time = spec((None,) + (1,) * (rank - 1))
+        build(self.vector_field, own_time if own_times or self.solver.per_sample or events else spec(()), y, args)
+        for event in events:
+            event.build(own_time, y, args)
+
+    def _jumps(self, jumps: Any, y0: Nest) -> tuple[Any, Nest]:
+        """Returns times and amounts of jumps with the axis of jumps first, as a solve takes them."""
+        check_jumps(jumps)
+        times, amounts = jumps
+        times = prepare_times(times, self.variable_dtype) if as_numbers(times) is None else np.asarray(times)
+
+        def amount(a: Any, y: tf.Tensor) -> tf.Tensor:
+            a = ops.cast(ops.convert_to_tensor(a), self.variable_dtype)
+            if self.augment_dims:
+                a = ops.pad(a, [(0, 0)] * (len(a.shape) - 1) + [(0, self.augment_dims)])
+            return ops.moveaxis(a, 1, 0) if len(a.shape) == len(y.shape) + 1 else a
+
+        return times.T if isinstance(times, np.ndarray) else ops.transpose(times), map_amounts(amount, amounts, y0)
 
     def _initial_state(self, x: tf.Tensor) -> tf.Tensor:
         if not tf.as_dtype(x.dtype).is_floating:
