@@ -60,6 +60,7 @@ class EventDetector:
         joint: whether samples share the norm of the error.
         sides: the sides on which the functions were before the solve, `(E, batch)`.
         fired: the number of the event at which a sample starts, `(batch,)`, and -1 if there is none.
+        fired_rate: the rate of change of its function when it fired, `(batch,)`.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class EventDetector:
         joint: bool,
         sides: tf.Tensor,
         fired: tf.Tensor,
+        fired_rate: tf.Tensor,
     ) -> None:
         self.functions = functions
         self.directions = directions
@@ -79,6 +81,7 @@ class EventDetector:
         self.joint = joint
         self.sides = sides
         self.fired = fired
+        self.fired_rate = fired_rate
 
     def start(self, t: tf.Tensor, y: Nest, dy: Nest) -> Detected:
         """Finds out on which side of zero every function starts, at time `t` in state `y` with the rate `dy`."""
@@ -86,11 +89,11 @@ class EventDetector:
         value, rate = (tf.stop_gradient(tf.stack(x)) for x in zip(*pairs, strict=True))
         rate = rate * tf.sign(self.span)
         here = tf.range(len(self.functions))[:, None] == self.fired
-        eps = _eps(value)
-        longest = tf.maximum(tf.abs(t), tf.abs(self.span))
-        # A reset leaves the state on the surface of its event, or moves it clearly away from it.
-        tolerance = tf.where(here, eps**0.5 * longest, _ULPS * eps * longest)
-        on_it = tf.abs(value) <= tolerance * tf.abs(rate)
+        eps, longest = _eps(value), tf.maximum(tf.abs(t), tf.abs(self.span))
+        # A reset leaves the state on the surface of its event, up to rounding, or moves it clearly away from it.
+        fastest = tf.maximum(tf.abs(rate), tf.abs(self.fired_rate))
+        tolerance = tf.where(here, eps**0.5 * longest * fastest, _ULPS * eps * longest * tf.abs(rate))
+        on_it = tf.abs(value) <= tolerance
         # An event that happens at the same time as the one that has fired is still to come.
         waits = on_it & ~here & (self.sides != 0)
         sides = tf.where(on_it, tf.where(waits, self.sides, tf.sign(rate)), tf.sign(value))
@@ -104,7 +107,8 @@ class EventDetector:
             target=nothing,
             index=tf.fill(tf.shape(t), -1),
             time=t,
-            stuck=tf.reduce_any(here & (sides == 0), axis=0),
+            # After a reset that stops the motion, what is left of it may be a rounding error.
+            stuck=tf.reduce_any(here & on_it & (tf.abs(rate) <= eps**0.5 * tf.abs(self.fired_rate)), axis=0),
         )
 
     def time(self, reading: tf.Tensor) -> tf.Tensor:

@@ -58,7 +58,7 @@ class EventFunctions:
         y: Nest,
         index: tf.Tensor,
         ahead: tf.Tensor,
-    ) -> tuple[tf.Tensor, Nest, tf.Tensor]:
+    ) -> tuple[tf.Tensor, Nest, tf.Tensor, tf.Tensor]:
         """Moves samples from next to an event exactly onto it, by Newton's method.
 
         The time `t` is a constant, and the time of the event is a differentiable function of the state at `t`, of the
@@ -73,7 +73,8 @@ class EventFunctions:
             ahead: the side of zero on which the function was before, times the direction of time, `(batch,)`.
 
         Returns:
-            The time from `t` to the event, the state there, and whether the state passes the surface of the event.
+            The time from `t` to the event, the state there, whether the state passes the surface of the event, and the
+            rate of change of the event function.
         """
         functions = self.values(with_gradient=True)
 
@@ -99,7 +100,7 @@ class EventFunctions:
         dt = newton(value, rate)
         near = moved_by(dt)
         dt = dt + newton(*value_and_rate(g, t + dt, near, vector_field(t + dt, near)))
-        return dt, moved_by(dt), passes
+        return dt, moved_by(dt), passes, tf.stop_gradient(rate)
 
     def reset(self, t: tf.Tensor, y: Nest, index: tf.Tensor) -> Nest:
         """The states after events. The other samples keep theirs."""

@@ -60,6 +60,7 @@ class _Phase(NamedTuple):
     next_jump: tf.Tensor
     sides: tf.Tensor  # on which side of zero each event function was before
     fired: tf.Tensor  # the event at which the phase starts, or -1
+    fired_rate: tf.Tensor  # the rate of change of its function when it fired
     done: tf.Tensor
     status: tf.Tensor
     stats: Stats
@@ -151,6 +152,7 @@ class HybridSolve:
             next_jump=zeros,
             sides=tf.zeros([len(self.terminal), tf.size(zeros)], problem.dtype),
             fired=zeros - 1,
+            fired_rate=tf.cast(zeros, problem.dtype),
             done=zeros < 0,
             status=zeros,
             stats=Stats(*[work] * len(Stats._fields)),
@@ -173,14 +175,14 @@ class HybridSolve:
         status = tf.where(phase.done, phase.status, trajectory.status)
         solved = (status == int(Status.SUCCESS)) & ~phase.done
         t, y = end, tf.nest.map_structure(lambda states: states[-1], trajectory.ys)
-        after, index, sides = y, phase.fired * 0 - 1, phase.sides
+        after, index, sides, rate = y, phase.fired * 0 - 1, phase.sides, phase.fired_rate
         if isinstance(trajectory.stop, Stop):
             index, sides = tf.where(solved, trajectory.stop.index, -1), trajectory.stop.sides
             stopped = tf.where(index >= 0, trajectory.stop.time, end)
-            t, y, after, passes = tf.cond(
+            t, y, after, passes, rate = tf.cond(
                 tf.reduce_any(index >= 0),
                 lambda: self._land(stopped, trajectory.ys, index, sides),
-                lambda: (stopped, y, y, solved),
+                lambda: (stopped, y, y, solved, rate),
             )
             status = tf.where((index >= 0) & ~passes, int(Status.GRAZING_EVENT), status)
         happened = (index >= 0) & (status == int(Status.SUCCESS))
@@ -204,6 +206,7 @@ class HybridSolve:
             next_jump=phase.next_jump + tf.cast(jumps, tf.int32),
             sides=sides,
             fired=tf.where(happened & goes_on, index, -1),
+            fired_rate=rate,
             done=~goes_on,
             status=status,
             stats=Stats(*[a + b for a, b in zip(phase.stats, trajectory.stats, strict=True)]),
@@ -222,6 +225,7 @@ class HybridSolve:
                 joint=not own.solver.per_sample,
                 sides=phase.sides,
                 fired=phase.fired,
+                fired_rate=phase.fired_rate,
             )
         if problem is not None:
             return problem._replace(detector=detector)
@@ -230,22 +234,22 @@ class HybridSolve:
             low, high = tf.minimum(phase.t, end), tf.maximum(phase.t, end)
             ts = tf.concat([ts[:1], tf.clip_by_value(self.between, low, high), ts[1:]], axis=0)
         # TensorFlow cannot update a metric in the gradient of a loop.
-        return own._replace(y0=phase.y, ts=ts, times_vary=True, on_backward=None, detector=detector)
+        return own._replace(y0=phase.y, ts=ts, times_vary=True, on_backward=None, detector=detector, is_phase=True)
 
     def _land(
         self, t: tf.Tensor, ys: Nest, index: tf.Tensor, sides: tf.Tensor
-    ) -> tuple[tf.Tensor, Nest, Nest, tf.Tensor]:
-        """The times of events, the states before and after them, and whether they happen at all."""
+    ) -> tuple[tf.Tensor, Nest, Nest, tf.Tensor, tf.Tensor]:
+        """The times of events, the states before and after, whether events happen at all, and rates of functions."""
         assert self.functions is not None
         problem = self.problem
         y = tf.nest.map_structure(lambda states: states[-1], ys)
         now = tf.cast(t, problem.dtype)
         ahead = tf.reduce_sum(tf.where(tf.range(len(self.terminal))[:, None] == index, sides, 0), axis=0)
         ahead = ahead * tf.sign(tf.cast(self.ts[-1] - self.ts[0], problem.dtype))
-        dt, y, passes = self.functions.land(
+        dt, y, passes, rate = self.functions.land(
             lambda t, y: problem.vector_field(t, y, problem.params), now, y, index, ahead
         )
-        return t + tf.cast(dt, t.dtype), y, self.functions.reset(now + dt, y, index), passes
+        return t + tf.cast(dt, t.dtype), y, self.functions.reset(now + dt, y, index), passes, rate
 
     def _outputs(self, phase: _Phase, t: tf.Tensor, ys: Nest) -> Nest:
         """The states at the times of the solve, with those that lie in a phase that has ended at `t`."""

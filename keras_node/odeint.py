@@ -183,17 +183,18 @@ def _odeint(
     dtype = tf.nest.flatten(y0)[0].dtype
     numbers = as_numbers(ts)
     ts, valid = checked_times(prepare_times(ts, dtype))
-    check_batch(y0, ts, solver, hybrid=bool(events) or jumps is not None)
+    hybrid = bool(events) or jumps is not None
+    check_batch(y0, ts, solver, hybrid)
     check_tolerances(y0, solver, gradient)
     check_size(y0, ts, solver)
 
     t0 = tf.cast(ts[0], dtype)
-    functions = None
-    field_args = args
+    if t0.shape.rank == 0 and (hybrid or solver.per_sample):
+        t0 = t0 + tf.zeros(tf.shape(tf.nest.flatten(y0)[0])[:1], dtype)
+    functions, field_args = None, args
     if events:
         args = as_tensors(args, dtype)
-        first = t0 + tf.zeros(tf.shape(tf.nest.flatten(y0)[0])[:1], dtype)
-        functions = EventFunctions(events, first, y0, args, training)
+        functions = EventFunctions(events, t0, y0, args, training)
         # The arguments may be those of the event alone.
         field_args = args if call_arguments(vector_field)[0] == 3 or not functions.take_args else None
     field = VectorField(vector_field, t0, y0, field_args, training, mask, jacobian)

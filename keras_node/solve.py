@@ -60,6 +60,8 @@ class Problem(NamedTuple):
         on_backward: a function that the gradient calls with the `Stats` and the status of its own solve, and with
             whether a failure of it is excused.
         detector: looks for events, at which samples stop; `None` for a solve to the last time.
+        is_phase: whether this is a part of a longer solve. Then `ts` that equal the first or the last one may lie
+            outside of this part, and have no loss.
     """
 
     vector_field: PureField
@@ -73,6 +75,7 @@ class Problem(NamedTuple):
     jit_compile: bool | tf.Tensor
     on_backward: Callable[[Stats, tf.Tensor, tf.Tensor], None] | None = None
     detector: EventDetector | None = None
+    is_phase: bool = False
 
     @property
     def forward_solver(self) -> RungeKutta:

@@ -95,6 +95,19 @@ def test_each_of_two_equal_times_has_the_gradient_of_its_own_state(gradient, opt
     np.testing.assert_allclose(tape.gradient(value, ts)[1:], tf.reduce_sum(upstream * rates, [1, 2])[1:], rtol=1e-5)
 
 
+def test_a_field_that_returns_the_state_itself_has_its_gradient():
+    """The state and its rate of change are then one tensor, and a tape has one gradient for both."""
+    for gradient in GRADIENTS:
+        y0, ts = tf.constant([[0.5]], tf.float64), tf.constant([0.0, 1.0, 3.0], tf.float64)
+        with tf.GradientTape() as tape:
+            tape.watch((y0, ts))
+            solver = keras_node.RungeKutta("dopri5", **TIGHT)
+            value = keras_node.odeint(lambda t, y: y, y0, ts, gradient=gradient, solver=solver).ys[1, 0, 0]
+        by_start, by_times = tape.gradient(value, (y0, ts))
+        np.testing.assert_allclose(by_start, [[np.e]], rtol=1e-7, err_msg=gradient)
+        np.testing.assert_allclose(by_times, [-np.e / 2, np.e / 2, 0], rtol=1e-7, atol=1e-7, err_msg=gradient)
+
+
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_a_sample_at_rest_has_the_gradient_of_its_times(gradient, per_sample):

@@ -1,6 +1,7 @@
 """The adjoint method: the gradient is the solution of a second ODE, solved backward in time."""
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -207,7 +208,9 @@ class BacksolveAdjoint:
         dts = tf.zeros_like(problem.ts)
         if problem.times_vary:
             dts = tf.cast(_time_gradient(problem, ys, dys, adjoint), dts.dtype)
-            adjoint = tf.nest.map_structure(lambda a: a + _unknown_derivative(problem.ts, stops, a), adjoint)
+            inner = (stops > 0) & (stops < clock.count) if problem.is_phase else tf.ones_like(stops, tf.bool)
+            unknown = functools.partial(_unknown_derivative, problem.ts, stops, inner)
+            adjoint = tf.nest.map_structure(lambda a: a + unknown(a), adjoint)
         adjoint = trees.add(adjoint, tf.nest.map_structure(lambda d: d[0], dys))
         gradients = [tf.cast(g, p.dtype) for g, p in zip(gradients, params, strict=True)]
         return (adjoint, dts, gradients), integral.stats, integral.status
@@ -298,23 +301,28 @@ def _augmented(vector_field: PureField, params: list[tf.Tensor]) -> VectorFieldW
 
 @tf.custom_gradient
 def _unknown_derivative(
-    ts: tf.Tensor, stops: tf.Tensor, like: tf.Tensor
+    ts: tf.Tensor, stops: tf.Tensor, matters: tf.Tensor, like: tf.Tensor
 ) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple]]:
-    """Zeros whose derivative is NaN with respect to times that coincide.
+    """Zeros whose derivative is NaN with respect to times that coincide, where that matters.
 
     There is no step between such times. So a second derivative would miss how the adjoint changes if one of them moves.
     """
 
     def gradient(upstream: tf.Tensor) -> tuple:
         del upstream
-        coincide = stops[:0:-1] == stops[-2::-1]
+        coincide = (stops[:0:-1] == stops[-2::-1]) & matters[:0:-1]
         if stops.shape.rank > ts.shape.rank:
             coincide = tf.reduce_any(coincide, axis=1)
         elif stops.shape.rank < ts.shape.rank:
             coincide = coincide[:, None]
         none = tf.zeros_like(coincide[:1])
         unknown = tf.concat([none, coincide], axis=0) | tf.concat([coincide, none], axis=0)
-        return tf.where(unknown, tf.constant(float("nan"), ts.dtype), tf.zeros_like(ts)), None, tf.zeros_like(like)
+        return (
+            tf.where(unknown, tf.constant(float("nan"), ts.dtype), tf.zeros_like(ts)),
+            None,
+            None,
+            tf.zeros_like(like),
+        )
 
     return tf.zeros_like(like), gradient
 

@@ -259,15 +259,16 @@ class Replay:
         def body(cotangent: Nest, direct: Nest, dreadings: tuple[tf.Tensor, ...], i: tf.Tensor) -> tuple:
             now, index = _is_due(readings, progress, i), tf.maximum(i, 0)
             theta = progress.fraction(pick(readings, index))
-            parts = (step.y1, [rates.y for rates in step.k], step.dt)
+            # Copies, because a field may return the state itself, and one tensor has only one gradient.
+            parts, y0 = tf.nest.map_structure(tf.identity, ((step.y1, [rates.y for rates in step.k], step.dt), step.y0))
             with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(tf.nest.flatten((parts, step.y0, theta)))
+                tape.watch(tf.nest.flatten((parts, y0, theta)))
                 y1, k, dt = parts
-                moved = step._replace(y1=y1, k=[Rates(rate) for rate in k], dt=dt)
+                moved = step._replace(y0=y0, y1=y1, k=[Rates(rate) for rate in k], dt=dt)
                 y = interpolate(self.tableau, moved, theta)
             dy = tf.nest.map_structure(lambda d: pick(d, index), dys)
             dy = trees.where(now, dy, tf.nest.map_structure(tf.zeros_like, dy))
-            dparts, dy0, dtheta = vjp(tape, y, (parts, step.y0, theta), dy)
+            dparts, dy0, dtheta = vjp(tape, y, (parts, y0, theta), dy)
             if dreadings:
                 moved = tf.math.divide_no_nan(dtheta, progress.length)
                 dreadings = (
