@@ -78,13 +78,16 @@ class EventFunctions:
         """
         functions = self.values(with_gradient=True)
 
-        def g(t: tf.Tensor, y: Nest) -> tf.Tensor:
-            return tf.add_n(
-                [tf.where(index == i, function(t, y), tf.zeros_like(t)) for i, function in enumerate(functions)]
-            )
+        def own(t: tf.Tensor, y: Nest, dy: Nest) -> tuple[tf.Tensor, tf.Tensor]:
+            """The value and the rate of change of the function of each sample's own event."""
+            total, total_rate = tf.zeros_like(t), tf.zeros_like(t)
+            for i, function in enumerate(functions):
+                value, rate = value_and_rate(function, t, y, dy)
+                total, total_rate = tf.where(index == i, value, total), tf.where(index == i, rate, total_rate)
+            return total, total_rate
 
         dy = vector_field(t, y)
-        value, rate = value_and_rate(g, t, y, dy)
+        value, rate = own(t, y, dy)
         passes = (index < 0) | (rate * ahead < 0)
 
         def newton(value: tf.Tensor, rate: tf.Tensor) -> tf.Tensor:
@@ -99,7 +102,7 @@ class EventFunctions:
 
         dt = newton(value, rate)
         near = moved_by(dt)
-        dt = dt + newton(*value_and_rate(g, t + dt, near, vector_field(t + dt, near)))
+        dt = dt + newton(*own(t + dt, near, vector_field(t + dt, near)))
         return dt, moved_by(dt), passes, tf.stop_gradient(rate)
 
     def reset(self, t: tf.Tensor, y: Nest, index: tf.Tensor) -> Nest:

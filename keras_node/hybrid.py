@@ -40,15 +40,12 @@ def solve_hybrid(
     Returns:
         The trajectory, in which a sample stands still after a terminal event, and the events.
     """
-    precision = problem.ts.dtype
-    if problem.numbers is not None:
-        # Every phase forms the differences of its own times, and these must not be rounded before.
-        problem = problem._replace(ts=tf.constant(problem.numbers), numbers=None)
+    # The times of phases are known only as the solve goes on.
+    problem = problem._replace(numbers=None)
     solve = HybridSolve(problem, gradient, functions, max_events)
     if jumps is not None:
         solve.jumps = prepare_jumps(jumps, solve.ts, problem.y0)
-    trajectory, history = solve()
-    return trajectory, None if history is None else history._replace(ts=tf.cast(history.ts, precision))
+    return solve()
 
 
 class _Phase(NamedTuple):
@@ -126,22 +123,22 @@ class HybridSolve:
                 return tf.concat([y0[None], _where(reached, y, y1), y1[None]], axis=0)
 
             ys = tf.nest.map_structure(leaf, self.problem.y0, end.ys, last)
-        return Trajectory(ys, end.stats, end.status), None if self.functions is None else end.history
+        return Trajectory(ys, end.stats, end.status), None if self.functions is None else _marked(end.history)
 
     def _start(self) -> _Phase:
         """The beginning of the first phase."""
         problem, zeros = self.problem, self.no_sample
 
-        def unknown(like: tf.Tensor) -> tf.Tensor:
-            return tf.repeat(like[None] * float("nan"), self.max_events, axis=0)
+        def rows(like: tf.Tensor) -> tf.Tensor:
+            return tf.repeat(tf.zeros_like(like)[None], self.max_events, axis=0)
 
         # Times that equal the first one have its state, and no phase reaches them.
         size = tf.shape(self.ts)[0] - 2
         ys = tf.nest.map_structure(lambda y: tf.repeat(y[None], size, axis=0), problem.y0)
         history = EventHistory(
-            ts=unknown(tf.zeros_like(self.ts[0])),
-            index=tf.repeat(zeros[None] - 1, self.max_events, axis=0),
-            ys=tf.nest.map_structure(lambda y: unknown(tf.zeros_like(y)), problem.y0),
+            ts=rows(self.ts[0]),
+            index=rows(zeros) - 1,
+            ys=tf.nest.map_structure(rows, problem.y0),
             count=zeros,
         )
         work = zeros if self.functions is not None or problem.solver.per_sample else tf.constant(0)
@@ -179,10 +176,12 @@ class HybridSolve:
         if isinstance(trajectory.stop, Stop):
             index, sides = tf.where(solved, trajectory.stop.index, -1), trajectory.stop.sides
             stopped = tf.where(index >= 0, trajectory.stop.time, end)
-            t, y, after, passes, rate = tf.cond(
-                tf.reduce_any(index >= 0),
-                lambda: self._land(stopped, trajectory.ys, index, sides),
-                lambda: (stopped, y, y, solved, rate),
+            # A loop of at most one round, because converters to other formats know it better than a condition.
+            t, y, after, passes, rate, _ = tf.while_loop(
+                lambda *values: values[-1],
+                lambda t, y, *_: (*self._land(t, y, index, sides), False),
+                (stopped, y, y, solved, rate, tf.reduce_any(index >= 0)),
+                maximum_iterations=1,
             )
             status = tf.where((index >= 0) & ~passes, int(Status.GRAZING_EVENT), status)
         happened = (index >= 0) & (status == int(Status.SUCCESS))
@@ -237,12 +236,11 @@ class HybridSolve:
         return own._replace(y0=phase.y, ts=ts, times_vary=True, on_backward=None, detector=detector, is_phase=True)
 
     def _land(
-        self, t: tf.Tensor, ys: Nest, index: tf.Tensor, sides: tf.Tensor
+        self, t: tf.Tensor, y: Nest, index: tf.Tensor, sides: tf.Tensor
     ) -> tuple[tf.Tensor, Nest, Nest, tf.Tensor, tf.Tensor]:
         """The times of events, the states before and after, whether events happen at all, and rates of functions."""
         assert self.functions is not None
         problem = self.problem
-        y = tf.nest.map_structure(lambda states: states[-1], ys)
         now = tf.cast(t, problem.dtype)
         ahead = tf.reduce_sum(tf.where(tf.range(len(self.terminal))[:, None] == index, sides, 0), axis=0)
         ahead = ahead * tf.sign(tf.cast(self.ts[-1] - self.ts[0], problem.dtype))
@@ -273,6 +271,19 @@ def _noted(history: EventHistory, happened: tf.Tensor, t: tf.Tensor, index: tf.T
         ys=tf.nest.map_structure(lambda new, old: _where(here, new[None], old), y, history.ys),
         count=history.count + tf.cast(happened, tf.int32),
     )
+
+
+def _marked(history: EventHistory) -> EventHistory:
+    """The history with NaN where there was no event."""
+    happened = tf.cast(history.index >= 0, tf.nest.flatten(history.ys)[0].dtype)
+    # The quotient is 1 or NaN. A converter may write a selection as a sum of products, which would always be NaN.
+    mark = happened / happened
+
+    def leaf(y: tf.Tensor) -> tf.Tensor:
+        return y * tf.reshape(mark, tf.concat([tf.shape(mark), tf.ones([y.shape.rank - 2], tf.int32)], axis=0))
+
+    ts = history.ts * tf.cast(mark, history.ts.dtype)
+    return history._replace(ts=ts, ys=tf.nest.map_structure(leaf, history.ys))
 
 
 def _where(mask: tf.Tensor, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import keras
 import tensorflow as tf
 
 from keras_node.clock import reorder
@@ -75,11 +76,11 @@ def check_jumps(jumps: Any) -> None:
 
 def map_amounts(function: Callable[[Any, tf.Tensor], tf.Tensor], amounts: Nest, y0: Nest) -> Nest:
     """Calls a function for every tensor of the state, with the amounts of jumps that belong to it."""
-    if not tf.nest.is_nested(y0):
-        return function(amounts, y0)
     try:
-        return tf.nest.map_structure(function, amounts, y0)
-    except TypeError as error:
+        return keras.tree.map_structure_up_to(y0, function, amounts, y0)
+    except (TypeError, ValueError) as error:
+        if not tf.nest.is_nested(y0):
+            raise
         raise ValueError(
             f"The amounts of `jumps` must have the structure of the state. Received: amounts={amounts!r}"
         ) from error

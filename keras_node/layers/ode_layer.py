@@ -85,11 +85,11 @@ class ODELayer(SolvingLayer):
     Output shape:
         The input shape, with a last axis that is longer by `augment_dims`. With `ts`, `(batch, T, ..., features)`.
 
-        With `return_events`, a pair of this and a dictionary of the `M` possible events of each sample, where `M` is
-        `max_events`, or 1 if all events are terminal: `"ts"`, the times `(batch, M)`; `"index"`, the number of the
-        event in the list `event`, `(batch, M)`; `"ys"`, the states before the events, `(batch, M, ..., features)`; and
-        `"count"`, the number of events, `(batch,)`. Where there was no event, times and states are NaN and the index
-        is -1.
+        With `return_events`, the layer returns four more outputs after this one, in the order of
+        `keras_node.EventHistory`: the times of the events, `(batch, M)`; the number of each event in the list `event`,
+        `(batch, M)`; the states before the events, `(batch, M, ..., features)`; and how many events there were,
+        `(batch,)`. `M` is `max_events`, or 1 if all events are terminal. Where there was no event, times and states are
+        NaN and the number is -1.
 
     Masking:
         The mask is passed to a field that takes `mask`. The layer solves masked steps like the others. The output
@@ -154,20 +154,22 @@ class ODELayer(SolvingLayer):
         self.supports_masking = True
         self.masked = _Masked(autocast=False, dtype=self.dtype_policy)
 
-    def __call__(self, inputs: Nest, ts: Any = None, args: Any = None, **kwargs: Any) -> Nest:
+    def __call__(self, inputs: Nest, ts: Any = None, args: Any = None, jumps: Any = None, **kwargs: Any) -> Nest:
         # Keras would convert NumPy arrays to float64 tensors, and it takes lists of numbers only as keyword arguments.
         args = tf.nest.map_structure(self._argument, args)
         if ts is not None:
             _check_times(_shape(ts))
+        if jumps is not None:
+            check_jumps(jumps)
+            jumps = self._without_mixture(jumps)
         if isinstance(ts, np.ndarray):
             # Keras would convert the array to a tensor, and then the solve would compute a gradient for these times.
             ts = ts.tolist()
-        return super().__call__(inputs, ts=ts, args=args, **kwargs)
+        return super().__call__(inputs, ts=ts, args=args, jumps=jumps, **kwargs)
 
     def build(self, inputs_shape: Nest, ts_shape: tuple | None = None) -> None:
         # Keras does not pass the shapes of an argument called `args`. A field that takes it is built by the first call.
-        if isinstance(self.vector_field, keras.Layer) and call_arguments(self.vector_field)[0] < 3:
-            self._build_field(inputs_shape, ts_shape is not None and len(ts_shape) == 2, None)
+        self._build_nested(inputs_shape, ts_shape is not None and len(ts_shape) == 2, None)
 
     def call(
         self,
@@ -206,7 +208,7 @@ class ODELayer(SolvingLayer):
         assert solution.events is not None
         times, index, states, count = solution.events
         states = tf.nest.map_structure(lambda y: ops.cast(ops.moveaxis(y, 0, 1), self.compute_dtype), states)
-        return outputs, {"ts": ops.transpose(times), "index": ops.transpose(index), "ys": states, "count": count}
+        return outputs, ops.transpose(times), ops.transpose(index), states, count
 
     def compute_output_spec(
         self,
@@ -220,9 +222,9 @@ class ODELayer(SolvingLayer):
     ) -> Nest:
         del training, jumps
         ts_shape = None if ts is None else _shape(ts)
-        if args is not None and isinstance(self.vector_field, keras.Layer):
+        if args is not None:
             own_times = ts_shape is not None and len(ts_shape) == 2
-            self._build_field(tf.nest.map_structure(lambda x: tuple(x.shape), inputs), own_times, args)
+            self._build_nested(tf.nest.map_structure(lambda x: tuple(x.shape), inputs), own_times, args)
 
         def output(x: keras.KerasTensor) -> keras.KerasTensor:
             return keras.KerasTensor(self._output_shape(tuple(x.shape), ts_shape), dtype=self.compute_dtype)
@@ -231,16 +233,15 @@ class ODELayer(SolvingLayer):
         outputs = self._with_mask(outputs, _known(inputs_mask if mask is None else mask), ts)
         if not self.return_events:
             return outputs
-        ts_dtype = self.variable_dtype if ts is None else prepare_times(ts, self.variable_dtype).dtype
-        dtypes = {"ts": keras.backend.standardize_dtype(ts_dtype), "index": "int32", "count": "int32"}
+        dtype = self.variable_dtype if ts is None else prepare_times(ts, self.variable_dtype).dtype
+        dtypes = (keras.backend.standardize_dtype(dtype), "int32", self.compute_dtype, "int32")
         shapes = self._event_shapes(tf.nest.map_structure(lambda x: tuple(x.shape), inputs))
-        events = {name: keras.KerasTensor(shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
-        states = _map_shapes(lambda shape: keras.KerasTensor(shape, dtype=self.compute_dtype), shapes["ys"])
-        return outputs, {**events, "ys": states}
+        specs = [_specs(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        return outputs, *specs
 
     def compute_output_shape(self, inputs_shape: Nest, ts_shape: tuple | None = None) -> Nest:
         shapes = _map_shapes(lambda shape: self._output_shape(shape, ts_shape), inputs_shape)
-        return (shapes, self._event_shapes(inputs_shape)) if self.return_events else shapes
+        return (shapes, *self._event_shapes(inputs_shape)) if self.return_events else shapes
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
@@ -253,16 +254,16 @@ class ODELayer(SolvingLayer):
         )
         return config
 
-    def _event_shapes(self, inputs_shape: Nest) -> dict[str, Any]:
-        """The shapes of the dictionary of events."""
+    def _event_shapes(self, inputs_shape: Nest) -> tuple[Nest, ...]:
+        """The shapes of the outputs that describe events."""
         number = 1 if all(event.terminal for event in as_events(self.event)) else self.max_events
         states = _map_shapes(lambda shape: (shape[0], number, *self._augmented_shape(shape)[1:]), inputs_shape)
         leaves: list[tuple] = []
         _map_shapes(leaves.append, inputs_shape)
         batch = leaves[0][0]
-        return {"ts": (batch, number), "index": (batch, number), "ys": states, "count": (batch,)}
+        return (batch, number), (batch, number), states, (batch,)
 
-    def _build_field(self, inputs_shape: Nest, own_times: bool, args: Any) -> None:
+    def _build_nested(self, inputs_shape: Nest, own_times: bool, args: Any) -> None:
         def spec(shape: tuple) -> keras.KerasTensor:
             return keras.KerasTensor(shape, dtype=self.variable_dtype)
 
@@ -270,15 +271,23 @@ class ODELayer(SolvingLayer):
         rank = len(tf.nest.flatten(y)[0].shape)
         events = as_events(self.event)
         own_time = spec((None,) + (1,) * (rank - 1))
-        build(self.vector_field, own_time if own_times or self.solver.per_sample or events else spec(()), y, args)
+        t = own_time if own_times or self.solver.per_sample or events else spec(())
+        if isinstance(self.vector_field, keras.Layer) and (
+            args is not None or call_arguments(self.vector_field)[0] < 3
+        ):
+            build(self.vector_field, t, y, args)
         for event in events:
             event.build(own_time, y, args)
 
+    def _without_mixture(self, jumps: tuple[Any, Nest]) -> tuple[Any, Nest]:
+        """Returns jumps as numbers, or as tensors if any of them is one, because Keras does not take a mixture."""
+        if any(as_numbers(x) is None for x in tf.nest.flatten(tuple(jumps))):
+            return prepare_times(jumps[0], self.variable_dtype), tf.nest.map_structure(self._argument, jumps[1])
+        return tf.nest.map_structure(lambda x: np.asarray(x).tolist(), tuple(jumps))
+
     def _jumps(self, jumps: Any, y0: Nest) -> tuple[Any, Nest]:
         """Returns times and amounts of jumps with the axis of jumps first, as a solve takes them."""
-        check_jumps(jumps)
-        times, amounts = jumps
-        times = prepare_times(times, self.variable_dtype) if as_numbers(times) is None else np.asarray(times)
+        times, amounts = prepare_times(jumps[0], self.variable_dtype), jumps[1]
 
         def amount(a: Any, y: tf.Tensor) -> tf.Tensor:
             a = ops.cast(ops.convert_to_tensor(a), self.variable_dtype)
@@ -286,7 +295,7 @@ class ODELayer(SolvingLayer):
                 a = ops.pad(a, [(0, 0)] * (len(a.shape) - 1) + [(0, self.augment_dims)])
             return ops.moveaxis(a, 1, 0) if len(a.shape) == len(y.shape) + 1 else a
 
-        return times.T if isinstance(times, np.ndarray) else ops.transpose(times), map_amounts(amount, amounts, y0)
+        return ops.transpose(times), map_amounts(amount, amounts, y0)
 
     def _initial_state(self, x: tf.Tensor) -> tf.Tensor:
         if not tf.as_dtype(x.dtype).is_floating:
@@ -373,6 +382,11 @@ def _check_times(shape: tuple) -> None:
 def _known(mask: Nest) -> Nest:
     """Returns a nest of masks, or `None` if all its masks are `None`."""
     return None if all(m is None for m in tf.nest.flatten(mask)) else mask
+
+
+def _specs(shapes: Nest, dtype: str) -> Nest:
+    """Tensor specs of these shapes."""
+    return _map_shapes(lambda shape: keras.KerasTensor(shape, dtype=dtype), shapes)
 
 
 def _map_shapes(function: Callable[[tuple], Any], shapes: Nest) -> Nest:
