@@ -112,8 +112,10 @@ class HybridSolve:
                 (start,),
                 maximum_iterations=most,
             )
-        # A sample stands still where its last phase has ended.
-        last = trees.poison(end.status != 0, end.y)
+        # A sample stands still where its last phase has ended. A failure makes the value NaN but not the derivative, so
+        # that a loss can leave the sample out.
+        failed = trees.poison(end.status != 0, end.y)
+        last = tf.nest.map_structure(lambda y, value: y + tf.stop_gradient(value - y), end.y, failed)
         if self.ts.shape[0] == 2:
             ys = tf.nest.map_structure(lambda a, b: tf.stack([a, b]), self.problem.y0, last)
         else:
