@@ -3,8 +3,8 @@
     python benchmarks/events.py              # a minute on two cores
     python benchmarks/events.py --rounds 5   # quicker
 
-The cases are the MLPs of `benchmarks/cases.py`, compiled with XLA. The event function sums the state and compares the sum with a level
-that it never reaches. Both programs run in turn, and the least time of each counts.
+The cases are the MLPs of `benchmarks/cases.py`, compiled with XLA. The event function compares the sum of the state
+with a level that it never reaches. Both programs run in turn, and the least time of each counts.
 """
 
 import argparse

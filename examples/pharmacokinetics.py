@@ -116,7 +116,7 @@ def relative_error(y_true, y_pred):
 
 def draw(path, test, rates, learnt):
     """Draws three patients with their doses, and the learnt rates against the true ones."""
-    (properties, doses, amounts, times), blood, _ = test
+    (_, doses, amounts, times), blood, _ = test
     figure, axes = plt.subplots(1, 5, figsize=(18, 3.6), layout="constrained")
     grid = np.repeat(np.linspace(0.1, HOURS, 300, dtype="float32")[None], 3, axis=0)
     for label, color, values in (("true", "0.6", rates), ("learnt", "tab:blue", learnt)):
@@ -163,7 +163,7 @@ def main():
         wrong = np.median(np.abs(learnt / test[2] - 1), axis=0)
         print(f"{name:16}{error:18.3f}{''.join(f'{100 * w:12.1f} %' for w in wrong)}")
     print(
-        f"the noise of the samples is {NOISE:.0%}; the errors of the rates are medians over patients not seen in training"
+        f"noise of the samples: {NOISE:.0%}; errors of the rates: medians over patients that were not seen in training"
     )
     print(f"{time.perf_counter() - began:.0f} seconds")
     draw(options.out, test, test[2], learnt)

@@ -156,9 +156,9 @@ def draw(path, start, true, predicted, side):
     figure, axes = plt.subplots(1, len(predicted), figsize=(12, 5), layout="constrained")
     grid = np.stack(np.meshgrid(np.linspace(-2.5, 2.5, 150), np.linspace(-3, 3, 150)), axis=-1).astype("float32")
     flat = grid.reshape(-1, 2)
-    learnt = ops.convert_to_numpy(side(flat)).reshape(150, 150)
+    truth, learnt = (np.reshape(ops.convert_to_numpy(f(flat)), (150, 150)) for f in (true_side, side))
     for axis, (name, paths) in zip(axes, predicted.items(), strict=True):
-        axis.contour(*np.moveaxis(grid, -1, 0), true_side(flat).reshape(150, 150), [0], colors="0.6", linewidths=4)
+        axis.contour(*np.moveaxis(grid, -1, 0), truth, [0], colors="0.6", linewidths=4)
         if name == "neural event function":
             axis.contour(*np.moveaxis(grid, -1, 0), learnt, [0], colors="tab:red", linewidths=1.5)
         for i in range(4):
