@@ -55,6 +55,7 @@ class EventDetector:
     Args:
         functions: for each event a function `g(t, y)` that returns `(batch,)`, with `t` of shape `(batch,)`.
         directions: for each event 1 if only a rising function is an event, -1 if only a falling one, 0 for both.
+        resets: for each event whether it has a reset.
         origin: the first time of every sample, `(batch,)`, in a precision that tells times apart.
         span: the time from the first to the last time of the whole solve, negative backward in time, `(batch,)`.
         joint: whether samples share the norm of the error.
@@ -67,6 +68,7 @@ class EventDetector:
         self,
         functions: Sequence[Callable[[tf.Tensor, Nest], tf.Tensor]],
         directions: Sequence[int],
+        resets: Sequence[bool],
         origin: tf.Tensor,
         span: tf.Tensor,
         joint: bool,
@@ -76,6 +78,7 @@ class EventDetector:
     ) -> None:
         self.functions = functions
         self.directions = directions
+        self.resets = resets
         self.origin = origin
         self.span = span
         self.joint = joint
@@ -97,6 +100,9 @@ class EventDetector:
         # An event that happens at the same time as the one that has fired is still to come.
         waits = on_it & ~here & (self.sides != 0)
         sides = tf.where(on_it, tf.where(waits, self.sides, tf.sign(rate)), tf.sign(value))
+        # An event without a reset leaves the function on the other side.
+        is_reset = tf.constant(self.resets)[:, None]
+        sides = tf.where(here & ~is_reset, -self.sides, sides)
         nothing = tf.zeros_like(t)
         none = tf.zeros_like(nothing, tf.bool)
         return Detected(
@@ -108,7 +114,7 @@ class EventDetector:
             index=tf.fill(tf.shape(t), -1),
             time=t,
             # After a reset that stops the motion, what is left of it may be a rounding error.
-            stuck=tf.reduce_any(here & on_it & (tf.abs(rate) <= eps**0.5 * tf.abs(self.fired_rate)), axis=0),
+            stuck=tf.reduce_any(here & is_reset & on_it & (tf.abs(rate) <= eps**0.5 * tf.abs(self.fired_rate)), axis=0),
         )
 
     def time(self, reading: tf.Tensor) -> tf.Tensor:
@@ -138,6 +144,7 @@ class EventDetector:
         start: tf.Tensor,
         end: tf.Tensor,
         moved: tf.Tensor,
+        last: tf.Tensor,
     ) -> Detected:
         """Looks for events in a step.
 
@@ -148,6 +155,7 @@ class EventDetector:
             start: the reading of the clock at its start, `(batch,)`.
             end: the reading at its end.
             moved: whether a sample takes the step.
+            last: whether the solve ends with it.
 
         Returns:
             What is known now. A sample that is `landing` now, and was not before, must not take the step.
@@ -156,10 +164,10 @@ class EventDetector:
         values = self._values(step.t + step.dt, step.y1)
         directions = tf.constant(self.directions, sides.dtype)[:, None]
         counts = (sides != 0) & ((directions == 0) | (directions == -sides))
-        # An event at the last time may come late by the rounding error of a time.
+        # At the last time an event may be missed by the rounding error of a time.
         ulps = _ULPS * _eps(values) * tf.abs(tf.math.divide_no_nan(step.t + step.dt, step.dt))
-        late = tf.minimum(ulps, 0.5) * tf.abs(values - before)
-        crossed = moved & ~detected.landing & counts & (sides * values <= late)
+        nearly = tf.where(last, tf.minimum(ulps, 0.5) * tf.abs(values - before), 0)
+        crossed = moved & ~detected.landing & counts & (sides * values <= nearly)
         found = tf.reduce_any(crossed, axis=0)
         step = with_dense_stages(tableau, step, tf.reduce_any(found))
         fraction = tf.where(crossed, self._fractions(tableau, step, crossed, sides, before, values), 2.0)

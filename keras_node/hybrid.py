@@ -91,11 +91,14 @@ class HybridSolve:
         events = [] if functions is None else functions.events
         self.terminal = [event.terminal for event in events]
         self.directions = [event.direction for event in events]
+        self.resets = [event.reset is not None for event in events]
+        self.acts = [event.terminal or event.reset is not None for event in events]
         self.goes_on = not all(self.terminal)
         self.max_events = max_events if self.goes_on else 1
-        self.no_sample = tf.zeros(tf.shape(tf.nest.flatten(problem.y0)[0])[:1], tf.int32)
+        zeros = tf.zeros(tf.shape(tf.nest.flatten(problem.y0)[0])[:1], tf.int32)
+        self.no_event = zeros - 1
         ts = problem.ts if problem.ts.shape.rank == 2 else problem.ts[:, None]
-        self.ts = ts + tf.cast(self.no_sample, ts.dtype)
+        self.ts = ts + tf.cast(zeros, ts.dtype)
         # XLA has no gradient of an empty slice, so two times have no times between them instead of none of them.
         self.between = () if self.ts.shape[0] == 2 else self.ts[1:-1]
 
@@ -129,7 +132,7 @@ class HybridSolve:
 
     def _start(self) -> _Phase:
         """The beginning of the first phase."""
-        problem, zeros = self.problem, self.no_sample
+        problem, zeros = self.problem, self.no_event + 1
 
         def rows(like: tf.Tensor) -> tf.Tensor:
             return tf.repeat(tf.zeros_like(like)[None], self.max_events, axis=0)
@@ -150,7 +153,7 @@ class HybridSolve:
             ys=() if self.ts.shape[0] == 2 else ys,
             next_jump=zeros,
             sides=tf.zeros([len(self.terminal), tf.size(zeros)], problem.dtype),
-            fired=zeros - 1,
+            fired=self.no_event,
             fired_rate=tf.cast(zeros, problem.dtype),
             done=zeros < 0,
             status=zeros,
@@ -174,7 +177,7 @@ class HybridSolve:
         status = tf.where(phase.done, phase.status, trajectory.status)
         solved = (status == int(Status.SUCCESS)) & ~phase.done
         t, y = end, tf.nest.map_structure(lambda states: states[-1], trajectory.ys)
-        after, index, sides, rate = y, phase.fired * 0 - 1, phase.sides, phase.fired_rate
+        after, index, sides, rate = y, self.no_event, phase.sides, phase.fired_rate
         if isinstance(trajectory.stop, Stop):
             index, sides = tf.where(solved, trajectory.stop.index, -1), trajectory.stop.sides
             stopped = tf.where(index >= 0, trajectory.stop.time, end)
@@ -185,7 +188,8 @@ class HybridSolve:
                 (stopped, y, y, solved, rate, tf.reduce_any(index >= 0)),
                 maximum_iterations=1,
             )
-            status = tf.where((index >= 0) & ~passes, int(Status.GRAZING_EVENT), status)
+            # Nothing depends on the moment of an event that is only noted.
+            status = tf.where(_is_among(index, self.acts) & ~passes, int(Status.GRAZING_EVENT), status)
         happened = (index >= 0) & (status == int(Status.SUCCESS))
         too_many = happened & (phase.history.count >= self.max_events)
         status = tf.where(too_many, int(Status.MAX_EVENTS), status)
@@ -196,8 +200,7 @@ class HybridSolve:
                 lambda a: pick(a, tf.minimum(phase.next_jump, self.jumps.number - 1)), self.jumps.amounts
             )
             after = trees.where(jumps, trees.add(y, amount), after)
-        terminal = tf.reduce_any([happened & (index == i) & end for i, end in enumerate(self.terminal)], axis=0)
-        goes_on = jumps | (happened & ~terminal)
+        goes_on = jumps | (happened & ~_is_among(index, self.terminal))
         failed = status != int(Status.SUCCESS)
         here = trees.where(goes_on, after, trees.where(failed | phase.done, phase.y, y))
         return _Phase(
@@ -221,6 +224,7 @@ class HybridSolve:
             detector = EventDetector(
                 self.functions.values(with_gradient=False),
                 self.directions,
+                self.resets,
                 origin=tf.stop_gradient(phase.t),
                 span=tf.stop_gradient(tf.cast(self.ts[-1] - self.ts[0], own.dtype)),
                 joint=not own.solver.per_sample,
@@ -261,6 +265,11 @@ class HybridSolve:
     def _is_before(self, a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
         """Whether a solve reaches the time `a` before it reaches `b`."""
         return tf.where(self.ts[-1] < self.ts[0], a > b, a < b)
+
+
+def _is_among(index: tf.Tensor, flags: list[bool]) -> tf.Tensor:
+    """Whether an event is one of those with a flag. The index -1 is none of them."""
+    return tf.gather(tf.constant([0, *map(int, flags)]), index + 1) > 0
 
 
 def _noted(history: EventHistory, happened: tf.Tensor, t: tf.Tensor, index: tf.Tensor, y: Nest) -> EventHistory:

@@ -183,7 +183,8 @@ def integrate(
         if detector is not None:
             # The last step to an event is a part of a step that was accepted.
             accept = accept | detected.landing
-            detected = detector.update(detected, tableau, step, s.reading, end, s.running & accept)
+            last = end >= end_of_clock
+            detected = detector.update(detected, tableau, step, s.reading, end, s.running & accept, last)
             accept = accept & (s.detected.landing | ~detected.landing)
         accepted = where_running(s, accept, False)
         bound_by_stability = s.num_bound_by_stability

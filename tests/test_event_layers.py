@@ -148,6 +148,10 @@ def test_a_layer_gives_jumps_to_samples_of_a_batch():
 
 
 def test_an_event_has_a_config_and_refuses_what_makes_no_sense():
+    several = keras_node.ODELayer(growth, event=[Event(Level()), Event(growth, terminal=False)])
+    again = keras_node.ODELayer.from_config(several.get_config())
+    assert repr(again.event) == repr(several.event)
+    assert again.get_config() == several.get_config()
     event = Event(Level(), direction=1, terminal=False, name="level")
     again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(event))
     assert repr(again) == repr(event) == "Event('level', direction=1, terminal=False)"

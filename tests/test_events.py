@@ -403,6 +403,21 @@ def test_a_state_that_stays_on_the_surface_of_an_event_ends_with_a_status():
     assert np.isnan(solution.ys[2]).all()
 
 
+def test_an_event_that_is_only_noted_may_graze():
+    # y = (t - 1)^3 crosses zero where it does not move. A solve that only notes this can go on.
+    def run(**options):
+        event = Event(lambda t, y: first(y), **options)
+        solver = keras_node.RungeKutta("dopri5", step_size=0.7)
+        return keras_node.odeint(
+            lambda t, y: 3 * (t - 1) ** 2, f64([[-1.0]]), [0.0, 3.0], event=event, solver=solver, throw=False
+        )
+
+    noted = run(terminal=False)
+    np.testing.assert_array_equal(noted.status, [Status.SUCCESS])
+    np.testing.assert_allclose(noted.events.ts[0], [1.0], atol=1e-3)
+    np.testing.assert_allclose(noted.ys[-1], [[8.0]], rtol=1e-9)
+
+
 def test_a_touch_without_a_crossing_is_not_an_event():
     # y = (t - 1)^2 is zero at 1 but does not change its sign.
     solution = keras_node.odeint(lambda t, y: 2 * (t - 1), f64([[1.0]]), [0.0, 3.0], event=FIRST_IS_ZERO)

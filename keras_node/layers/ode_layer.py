@@ -59,7 +59,8 @@ class ODELayer(SolvingLayer):
         track_stats: whether the model gets metrics of the work of the solves, forward and backward: evaluations,
             steps, rejected steps, steps that are bound by stability, and failures. They appear in the logs of `fit`
             and `evaluate` (see `keras_node.SolverMonitor`). Their names begin with the name of the layer, so give
-            layers that count different names, in nested models too. A call without a known `training` counts nothing.
+            layers that count different names, in nested models too. A call without a known `training` counts nothing,
+            and gradients of solves with resets or jumps are not counted.
             Defaults to `False`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
@@ -150,7 +151,8 @@ class ODELayer(SolvingLayer):
         if return_events and not as_events(event):
             raise ValueError("`return_events` needs an `event`. Received: return_events=True, event=None")
         self.augment_dims = non_negative_integer("augment_dims", augment_dims)
-        self.set_options(solver, gradient, jit_compile, track_stats)
+        terminal = all(each.terminal for each in as_events(event))
+        self.set_options(solver, gradient, jit_compile, track_stats, counts_backward=terminal)
         self.supports_masking = True
         self.masked = _Masked(autocast=False, dtype=self.dtype_policy)
 
