@@ -106,7 +106,7 @@ class HybridSolve:
         """Solves the problem."""
         start = self._start()
         if self.jumps is None and not self.goes_on:
-            end = self._advance(start, self.problem)
+            end = self._advance(start, self.problem._replace(ts=self.ts))
         else:
             most = 1 + (self.max_events if self.goes_on else 0) + (0 if self.jumps is None else self.jumps.number)
             (end,) = tf.while_loop(

@@ -188,9 +188,11 @@ def _odeint(
     check_tolerances(y0, solver, gradient)
     check_size(y0, ts, solver)
 
-    t0 = tf.cast(ts[0], dtype)
-    if t0.shape.rank == 0 and (hybrid or solver.per_sample):
-        t0 = t0 + tf.zeros(tf.shape(tf.nest.flatten(y0)[0])[:1], dtype)
+    times = ts
+    if ts.shape.rank == 1 and (hybrid or solver.per_sample):
+        times = ts[:, None] + tf.zeros(tf.shape(tf.nest.flatten(y0)[0])[:1], ts.dtype)
+    t0 = tf.cast(times[0], dtype)
+    times = times if numbers is None else ts  # the clocks of numbers are computed once for all samples
     functions, field_args = None, args
     if events:
         args = as_tensors(args, dtype)
@@ -200,7 +202,7 @@ def _odeint(
     field = VectorField(vector_field, t0, y0, field_args, training, mask, jacobian)
     compiled = compiles(jit_compile, gradient, training, field.pure, tf.nest.flatten(y0)[0])
     on_backward = None if statistics is None else functools.partial(statistics.backward, training=training)
-    problem = Problem(field, y0, ts, field.params, solver, throw, numbers, numbers is None, compiled, on_backward)
+    problem = Problem(field, y0, times, field.params, solver, throw, numbers, numbers is None, compiled, on_backward)
     history = None
     if functions is None and jumps is None:
         ys, stats, status, _ = gradient(problem)

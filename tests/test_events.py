@@ -160,7 +160,7 @@ class Switching:
         solution = keras_node.odeint(
             field,
             Switching.y0,
-            [0.0, 1.7, 3.1],
+            [0.0, 0.4, 3.1],
             args=tf.unstack(p, 3),
             event=event,
             gradient=gradient,
@@ -461,17 +461,46 @@ def test_every_kind_of_step_finds_events_and_their_derivatives(solver):
 
 
 def test_the_gradient_of_times_that_are_given():
-    # Before its event a state moves with its time; after the event it does not.
-    event = Event(lambda t, y: y[:, 0] - 2)
+    # Before its event a state moves with its time; after the event it follows the first time alone.
+    event = Event(lambda t, y: y[:, 0] - 2 + 0.5 * y[:, 1])
     for gradient in ("backsolve", "checkpointed", "direct"):
         ts = f64([0.0, 1.0, 3.0])
         with tf.GradientTape() as tape:
             tape.watch(ts)
             solution = keras_node.odeint(
-                lambda t, y: y, f64([[1.0], [0.05]]), ts, event=event, gradient=gradient, solver=TIGHT
+                lambda t, y: tf.stack([y[:, 0], tf.cos(t[:, 0])], axis=1),
+                f64([[1.0, 0.0], [0.05, 0.0]]),
+                ts,
+                event=event,
+                gradient=gradient,
+                solver=TIGHT,
             )
             total = tf.reduce_sum(solution.ys)
         by_time = tape.gradient(total, ts)
-        # Sample 0 is at the event from log 2 on, so its state follows the first time alone.
-        moved = 0.05 * np.array([-np.e - np.exp(3), np.e, np.exp(3)])
-        np.testing.assert_allclose(by_time, moved, rtol=1e-8, err_msg=gradient)
+        # e^(t - a) and sin t - sin a, for the first time a. In sample 0 the event is at e^t + sin(t) / 2 = 2.
+        t = float(solution.events.ts[0, 0])
+        np.testing.assert_allclose(np.exp(t) + 0.5 * np.sin(t), 2, rtol=1e-9)
+        later = -(-np.exp(t) - 0.5) / (np.exp(t) + 0.5 * np.cos(t))  # dt*/da
+        by_start = 2 * (np.exp(t) * (later - 1) + np.cos(t) * later - 1)
+        # Sample 1 is solved to the end.
+        others = 0.05 * np.array([-np.e - np.exp(3), np.e, np.exp(3)]) + np.array([-2, np.cos(1.0), np.cos(3.0)])
+        np.testing.assert_allclose(by_time, others + np.array([by_start, 0, 0]), rtol=1e-7, err_msg=gradient)
+
+
+@pytest.mark.parametrize("height", [0.0, -1e-16, 1e-16])
+def test_a_ball_that_is_thrown_from_the_ground_comes_back(height):
+    # The first step passes the whole flight, and the ball starts on the ground but for a rounding error.
+    y0 = f64([[height, 4.9]])
+    field = BouncingBall.field
+    solver = keras_node.RungeKutta("dopri5", first_step=np.inf)
+    solution = keras_node.odeint(field, y0, [0.0, 3.0], args=[f64(9.8)], event=FIRST_IS_ZERO, solver=solver)
+    np.testing.assert_allclose(solution.events.ts[0], [1.0], rtol=1e-12)
+
+
+def test_samples_that_have_stopped_do_not_hide_the_error_of_the_others():
+    y0 = f64(np.concatenate([np.full((99, 2), [0.01, -1.0]), [[5.0, 0.0]]]))
+    event = Event(lambda t, y: tf.where(tf.norm(y, axis=1) < 2, first(y), f64(1.0)), direction=-1)
+    together = keras_node.odeint(oscillator, y0, [0.0, 20.0], event=event)
+    alone = keras_node.odeint(oscillator, y0[-1:], [0.0, 20.0])
+    np.testing.assert_array_equal(together.events.count, [1] * 99 + [0])
+    assert int(together.stats.num_steps[-1]) >= 0.9 * int(alone.stats.num_steps)

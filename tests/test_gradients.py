@@ -95,6 +95,25 @@ def test_each_of_two_equal_times_has_the_gradient_of_its_own_state(gradient, opt
     np.testing.assert_allclose(tape.gradient(value, ts)[1:], tf.reduce_sum(upstream * rates, [1, 2])[1:], rtol=1e-5)
 
 
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_with_steps_of_their_own_samples_have_times_of_their_own_in_every_evaluation(gradient):
+    ranks = set()
+
+    def noting(t, y):
+        ranks.add(t.shape.rank)
+        return tf.cos(t) * y
+
+    ts = tf.constant([0.0, 0.5, 1.0], tf.float64)
+    with tf.GradientTape() as tape:
+        tape.watch(ts)
+        solver = keras_node.RungeKutta(per_sample=True)
+        solution = keras_node.odeint(noting, tf.ones((2, 3), tf.float64), ts, gradient=gradient, solver=solver)
+        value = tf.reduce_sum(solution.ys)
+    assert tape.gradient(value, ts).shape == (3,)
+    assert solution.ts.shape == (3,)
+    assert ranks == {2}
+
+
 def test_a_field_that_returns_the_state_itself_has_its_gradient():
     """The state and its rate of change are then one tensor, and a tape has one gradient for both."""
     for gradient in GRADIENTS:
