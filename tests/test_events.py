@@ -475,13 +475,13 @@ def test_the_gradient_of_times_that_are_given():
                 gradient=gradient,
                 solver=TIGHT,
             )
-            total = tf.reduce_sum(solution.ys)
+            total = tf.reduce_sum(solution.ys) + 3 * solution.events.ts[0, 0]
         by_time = tape.gradient(total, ts)
         # e^(t - a) and sin t - sin a, for the first time a. In sample 0 the event is at e^t + sin(t) / 2 = 2.
         t = float(solution.events.ts[0, 0])
         np.testing.assert_allclose(np.exp(t) + 0.5 * np.sin(t), 2, rtol=1e-9)
         later = -(-np.exp(t) - 0.5) / (np.exp(t) + 0.5 * np.cos(t))  # dt*/da
-        by_start = 2 * (np.exp(t) * (later - 1) + np.cos(t) * later - 1)
+        by_start = 2 * (np.exp(t) * (later - 1) + np.cos(t) * later - 1) + 3 * later
         # Sample 1 is solved to the end.
         others = 0.05 * np.array([-np.e - np.exp(3), np.e, np.exp(3)]) + np.array([-2, np.cos(1.0), np.cos(3.0)])
         np.testing.assert_allclose(by_time, others + np.array([by_start, 0, 0]), rtol=1e-7, err_msg=gradient)
