@@ -1,6 +1,8 @@
-"""What the examples in docstrings may use without importing it, and how often Python collects garbage."""
+"""What the examples in docstrings may use without importing it, and when memory is given back."""
 
+import ctypes
 import gc
+import sys
 
 import keras
 import pytest
@@ -10,6 +12,15 @@ import keras_node
 
 # A graph is made of many small objects, and to look for garbage among them as often as Python does takes time.
 gc.set_threshold(200_000, 100, 100)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _memory_of_a_module():
+    """Returns the memory of graphs and compiled programs to the machine. Two workers need all of it."""
+    yield
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @pytest.fixture(autouse=True)
