@@ -92,7 +92,9 @@ def draw(path, layer, starts, samples, numbers):
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.2), layout="constrained", width_ratios=[2, 1])
     inputs = keras.Input((2,))
     states = np.stack([starts[:2], 0 * starts[:2]], axis=1)
-    predicted = keras.Model(inputs, layer(inputs, ts=LONG)[..., 0]).predict(states, verbose=0)
+    longer = keras.Model(inputs, layer(inputs, ts=LONG)[..., 0])
+    longer.compile(jit_compile=True)  # in an XLA program, a ball that bounces too often is NaN and raises nothing
+    predicted = longer.predict(states, verbose=0)
     for i, color in enumerate(("tab:blue", "tab:orange")):
         axes[0].plot(TIMES, samples[i], ".", color=color, label=f"ball {i + 1}, seen")
         axes[0].plot(LONG, predicted[i], color=color, lw=1, label="predicted")

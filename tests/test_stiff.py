@@ -228,7 +228,8 @@ def test_a_batch_of_very_different_stiffness_equals_each_sample_alone():
     together = solve(y0, rates)
     for i in range(4):
         alone = solve(y0[i : i + 1], rates[i : i + 1])
-        np.testing.assert_allclose(alone.ys[:, 0], together.ys[:, i], rtol=1e-12)
+        # Some processors round functions of one number and of four differently, and stiffness multiplies that.
+        np.testing.assert_allclose(alone.ys[:, 0], together.ys[:, i], rtol=1e-9)
         for mine, all_of_them in zip(alone.stats, together.stats, strict=True):
             assert mine[0] == all_of_them[i]
     exact = solve_ivp(
