@@ -38,9 +38,17 @@ example: $(INSTALLED)
 examples: $(INSTALLED)
 	@set -e; for example in examples/*.py; do echo "== $$example"; $(BIN)/python $$example; done
 
-# Every worker imports TensorFlow, so a few long-lived ones that steal work from each other.
+# Every worker imports TensorFlow, so a few long-lived ones that steal work from each other. Compiled programs stay in the
+# memory of a worker, so all tests take two runs, each with new workers.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --durations 10
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --durations 10 $(PYTEST_ARGS)
+ifeq ($(strip $(PYTEST_ARGS)),)
+	$(PYTEST) --ignore-glob='tests/test_[g-z]*.py'
+	$(PYTEST) tests --ignore-glob='tests/test_[a-f]*.py'
+else
+	$(PYTEST) $(PYTEST_ARGS)
+endif
 
 # For the work in between: numerics, signatures and the gradients of a solve, in about two minutes.
 QUICK_TESTS := \
