@@ -36,7 +36,7 @@ class Event:
             With `False` and without a `reset`, the solve notes the event and goes on.
         reset: the state after the event as a function of the state before it, a Keras layer or a callable with the
             arguments of `function`. The solve goes on from there. Defaults to `None`.
-        name: what plots and messages call the event. Defaults to `None`, for the name of `function`.
+        name: what the event is called where it is printed. Defaults to `None`, for the name of `function`.
 
     Raises:
         ValueError: for a `direction` other than -1, 0 and 1, and for a terminal event with a `reset`.

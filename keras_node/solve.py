@@ -122,20 +122,14 @@ class Stop(NamedTuple):
 
     def limit(self, ts: tf.Tensor) -> tf.Tensor:
         """The times `(T, batch)` of a solve that ends for each sample at its event."""
-        return tf.where(self._passes(ts), self.time, _by_sample(ts))
+        return tf.where(self._passes(ts), self.time, ts)
 
     def limit_gradient(self, ts: tf.Tensor, upstream: tf.Tensor) -> tf.Tensor:
         """The gradient of `ts` from that of the limited times. The time of the event counts as a constant."""
-        upstream = tf.where(self._passes(ts), tf.zeros_like(upstream), upstream)
-        return upstream if ts.shape.rank == 2 else tf.reduce_sum(upstream, axis=1)
+        return tf.where(self._passes(ts), tf.zeros_like(upstream), upstream)
 
     def _passes(self, ts: tf.Tensor) -> tf.Tensor:
-        ts = _by_sample(ts)
         return (self.index >= 0) & tf.where(ts[-1] < ts[0], ts < self.time, ts > self.time)
-
-
-def _by_sample(ts: tf.Tensor) -> tf.Tensor:
-    return ts if ts.shape.rank == 2 else ts[:, None]
 
 
 class Trajectory(NamedTuple):
