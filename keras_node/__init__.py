@@ -16,6 +16,7 @@ from keras_node.gradcheck import GradientCheck, gradcheck
 from keras_node.gradients.backsolve import BacksolveAdjoint
 from keras_node.gradients.checkpointed import CheckpointedAdjoint
 from keras_node.gradients.direct import DirectGradient
+from keras_node.gradients.reversible import ReversibleAdjoint
 from keras_node.layers.concat_squash import ConcatSquash, ConcatSquashField
 from keras_node.layers.gru_ode import GRUODEField
 from keras_node.layers.hamiltonian_field import HamiltonianField
@@ -52,6 +53,7 @@ __all__ = [
     "NeuralCDE",
     "ODELayer",
     "ODERNNCell",
+    "ReversibleAdjoint",
     "RungeKutta",
     "SecondOrder",
     "SecondOrderField",

@@ -1,12 +1,14 @@
 """What `odeint` checks before it solves. Every message says what arrived and what to do."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from keras_node.gradients import BacksolveAdjoint, Gradient
+from keras_node.events import Event
+from keras_node.gradients import BacksolveAdjoint, Gradient, ReversibleAdjoint
 from keras_node.solvers.rows import Rows
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.trees import Nest
@@ -26,6 +28,20 @@ def check_jacobian(jacobian: Any, solver: RungeKutta) -> None:
         raise ValueError(
             "Only an implicit method needs a Jacobian: leave out `jacobian`, or pass a method such as "
             f'solver="esdirk43". Received: jacobian={jacobian!r} with solver={solver!r}'
+        )
+
+
+def check_events(events: Sequence[Event], solver: RungeKutta, gradient: Gradient) -> None:
+    """Checks that the solver and the gradient can stop at events."""
+    if events and solver.tableau.symplectic:
+        raise ValueError(
+            "A symplectic method has no dense output, in which events could be found: use another method, such as "
+            f'solver="tsit5". Received: {len(events)} event(s) with solver={solver!r}'
+        )
+    if events and isinstance(gradient, ReversibleAdjoint):
+        raise ValueError(
+            'A reversible solve cannot stop at events: use gradient="checkpointed", which is exact too. '
+            f"Received: {len(events)} event(s) with gradient={gradient!r}"
         )
 
 

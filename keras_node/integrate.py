@@ -19,6 +19,7 @@ from keras_node.loop_start import first_evaluations, spacing, step_limit
 from keras_node.solution import Stats, Status
 from keras_node.solvers.butcher_tableau import ButcherTableau
 from keras_node.solvers.newton import ConstantField
+from keras_node.solvers.reversible import reversible_step
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.solvers.step import Rates, Step, is_bound_by_stability, quadrature_rate, rk_step
 from keras_node.step_size import Norm, rms_norm
@@ -64,6 +65,7 @@ class _LoopState(NamedTuple):
     steps_done: Nest  # the number of steps done in the segment; () if steps are adaptive
     step_size: tf.Tensor  # the length to attempt next
     y: Nest
+    companion: Nest  # the second state of reversible steps; otherwise ()
     quadrature: Nest
     k1: Nest  # the `Rates` at (reading, y) if the method is first same as last; otherwise ()
     history: tuple[tf.Tensor, ...]  # the memory of the controller
@@ -92,6 +94,7 @@ def integrate(
     constant_field: ConstantField | None = None,
     num_derivatives: int = 0,
     detector: EventDetector | None = None,
+    coupling: float | None = None,
 ) -> Integral:
     """Integrates `dy/dt = f(t, y)` from the clock's first stop to its last.
 
@@ -111,11 +114,15 @@ def integrate(
         num_derivatives: how often you can differentiate the result of an implicit method, by ordinary backpropagation.
         detector: looks for events. A sample in which one happens stands still from there on. Only with per-sample
             steps.
+        coupling: makes steps of an explicit method that can be undone (see `reversible_step`). By default steps are
+            ordinary ones.
 
     Returns:
         An `Integral`.
     """
     tableau, controller, per_sample = solver.tableau, solver.controller, solver.per_sample
+    # A reversible step begins at the companion, where the last step has not evaluated the field.
+    fsal = tableau.fsal and coupling is None
     error_norm: Norm = norm or functools.partial(rms_norm, per_sample=per_sample)
     end_of_clock = clock.end
     # The shape of everything that controls the loop: one value, or one for each sample.
@@ -152,6 +159,24 @@ def integrate(
             end, lands = tf.where(s.detected.landing, s.detected.target, end), lands & ~s.detected.landing
         return end, lands, proposed
 
+    def take_step(s: _LoopState, segment: Segment, dt: tf.Tensor) -> Step:
+        def inside(t: tf.Tensor, y: Nest) -> Rates:
+            return vector_field(segment.inside(t), y, segment.speed)
+
+        t = segment.time(s.reading)
+        if coupling is not None:
+            return reversible_step(solver, inside, t, dt, s.y, s.companion, coupling)
+        return rk_step(
+            solver,
+            inside,
+            t,
+            dt,
+            s.y,
+            k1=s.k1 if fsal else None,
+            constant_field=constant_field and constant_field.inside(segment),
+            num_derivatives=num_derivatives,
+        )
+
     def body(s: _LoopState) -> _LoopState:
         index = tf.minimum(s.segment, last_index) if several_segments else 0
         segment = clock.segment(index) if several_segments else first_segment
@@ -159,16 +184,7 @@ def integrate(
         # The length of a step is the difference of two readings, so their rounding errors do not add up.
         length = tf.subtract(where_running(s, end, s.reading), s.reading)
         dt = tf.multiply(length, segment.speed)
-        step = rk_step(
-            solver,
-            lambda t, y: vector_field(segment.inside(t), y, segment.speed),
-            t=segment.time(s.reading),
-            dt=dt,
-            y0=s.y,
-            k1=s.k1 if tableau.fsal else None,
-            constant_field=constant_field and constant_field.inside(segment),
-            num_derivatives=num_derivatives,
-        )
+        step = take_step(s, segment, dt)
         norm = error_norm if detector is None else detector.norm(s.running & ~s.detected.landing)
         decision = controller.decide(length, step.error, s.y, step.y1, s.history, norm)
         accept, finite, converged, num_iterations = decision.accept, decision.finite, s.converged, s.num_iterations
@@ -196,7 +212,7 @@ def integrate(
             return trees.where(accepted, new, old)
 
         reading, y = keep(end, s.reading), keep(step.y1, s.y)
-        k1 = keep(step.k[-1], s.k1) if tableau.fsal else ()
+        k1 = keep(step.k[-1], s.k1) if fsal else ()
         elapsed = dt if segment.speed.shape.rank == 0 else length
         gained = trees.add(s.quadrature, trees.scale(elapsed, quadrature_rate(tableau, step)))
         progress = Progress(index, s.reading, end, accepted)
@@ -233,6 +249,7 @@ def integrate(
             steps_done=steps_done,
             step_size=tf.stop_gradient(where_running(s, step_size, s.step_size)),
             y=y,
+            companion=keep(step.companion, s.companion) if coupling is not None else (),
             quadrature=keep(gained, s.quadrature),
             k1=k1,
             history=decision.history,
@@ -253,7 +270,7 @@ def integrate(
         assert jump is not None
         index = tf.minimum(index, last_index)
         y = trees.where(arrived, jump(index, y), y)
-        if tableau.fsal:
+        if fsal:
             segment = clock.segment(index)
             k1 = vector_field(segment.time(reading), y, segment.speed)
             restarts = restarts + tf.cast(arrived, tf.int32)
@@ -262,7 +279,15 @@ def integrate(
     if detector is not None:
         error_norm = detector.norm(end_of_clock > 0)
     k1, step_size, evaluations = first_evaluations(
-        vector_field, y0, first_segment, clock, solver, sample_shape, error_norm, first_step, detector is not None
+        vector_field,
+        y0,
+        first_segment,
+        clock,
+        solver,
+        sample_shape,
+        error_norm,
+        first_step,
+        needs_rate=fsal or detector is not None,
     )
     zeros = tf.zeros(sample_shape, tf.int32)
     detected: Nest = ()
@@ -277,8 +302,9 @@ def integrate(
         steps_done=() if solver.adaptive else zeros,
         step_size=step_size,
         y=y0,
+        companion=y0 if coupling is not None else (),
         quadrature=quadrature,
-        k1=k1 if tableau.fsal else (),
+        k1=k1 if fsal else (),
         history=controller.start(step_size),
         memories=tuple(observer.start(y0) for observer in observers),
         detected=detected,
@@ -304,7 +330,7 @@ def integrate(
         short = short & ~s.detected.landed
     ended = tf.where(short, int(Status.STEP_SIZE_UNDERFLOW), int(Status.SUCCESS))
     status = tf.where(s.running, int(Status.MAX_STEPS), tf.where(finite, ended, int(Status.NON_FINITE)))
-    evaluations = evaluations + s.num_restarts + s.num_attempts * _evaluations_per_step(tableau)
+    evaluations = evaluations + s.num_restarts + s.num_attempts * _evaluations_per_step(tableau, coupling)
     factorizations = iterations = zeros
     if tableau.implicit:
         status = tf.where(s.converged | s.running, status, int(Status.NO_CONVERGENCE))
@@ -338,7 +364,8 @@ def _is_finite(x: Nest, per_sample: bool) -> tf.Tensor:
     return tf.reduce_all(tf.stack(flags), axis=0)
 
 
-def _evaluations_per_step(tableau: ButcherTableau) -> int:
+def _evaluations_per_step(tableau: ButcherTableau, coupling: float | None) -> int:
     if tableau.implicit:
         return 1  # for the Jacobian; every iteration is another one
-    return tableau.num_stages - 1 if tableau.fsal else tableau.num_stages
+    own = tableau.num_stages - 1 if tableau.fsal else tableau.num_stages
+    return own if coupling is None else tableau.num_stages + own

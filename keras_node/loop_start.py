@@ -30,7 +30,7 @@ def first_evaluations(
     speed = segment.speed
     k1: Nest = ()
     evaluations = 0
-    if solver.tableau.fsal or adaptive_start or needs_rate:
+    if adaptive_start or needs_rate:
         k1, evaluations = vector_field(segment.inside(segment.first), y0, speed), 1
     if first_step is not None:
         return k1, first_step, evaluations

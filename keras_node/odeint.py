@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_node import gradients, solvers
 from keras_node.arguments import positive_integer
 from keras_node.call_context import CallContext
-from keras_node.checks import check_batch, check_jacobian, check_size, check_tolerances, checked_times
+from keras_node.checks import check_batch, check_events, check_jacobian, check_size, check_tolerances, checked_times
 from keras_node.event_functions import EventFunctions
 from keras_node.events import Event, as_events
 from keras_node.gradients import Gradient
@@ -73,9 +73,10 @@ def odeint(
             a method without an error estimate, it takes 10 steps between two times. Unless the solver has
             `per_sample=True`, the whole batch shares one error norm, which can hide an error of a single sample; see
             `keras_node.RungeKutta`.
-        gradient: how to differentiate the solve: `"backsolve"`, `"checkpointed"`, `"direct"`, or an object such as
-            `keras_node.BacksolveAdjoint()`. Defaults to `None`, for `"backsolve"`, and with an implicit method
-            `"checkpointed"`, because a stiff field cannot be solved backward.
+        gradient: how to differentiate the solve: `"backsolve"`, `"checkpointed"`, `"direct"`, `"reversible"`, or an
+            object such as `keras_node.BacksolveAdjoint()`. Defaults to `None`, for `"backsolve"`; with an implicit
+            method `"checkpointed"`, because a stiff field cannot be solved backward; and with a symplectic method
+            `"reversible"`.
         training: whether the field, and every layer in it, is in training mode. By default it is the mode of the layer
             or model whose `call` calls this function, and `False` outside of any layer.
         mask: the mask of the state, in the structure of the state. A field receives it if it has an argument `mask`, or
@@ -185,6 +186,7 @@ def _odeint(
     ts, valid = checked_times(prepare_times(ts, dtype))
     hybrid = bool(events) or jumps is not None
     check_batch(y0, ts, solver, hybrid)
+    check_events(events, solver, gradient)
     check_tolerances(y0, solver, gradient)
     check_size(y0, ts, solver)
 

@@ -24,6 +24,8 @@ class Status(enum.IntEnum):
     - `MAX_EVENTS` (6): more than `max_events` events happened in a sample, which then stopped.
     - `GRAZING_EVENT` (7): an event function is zero, and so is its rate of change, so the state touches the surface of
       the event but need not pass it. The solve cannot go on from there, and the event time has no derivative.
+    - `NOT_SEPARABLE` (8): the solver is symplectic, but the rate of the positions depends on positions, or the rate of
+      the velocities on velocities, where the solve starts.
     """
 
     SUCCESS = 0
@@ -34,6 +36,7 @@ class Status(enum.IntEnum):
     NO_CONVERGENCE = 5
     MAX_EVENTS = 6
     GRAZING_EVENT = 7
+    NOT_SEPARABLE = 8
 
 
 class Stats(NamedTuple):
@@ -100,6 +103,9 @@ STATUS_HELP = {
     "event, if events follow each other ever faster.",
     Status.GRAZING_EVENT: "an event function is zero and does not change there, so whether the event happens is not "
     "defined; end the solve before by a terminal event, or choose a `reset` that moves the state off the event.",
+    Status.NOT_SEPARABLE: "a symplectic method needs a field in which the rate of the positions depends on the "
+    "velocities (or momenta) only, and the rate of the velocities on the positions and the time only; for friction, or "
+    'an energy that is no sum of two parts, use another method, such as solver="tsit5".',
 }
 STABILITY_HELP = (
     "of which were as short as the stability of an explicit method demands; if these are most of them, the field is "

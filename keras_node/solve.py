@@ -12,8 +12,9 @@ from keras_node.clock import Clock, make_clock, merge, reorder
 from keras_node.event_detector import EventDetector
 from keras_node.integrate import Observer, integrate
 from keras_node.interpolation import DenseOutput
+from keras_node.phase_space import is_separable
 from keras_node.pure_function import PureFunction
-from keras_node.solution import Stats
+from keras_node.solution import Stats, Status
 from keras_node.solvers.newton import ConstantField
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.solvers.step import Rates
@@ -62,6 +63,7 @@ class Problem(NamedTuple):
         detector: looks for events, at which samples stop; `None` for a solve to the last time.
         is_phase: whether this is a part of a longer solve. Then `ts` that equal the first or the last one may lie
             outside of this part, and have no loss.
+        coupling: makes the steps of the solve reversible (see `reversible_step`); `None` for ordinary steps.
     """
 
     vector_field: PureField
@@ -76,6 +78,7 @@ class Problem(NamedTuple):
     on_backward: Callable[[Stats, tf.Tensor, tf.Tensor], None] | None = None
     detector: EventDetector | None = None
     is_phase: bool = False
+    coupling: float | None = None
 
     @property
     def forward_solver(self) -> RungeKutta:
@@ -176,6 +179,7 @@ def solve(problem: Problem, observers: Sequence[Observer] = (), num_derivatives:
         constant_field=problem.constant_field,
         num_derivatives=num_derivatives,
         detector=detector,
+        coupling=problem.coupling,
     )
     stats, detected = integral.stats, integral.detected
     stop: Stop | tuple[()] = ()
@@ -192,7 +196,26 @@ def solve(problem: Problem, observers: Sequence[Observer] = (), num_derivatives:
         ys = output.result(memory, y0, None if detector is None else integral.y1)
         if solver.tableau.a_dense:
             stats = stats._replace(num_evaluations=stats.num_evaluations + memory.num_evaluations)
-    return Trajectory(ys, stats, integral.status, stop), integral.memories[: len(observers)]
+    status = integral.status
+    if solver.tableau.symplectic:
+        ys, stats, status = _checked_halves(problem, ys, stats, status)
+    return Trajectory(ys, stats, status, stop), integral.memories[: len(observers)]
+
+
+def _checked_halves(problem: Problem, ys: Nest, stats: Stats, status: tf.Tensor) -> tuple[Nest, Stats, tf.Tensor]:
+    """The same, but failed if the field is not separable at the start, because a symplectic method would be wrong."""
+    t0, params = trees.stop_gradient((problem.times[0], problem.params))
+    separable = is_separable(
+        lambda y: problem.vector_field(t0, y, params), trees.stop_gradient(problem.y0), status.shape.rank == 1
+    )
+    status = tf.where(separable | (status != int(Status.SUCCESS)), status, int(Status.NOT_SEPARABLE))
+    usable = tf.cast(status != int(Status.NOT_SEPARABLE), problem.dtype)
+
+    def leaf(y: tf.Tensor) -> tf.Tensor:
+        return tf.concat([y[:1], trees.align(usable / usable, y[0]) * y[1:]], axis=0)
+
+    ys = trees.each(leaf, ys)
+    return ys, stats._replace(num_evaluations=stats.num_evaluations + 3), status
 
 
 def leave_start(problem: Problem, trajectory: Trajectory) -> Trajectory:
@@ -223,11 +246,16 @@ def solve_clock(problem: Problem) -> tuple[Clock, Nest]:
         if solver.num_steps is not None:
             clock, stops = make_clock(ts, dtype, solver.per_sample)
             return clock, () if ts.shape[0] == 2 else clock.readings_at(tf.cast(ts - ts[:1], dtype), stops)
-        times = tf.stack([ts[0], ts[-1]])
+        # A symplectic method has no dense output of its order, so that its steps end at all times too.
+        stops_at_all = solver.tableau.symplectic
+        times, place = ts if stops_at_all else tf.stack([ts[0], ts[-1]]), None
         if solver.step_at:
-            times, _ = merge(times, tf.constant(solver.step_at, ts.dtype))
-        clock, _ = make_clock(times, dtype, solver.per_sample, problem.precision if solver.step_at else None)
-        return clock, () if ts.shape[0] == 2 else clock.readings_at(tf.cast(ts - ts[:1], dtype))
+            times, place = merge(times, tf.constant(solver.step_at, ts.dtype))
+        clock, stops = make_clock(times, dtype, solver.per_sample, problem.precision if solver.step_at else None)
+        if ts.shape[0] == 2:
+            return clock, ()
+        known = None if not stops_at_all else stops if place is None else reorder(stops, place)
+        return clock, clock.readings_at(tf.cast(ts - ts[:1], dtype), known)
 
     return clock_of(problem, make, solver.per_sample)
 

@@ -12,6 +12,7 @@ from keras_node import gradients, solvers
 from keras_node.gradients.backsolve import BacksolveAdjoint
 from keras_node.gradients.checkpointed import CheckpointedAdjoint
 from keras_node.gradients.direct import DirectGradient
+from keras_node.gradients.reversible import ReversibleAdjoint
 from keras_node.jit_compile import CompileLater, check_jit_compile
 from keras_node.metrics import SolverMetric, SolverMetrics
 from keras_node.nested_layers import NestedLayers
@@ -22,7 +23,7 @@ from keras_node.trees import Nest
 
 # What the arguments `solver` and `gradient` may be.
 Solver = RungeKutta | str
-Gradient = BacksolveAdjoint | CheckpointedAdjoint | DirectGradient | str
+Gradient = BacksolveAdjoint | CheckpointedAdjoint | DirectGradient | ReversibleAdjoint | str
 
 
 class SolveOptions:
@@ -31,7 +32,7 @@ class SolveOptions:
     Args:
         name: the name of the layer.
         solver: a `keras_node.RungeKutta`, or the name of a method.
-        gradient: `"backsolve"`, `"checkpointed"`, `"direct"`, or an object.
+        gradient: `"backsolve"`, `"checkpointed"`, `"direct"`, `"reversible"`, or an object.
         jit_compile: `"auto"`, `True` or `False`.
         track_stats: whether to count the work of the solves, under the name of the layer.
         counts_backward: whether to count the solves of a gradient too. It must be `False` for a layer that solves in

@@ -43,6 +43,8 @@ def test_many_constant_steps_in_float32_end_where_they_should(mode, end):
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_gradients_of_many_constant_steps_in_float32(gradient):
     solver = keras_node.RungeKutta("rk4", step_size=0.02, max_steps=5_100)
+    if gradient == "reversible":
+        gradient = keras_node.ReversibleAdjoint(coupling=1)  # otherwise rounding errors grow by exp(5) over these steps
 
     @tf.function(jit_compile=True)
     def run(y0):

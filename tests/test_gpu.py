@@ -42,7 +42,7 @@ def assert_is_a_program_with_loops(program, count=2):
     assert program.count(" while(") >= count
 
 
-@pytest.mark.parametrize("gradient", ["backsolve", "checkpointed", "direct"])
+@pytest.mark.parametrize("gradient", ["backsolve", "checkpointed", "direct", "reversible"])
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_an_ode_layer_compiles_for_a_gpu_with_every_gradient(gradient, per_sample):
     solver = keras_node.RungeKutta("bosh3", max_steps=64, per_sample=per_sample)

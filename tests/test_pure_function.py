@@ -8,7 +8,7 @@ import tensorflow as tf
 import keras_node
 from keras_node.gradients import GRADIENTS
 
-SOLVER = keras_node.RungeKutta("rk4", num_steps=4)
+SOLVER = keras_node.RungeKutta("rk4", num_steps=8)
 modes = pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 gradients = pytest.mark.parametrize("gradient", GRADIENTS)
 

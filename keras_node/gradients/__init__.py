@@ -8,25 +8,42 @@ from keras_node.arguments import one_of
 from keras_node.gradients.backsolve import BacksolveAdjoint
 from keras_node.gradients.checkpointed import CheckpointedAdjoint
 from keras_node.gradients.direct import DirectGradient
+from keras_node.gradients.reversible import ReversibleAdjoint
 from keras_node.solvers.runge_kutta import RungeKutta
 
-Gradient: TypeAlias = BacksolveAdjoint | CheckpointedAdjoint | DirectGradient
+Gradient: TypeAlias = BacksolveAdjoint | CheckpointedAdjoint | DirectGradient | ReversibleAdjoint
 
 GRADIENTS: dict[str, type[Gradient]] = {
     "backsolve": BacksolveAdjoint,
     "checkpointed": CheckpointedAdjoint,
     "direct": DirectGradient,
+    "reversible": ReversibleAdjoint,
 }
 
 
 def default(solver: RungeKutta) -> Gradient:
     """The gradient of a solve for which none was chosen."""
+    if solver.tableau.symplectic:
+        return ReversibleAdjoint()
     return CheckpointedAdjoint() if solver.tableau.implicit else BacksolveAdjoint()
 
 
 def check(gradient: Gradient, solver: RungeKutta) -> None:
-    """Raises an error for the adjoint method with an implicit solver."""
+    """Raises an error for a gradient that does not fit the solver."""
     backward = gradient.solver if isinstance(gradient, BacksolveAdjoint) else None
+    if isinstance(gradient, BacksolveAdjoint) and (backward or solver).tableau.symplectic:
+        raise ValueError(
+            'gradient="backsolve" solves for the state together with its adjoint, and a symplectic method cannot: it '
+            "needs positions and velocities. Leave out `gradient` to get the exact gradient of the symplectic method, "
+            "or pass `BacksolveAdjoint(solver=...)` with another method. "
+            f"Received: gradient={gradient!r} with the symplectic method {(backward or solver).method!r}"
+        )
+    if isinstance(gradient, ReversibleAdjoint) and solver.tableau.implicit:
+        raise ValueError(
+            'gradient="reversible" makes its steps of those of an explicit method. Leave out `gradient` to get the '
+            "exact gradient of the implicit method. "
+            f"Received: gradient={gradient!r} with the implicit method {solver.method!r}"
+        )
     implicit = next((s for s in (backward, solver) if s is not None and s.tableau.implicit), None)
     if isinstance(gradient, BacksolveAdjoint) and implicit is not None:
         raise ValueError(

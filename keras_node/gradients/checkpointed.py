@@ -9,7 +9,8 @@ import tensorflow as tf
 from keras_node import trees
 from keras_node.arguments import positive_integer
 from keras_node.gradients.custom_vjp import Gradients, differentiated_as, solve_with_gradient
-from keras_node.gradients.replay import Record, Recorder, Replay
+from keras_node.gradients.record import Record, Recorder
+from keras_node.gradients.replay import Replay
 from keras_node.loop_start import step_limit
 from keras_node.solution import Stats, Status
 from keras_node.solve import Problem, Trajectory, leave_start, solve, solve_clock

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 import keras
 import tensorflow as tf
 
-from keras_node.layers.second_order_field import halves, joined
 from keras_node.nested_layers import NestedLayers
+from keras_node.phase_space import halves, joined
 from keras_node.signatures import FieldCall
 from keras_node.trees import Nest
 

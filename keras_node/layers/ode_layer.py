@@ -40,9 +40,10 @@ class ODELayer(SolvingLayer):
         t0: time of the input, a number in any unit. Defaults to `0.0`.
         t1: time of the output, a number in the same unit, before or after `t0`. Defaults to `1.0`.
         solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`.
-        gradient: how to differentiate the solve: `"backsolve"`, `"checkpointed"`, `"direct"`, or an object such as
-            `keras_node.BacksolveAdjoint()`. Defaults to `None`, for `"backsolve"`, and with an implicit method
-            `"checkpointed"`, because a stiff field cannot be solved backward.
+        gradient: how to differentiate the solve: `"backsolve"`, `"checkpointed"`, `"direct"`, `"reversible"`, or an
+            object such as `keras_node.BacksolveAdjoint()`. Defaults to `None`, for `"backsolve"`; with an implicit
+            method `"checkpointed"`, because a stiff field cannot be solved backward; and with a symplectic method
+            `"reversible"`.
         event: a `keras_node.Event` or a list of them. A sample stops where a terminal event happens to it, and its
             later states are that at the event. Defaults to `None`.
         max_events: the largest number of events of a sample if not all of them are terminal, an integer of 1 or more.

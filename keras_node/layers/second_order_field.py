@@ -5,9 +5,9 @@ from typing import Any, ClassVar
 
 import keras
 import tensorflow as tf
-from keras import ops
 
 from keras_node.nested_layers import NestedLayers
+from keras_node.phase_space import halves, joined
 from keras_node.signatures import FieldCall, like_state
 from keras_node.trees import Nest
 
@@ -73,21 +73,3 @@ class SecondOrderField(NestedLayers):
         _, v = halves(y)
         a = FieldCall(self.acceleration, y)(t, y, mask=y_mask)
         return joined(v, like_state(a, v, self.acceleration), y)
-
-
-def halves(y: Nest) -> Any:
-    """Returns the positions, and their velocities or momenta: two leaves, or the two halves of the last axis."""
-    if isinstance(y, list | tuple):
-        if len(y) == 2:
-            return y
-    elif y.shape[-1] is not None and y.shape[-1] % 2 == 0:
-        return ops.split(y, 2, axis=-1)
-    raise ValueError(
-        "The state must hold positions and as many velocities or momenta, either as the two halves of its last axis or "
-        f"as a tuple of two tensors. Received: {keras.tree.map_structure(lambda x: tuple(x.shape), y)}"
-    )
-
-
-def joined(first: tf.Tensor, second: tf.Tensor, like: Nest) -> Nest:
-    """Joins two halves in the same form as the state `like`."""
-    return type(like)([first, second]) if isinstance(like, list | tuple) else ops.concatenate([first, second], axis=-1)

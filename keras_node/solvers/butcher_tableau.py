@@ -13,10 +13,15 @@ In an explicit method the sum over `j` ends before `i`. An implicit one (ESDIRK)
 The dense output uses only the stages of the step, so it needs no further evaluation of the field. A method of high
 order may have further stages, `a_dense`, which are computed only where the dense output is needed.
 
+A symplectic method is explicit, and each of its stages moves one half of the state: the positions, at a rate that
+depends on the velocities alone, or the velocities, at a rate that depends on the positions alone. The other half of
+`k_i` is zero. So the conditions above hold for each half separately.
+
 References:
     Hairer, Norsett & Wanner (1993), "Solving Ordinary Differential Equations I", 2nd edition:
     II.2 for rooted trees and order conditions, II.6 for the order conditions of dense output.
     Hairer & Wanner (1996), "Solving Ordinary Differential Equations II", IV.3 for stability at infinity.
+    Hairer, Lubich & Wanner (2006), "Geometric Numerical Integration", II.2 and III.2 for symplectic methods.
 """
 
 import functools
@@ -25,7 +30,7 @@ from math import comb
 
 import numpy as np
 
-from keras_node.solvers.rooted_trees import elementary_weights, rooted_trees
+from keras_node.solvers.rooted_trees import alternating_weights, elementary_weights, rooted_trees
 
 
 def _equal(actual: np.ndarray, expected: np.ndarray | float, size: np.ndarray) -> np.ndarray:
@@ -59,6 +64,8 @@ class ButcherTableau:
             needs. Each row is one number longer than the one before it. Empty for most methods.
         c_dense: Tuple of as many numbers: their times, as fractions of the step.
         gamma: Number. The diagonal of `a` in all stages but the first, which is 0 for an explicit method.
+        halves: Tuple of `num_stages` integers, of a symplectic method only: the half of the state that each stage
+            moves, 0 for positions and 1 for velocities. The times `c` are those of the positions.
 
     Raises:
         ValueError: if a condition does not hold. The message names the tableau and the condition.
@@ -76,6 +83,7 @@ class ButcherTableau:
     a_dense: tuple[tuple[float, ...], ...] = ()
     c_dense: tuple[float, ...] = ()
     gamma: float = 0
+    halves: tuple[int, ...] = ()
 
     @property
     def num_stages(self) -> int:
@@ -91,6 +99,11 @@ class ButcherTableau:
     def implicit(self) -> bool:
         """Whether the stages are solutions of equations."""
         return self.gamma != 0
+
+    @property
+    def symplectic(self) -> bool:
+        """Whether every stage moves one half of the state."""
+        return bool(self.halves)
 
     @property
     def embedded(self) -> bool:
@@ -158,6 +171,9 @@ class ButcherTableau:
         self._check_shapes()
         a = self.matrix
         b, b_dense = np.array(self.b, float), np.array(self.b_dense, float)
+        if self.symplectic:
+            self._check_halves(a, b)
+            return
         self._check_sum("`b` must sum to 1", b, 1)
         self._check_sum("the rows of `a` must sum to `c`", a, np.array(self.c, float))
         self._check_order("`b`", b, a, self.order)
@@ -175,6 +191,23 @@ class ButcherTableau:
             self._check_sum("the rows of `a_dense` must sum to `c_dense`", further, np.array(self.c_dense, float))
         self._check_order("`b_dense`", b_dense, self.dense_matrix, self.dense_order)
 
+    def _check_halves(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Checks a symplectic method: its order, and that a step backward undoes a step."""
+        masks = np.array([[half == of for half in self.halves] for of in (0, 1)], float)
+        self._check_sum("`b` must sum to 1 for each half", masks * b, np.ones(2))
+        self._check_sum("the rows of `a` must sum to `c` for the positions", a * masks[0], np.array(self.c, float))
+        trees = rooted_trees(self.order)
+        for colour, phi in enumerate(alternating_weights(a, masks, trees)):
+            terms = phi * (b * masks[colour])
+            for tree, actual, size in zip(trees, terms.sum(axis=1), np.abs(terms).sum(axis=1), strict=True):
+                holds = _equal(actual, 1 / tree.density, size)
+                condition = f"to be of order {self.order}, `b` must satisfy the order condition of the rooted tree"
+                self._require(bool(holds), f"{condition} {tree.brackets}", f"{actual} instead of {1 / tree.density}")
+        palindrome = self.b == self.b[::-1] and self.halves == self.halves[::-1]
+        self._require(palindrome, "a symmetric method has the same `b` and `halves` from both ends", self.b)
+        explicit = all(row == self.b[: len(row)] for row in self.a)
+        self._require(explicit, "each stage must start where the stage before it ended, so `a` repeats `b`", self.a)
+
     def _require(self, holds: bool, condition: str, received: object) -> None:
         if not holds:
             raise ValueError(f"Butcher tableau '{self.name}': {condition}. Received: {received}")
@@ -187,6 +220,8 @@ class ButcherTableau:
         for field in ("c", "b_error"):
             length = stages if getattr(self, field) is None else len(getattr(self, field))
             self._require(length == stages, f"`{field}` must be as long as `b`, {stages}", length)
+        holds = not self.symplectic or (len(self.halves) == stages and set(self.halves) == {0, 1})
+        self._require(holds, f"`halves` must hold {stages} numbers, 0 and 1", self.halves)
         further = [len(row) for row in self.a_dense]
         holds = further == list(range(stages, stages + len(further)))
         self._require(holds, f"`a_dense` must have rows of length {stages}, {stages + 1} and so on", further)

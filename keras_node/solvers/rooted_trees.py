@@ -54,3 +54,19 @@ def elementary_weights(a: np.ndarray, trees: tuple[RootedTree, ...]) -> np.ndarr
     for i, tree in enumerate(trees[1:], 1):
         weights[i] = weights[tree.trunk] * (a @ weights[tree.branch])
     return weights
+
+
+def alternating_weights(a: np.ndarray, masks: np.ndarray, trees: tuple[RootedTree, ...]) -> np.ndarray:
+    """The same for trees whose nodes have two colours, with every edge between the two: `(2, trees, stages)`.
+
+    The first axis is the colour of the root. `masks`, `(2, stages)`, marks the stages of each colour. These are the
+    trees of a system of two halves, each of which changes at a rate that depends on the other half only.
+
+    Reference: Hairer, Lubich & Wanner (2006), "Geometric Numerical Integration", III.2.
+    """
+    weights = np.ones((2, len(trees), len(a)))
+    for i, tree in enumerate(trees[1:], 1):
+        for colour in (0, 1):
+            branch = masks[1 - colour] * weights[1 - colour, tree.branch]
+            weights[colour, i] = weights[colour, tree.trunk] * (a @ branch)
+    return weights

@@ -16,7 +16,7 @@ from keras_node.step_size import ConstantSteps, PIDController
 @keras.saving.register_keras_serializable(package="keras_node")
 @dataclasses.dataclass(frozen=True, repr=False)
 class RungeKutta:
-    """A Runge-Kutta method, explicit or implicit, with adaptive or constant steps.
+    """A Runge-Kutta method, explicit, implicit or symplectic, with adaptive or constant steps.
 
     A step is adaptive by default. The solver accepts a step from `y0` to `y1` if the estimate `e` of its local error
     is below the tolerances:
@@ -38,12 +38,20 @@ class RungeKutta:
     derivatives of the result with respect to components that have died out are nearly zero, as for every L-stable
     method.
 
+    The symplectic methods `leapfrog` and `yoshida4` are for positions and velocities, such as those of
+    `keras_node.SecondOrderField` and `keras_node.HamiltonianField`, with constant steps. Their energy does not drift:
+    its error stays bounded over any number of steps, where that of other methods grows. The rate of the positions must
+    depend on the velocities (or momenta) only, and that of the velocities on the positions and the time only; otherwise
+    the solve fails with status 8. A step ends at each of `ts`. In a graph and under XLA a kick costs one evaluation of
+    the acceleration: one in a step of `leapfrog`, three in a step of `yoshida4`.
+
     You cannot change a solver, but `dataclasses.replace(solver, rtol=1e-6)` makes a changed copy. Two solvers are equal
     if their options are equal.
 
     Args:
-        method: one of `euler`, `midpoint`, `heun`, `ralston`, `rk4`, `rk38`, `bosh3`, `dopri5`, `tsit5`, `dopri8`, or
-            of the implicit `trbdf2`, `kvaerno3`, `esdirk43`, `esdirk54`. Defaults to `"tsit5"`.
+        method: one of `euler`, `midpoint`, `heun`, `ralston`, `rk4`, `rk38`, `bosh3`, `dopri5`, `tsit5`, `dopri8`, of
+            the implicit `trbdf2`, `kvaerno3`, `esdirk43`, `esdirk54`, or of the symplectic `leapfrog`, `yoshida4`.
+            Defaults to `"tsit5"`.
         rtol: relative tolerance of adaptive steps and of Newton's method, a positive number, or a list of them, one for
             each entry on the last axis of the state. Defaults to `1e-3`.
         atol: absolute tolerance of the same, in units of the state; a positive number or a list. If the entries of the
@@ -101,6 +109,7 @@ class RungeKutta:
           `kvaerno3`.
         - Kennedy & Carpenter (2019), "Diagonally implicit Runge-Kutta methods for stiff ODEs", Appl. Numer. Math. 146,
           for `esdirk43` (ESDIRK4(3)7L[2]SA) and `esdirk54` (ESDIRK5(4)7L[2]SA2).
+        - Hairer, Lubich & Wanner (2006), "Geometric Numerical Integration", I.3 and II.4, for `leapfrog` and `yoshida4`.
     """
 
     method: str = "tsit5"

@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_node import trees
+from keras_node.phase_space import only
 from keras_node.solvers.butcher_tableau import ButcherTableau
 from keras_node.solvers.newton import ConstantField, Convergence, Newton
 from keras_node.solvers.runge_kutta import RungeKutta
@@ -44,6 +45,7 @@ class Step(NamedTuple):
         stages: the pairs `(time, state)` at which they were evaluated; of an implicit method the first one only.
         vector_field: the field, for further stages.
         convergence: of an implicit method, how Newton's method went; otherwise `None`.
+        companion: of a reversible step, the second state at `t + dt` (see `reversible_step`); otherwise `()`.
     """
 
     t: tf.Tensor
@@ -55,6 +57,7 @@ class Step(NamedTuple):
     stages: list[tuple[tf.Tensor, Nest]]
     vector_field: Callable[[tf.Tensor, Nest], Rates]
     convergence: Convergence | None = None
+    companion: Nest = ()
 
 
 def rk_step(
@@ -91,7 +94,11 @@ def rk_step(
     def moved_by(weights: Sequence[float], k: list[Rates]) -> Nest:
         return _moved(y0, dt, weights, k)
 
-    k = [vector_field(t, y0) if k1 is None else k1]
+    def rates_at(i: int, t: tf.Tensor, y: Nest) -> Rates:
+        rates = vector_field(t, y)
+        return rates._replace(y=only(tableau.halves[i], rates.y)) if tableau.symplectic else rates
+
+    k = [rates_at(0, t, y0) if k1 is None else k1]
     stages, newton, convergence = [(t, y0)], None, None
     if tableau.implicit:
         newton = Newton(solver, lambda t, y: vector_field(t, y).y, t, dt, y0, constant_field)
@@ -105,7 +112,7 @@ def rk_step(
         for a, time in zip(tableau.a, times, strict=True):
             stages.append((time, moved_by(a, k)))
             if last_rate or not tableau.fsal or len(stages) < tableau.num_stages:
-                k.append(vector_field(*stages[-1]))
+                k.append(rates_at(len(k), *stages[-1]))
         y1 = stages[-1][1] if tableau.fsal else moved_by(tableau.b, k)
     error = None
     if tableau.b_error is not None and len(k) == tableau.num_stages and known_stages is None:

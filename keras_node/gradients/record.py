@@ -1,0 +1,94 @@
+"""What a forward solve keeps of its accepted steps, for a gradient that replays them."""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_node.buffers import new_buffer, read, stack, write
+from keras_node.clock import Clock
+from keras_node.interpolation import Progress
+from keras_node.solvers.step import Step
+from keras_node.trees import Nest
+
+
+class Record(NamedTuple):
+    """What a forward solve keeps for its replay.
+
+    Attributes:
+        count: the number of steps that at least one sample accepted.
+        stride: the number of steps from one kept state to the next.
+        steps: the `Progress` of every step; each part has a new first axis. For samples that rejected the step, the
+            length is zero.
+        states: the states before the steps 0, `stride`, `2 * stride` and so on, with a new first axis.
+    """
+
+    count: tf.Tensor
+    stride: tf.Tensor
+    steps: Progress
+    states: Nest
+
+
+def new_steps(clock: Clock, max_steps: int | tf.Tensor) -> Progress:
+    """Buffers for the `Progress` of every accepted step of a solve."""
+    nothing = tf.zeros_like(clock.end)
+    none = tf.zeros_like(nothing, dtype=tf.int32)
+    step = Progress(none, nothing, nothing, tf.zeros_like(none, dtype=tf.bool))
+    return tf.nest.map_structure(lambda x: new_buffer(max_steps, x), step)
+
+
+def with_step(steps: Progress, count: tf.Tensor, progress: Progress) -> tuple[Progress, tf.Tensor]:
+    """Writes an attempted step. Returns the buffers and the new count; the next step overwrites a rejected one."""
+    # A sample that rejects its step does not move while others do.
+    seen = progress._replace(
+        segment=tf.broadcast_to(progress.segment, tf.shape(progress.start)),
+        end=tf.where(progress.accepted, progress.end, progress.start),
+    )
+    steps = tf.nest.map_structure(lambda buffer, x: write(buffer, count, x), steps, seen)
+    return steps, count + tf.cast(tf.reduce_any(progress.accepted), tf.int32)
+
+
+class Recorder:
+    """An observer that keeps a `Record`.
+
+    Args:
+        clock: the clock of the solve.
+        max_steps: the largest possible number of steps.
+        slots: the largest number of states to keep.
+    """
+
+    def __init__(self, clock: Clock, max_steps: int | tf.Tensor, slots: int | tf.Tensor) -> None:
+        self.clock = clock
+        self.max_steps = max_steps
+        self.slots = slots
+
+    def start(self, y0: Nest) -> Record:
+        steps = new_steps(self.clock, self.max_steps)
+        states = tf.nest.map_structure(lambda y: new_buffer(self.slots + 1, y), y0)
+        return Record(tf.constant(0), tf.constant(1), steps, states)
+
+    def update(self, memory: Record, step: Step, progress: Progress) -> Record:
+        count, stride, steps, states = memory
+        steps, new_count = with_step(steps, count, progress)
+        stride, states = tf.while_loop(
+            lambda stride, _: count == stride * self.slots,
+            lambda stride, states: (2 * stride, self._thinned(states)),
+            (stride, states),
+            maximum_iterations=1,
+        )
+        # Every state is written. The next one overwrites a state that is not kept.
+        slot = (count + stride - 1) // stride
+        states = tf.nest.map_structure(lambda buffer, y: write(buffer, slot, y), states, step.y0)
+        return Record(new_count, stride, steps, states)
+
+    def result(self, memory: Record) -> Record:
+        """Returns the record with tensors in place of its buffers."""
+        steps, states = tf.nest.map_structure(stack, (memory.steps, memory.states))
+        return memory._replace(steps=steps, states=states)
+
+    def _thinned(self, buffers: Nest) -> Nest:
+        """Moves every second state to the front."""
+
+        def move(i: tf.Tensor, buffers: Nest) -> tuple[tf.Tensor, Nest]:
+            return i + 1, tf.nest.map_structure(lambda buffer: write(buffer, i, read(buffer, 2 * i)), buffers)
+
+        return tf.while_loop(lambda i, _: 2 * i < self.slots, move, (1, buffers))[1]
