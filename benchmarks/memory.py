@@ -1,9 +1,9 @@
-"""Measures the peak memory of a gradient against the number of steps, for every gradient method.
+"""Measures the peak memory and the time of a gradient against the number of steps, for every gradient method.
 
 Each point is measured in a separate process. It is the growth of the peak resident set while one gradient of `n` Euler
-steps is computed in a graph, for a state of 128 KiB.
+steps is computed in a graph, for a state of 128 KiB. The time is that of the same computation once more.
 
-    python benchmarks/memory.py            # prints a table and draws memory.png; two minutes on two cores
+    python benchmarks/memory.py            # prints a table and draws memory.png; three minutes on two cores
     python benchmarks/memory.py --quick    # up to 100 steps
 """
 
@@ -12,14 +12,15 @@ import pathlib
 import resource
 import subprocess
 import sys
+import time
 
-GRADIENTS = ("backsolve", "checkpointed", "direct")
+GRADIENTS = ("backsolve", "reversible", "checkpointed", "direct")
 STEPS = (10, 100, 1000, 10_000)
 STATE = 32 * 1024  # float32 numbers: 128 KiB
 
 
-def measure(gradient: str, steps: int) -> float:
-    """Returns the growth of the peak memory of this process while a gradient is computed, in MiB."""
+def measure(gradient: str, steps: int) -> tuple[float, float]:
+    """Returns the growth of the peak memory of this process while a gradient is computed, in MiB, and the seconds."""
     import tensorflow as tf
 
     import keras_node
@@ -42,7 +43,10 @@ def measure(gradient: str, steps: int) -> float:
     function = compute(gradient, steps).get_concrete_function(y0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     function(y0).numpy()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    start = time.perf_counter()
+    function(y0).numpy()
+    return memory, time.perf_counter() - start
 
 
 def draw(path: pathlib.Path, table: dict) -> None:
@@ -72,17 +76,20 @@ def main() -> None:
     parser.add_argument("--point", nargs=2, metavar=("GRADIENT", "STEPS"), help="measure one point in this process")
     options = parser.parse_args()
     if options.point:
-        print(measure(options.point[0], int(options.point[1])))
+        print(*measure(options.point[0], int(options.point[1])))
         return
     steps = STEPS[:2] if options.quick else STEPS
-    table = {}
+    table, seconds = {}, {}
     print(f"{'peak MiB at n =':16}" + "".join(f"{n:>10}" for n in steps))
     for gradient in GRADIENTS:
         for n in steps:
             command = [sys.executable, __file__, "--point", gradient, str(n)]
             result = subprocess.run(command, capture_output=True, text=True, check=True)
-            table[gradient, n] = float(result.stdout.split()[-1])
+            table[gradient, n], seconds[gradient, n] = map(float, result.stdout.split()[-2:])
         print(f"{gradient:16}" + "".join(f"{table[gradient, n]:10.1f}" for n in steps), flush=True)
+    print(f"{'seconds':16}")
+    for gradient in GRADIENTS:
+        print(f"{gradient:16}" + "".join(f"{seconds[gradient, n]:10.3f}" for n in steps))
     draw(options.out, table)
     print(f"picture: {options.out.resolve()}")
 

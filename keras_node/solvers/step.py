@@ -129,8 +129,9 @@ def with_dense_stages(tableau: ButcherTableau, step: Step, needed: tf.Tensor) ->
 
     def evaluate() -> list[Nest]:
         k = list(step.k)
+        _, start = step.stages[0]
         for a, c in zip(tableau.a_dense, tableau.c_dense, strict=True):
-            y = _moved(step.y0, step.dt, a, k)
+            y = _moved(start, step.dt, a, k)
             k.append(step.vector_field(tf.add(step.t, tf.multiply(step.dt, c)), y))
         return [rates.y for rates in k[tableau.num_stages :]]
 
