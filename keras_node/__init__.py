@@ -9,7 +9,7 @@ if keras.backend.backend() != "tensorflow":
     )
 
 from keras_node import plots, utils
-from keras_node.callbacks import SolverMonitor
+from keras_node.callbacks import GrowingHorizon, SolverMonitor
 from keras_node.control import ControlPath, control_path
 from keras_node.events import Event, EventHistory
 from keras_node.gradcheck import GradientCheck, gradcheck
@@ -18,6 +18,7 @@ from keras_node.gradients.checkpointed import CheckpointedAdjoint
 from keras_node.gradients.direct import DirectGradient
 from keras_node.gradients.reversible import ReversibleAdjoint
 from keras_node.layers.concat_squash import ConcatSquash, ConcatSquashField
+from keras_node.layers.grey_box_field import GreyBoxField
 from keras_node.layers.gru_ode import GRUODEField
 from keras_node.layers.hamiltonian_field import HamiltonianField
 from keras_node.layers.neural_cde import NeuralCDE
@@ -27,7 +28,9 @@ from keras_node.layers.ode_rnn_cell import ODERNNCell
 from keras_node.layers.renamed import SecondOrder, TimeConcatenation
 from keras_node.layers.second_order_field import SecondOrderField
 from keras_node.layers.time_concatenation_field import TimeConcatenationField
+from keras_node.layers.trainable_scalar import TrainableScalar
 from keras_node.models.continuous_flow import ContinuousFlow
+from keras_node.models.dynamics_model import DynamicsModel
 from keras_node.models.latent_ode import LatentODE
 from keras_node.odeint import odeint
 from keras_node.solution import Solution, Stats, Status
@@ -44,10 +47,13 @@ __all__ = [
     "ContinuousFlow",
     "ControlPath",
     "DirectGradient",
+    "DynamicsModel",
     "Event",
     "EventHistory",
     "GRUODEField",
     "GradientCheck",
+    "GreyBoxField",
+    "GrowingHorizon",
     "HamiltonianField",
     "LatentODE",
     "NeuralCDE",
@@ -63,6 +69,7 @@ __all__ = [
     "Status",
     "TimeConcatenation",
     "TimeConcatenationField",
+    "TrainableScalar",
     "control_path",
     "gradcheck",
     "odeint",

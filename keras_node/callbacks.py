@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from keras_node.arguments import positive_integer
 from keras_node.metrics import SolverMetric
 
 
@@ -98,3 +99,50 @@ def _advice(prefix: str, logs: dict[str, Any]) -> str:
         f"The field is stiff: stability, and not the tolerances, bounds the length of {bound / steps:.0%} of the "
         'steps. Pass an implicit method such as solver="esdirk43". '
     )
+
+
+class GrowingHorizon(keras.callbacks.Callback):
+    """Lets a `keras_node.DynamicsModel` begin with short forecasts, and makes them longer as it trains.
+
+    `horizon = start + (stop - start) * epoch / (epochs - 1)`, and `stop` after these epochs
+
+    In training, the windows of the model end after so many intervals, and what follows has no loss. A shorter horizon
+    is cheaper too, and nothing is compiled again when it grows. The model keeps the last horizon.
+
+    Args:
+        start: number of intervals in the first epoch, a positive integer.
+        stop: number of intervals at the end, a positive integer.
+        epochs: number of epochs in which the horizon grows, a positive integer.
+
+    Raises:
+        ValueError: for an option out of range; and when training begins, for another kind of model.
+
+    Example:
+        >>> times, values = np.linspace(0, 1, 11), np.ones((4, 11, 2))
+        >>> model = keras_node.DynamicsModel(units=8)
+        >>> model.compile("adam")
+        >>> history = model.fit((times, values), epochs=3, verbose=0, callbacks=[keras_node.GrowingHorizon(2, 10, 3)])
+        >>> int(model.horizon)
+        10
+
+    Reference:
+
+        - Rackauckas et al. (2020), "Universal Differential Equations for Scientific Machine Learning",
+          arXiv:2001.04385.
+    """
+
+    def __init__(self, start: int, stop: int, epochs: int) -> None:
+        super().__init__()
+        self.start = positive_integer("start", start)
+        self.stop = positive_integer("stop", stop)
+        self.epochs = positive_integer("epochs", epochs)
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        horizon = getattr(self.model, "horizon", None)
+        if horizon is None:
+            raise ValueError(
+                "GrowingHorizon is for a `keras_node.DynamicsModel`, which has a horizon. "
+                f"Received: model={self.model!r}"
+            )
+        part = min(1.0, epoch / max(self.epochs - 1, 1))
+        horizon.assign(round(self.start + (self.stop - self.start) * part))

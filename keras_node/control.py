@@ -186,7 +186,7 @@ def pieces(
         # Each step becomes two knots: the time passes first, and then the values change.
         times, values = ops.repeat(times, 2, axis=1)[:, 1:], ops.repeat(values, 2, axis=1)[:, :-1]
     else:
-        values = _fill_linearly(ops.expand_dims(times, -1), values, observed)
+        values = fill_linearly(ops.expand_dims(times, -1), values, observed)
     change = increments(values)
     if interpolation != "hermite":
         return times, ops.stack([values, change], axis=2), ordered
@@ -232,7 +232,7 @@ def differentiate(coefficients: tf.Tensor) -> tf.Tensor:
     return ops.stack([k * coefficients[..., k, :] for k in range(1, degree + 1)], axis=-2)
 
 
-def _fill_linearly(times: tf.Tensor, values: tf.Tensor, observed: tf.Tensor) -> tf.Tensor:
+def fill_linearly(times: tf.Tensor, values: tf.Tensor, observed: tf.Tensor) -> tf.Tensor:
     """Fills in missing values on the straight line between the observations before and after."""
     times = times + ops.zeros_like(values)
     before, x_before = (last_valid(a, observed) for a in (times, values))

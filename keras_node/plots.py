@@ -9,6 +9,8 @@ import tensorflow as tf
 
 from keras_node.gradients.direct import DirectGradient
 from keras_node.layers.ode_layer import ODELayer
+from keras_node.models.dynamics_model import DynamicsModel
+from keras_node.models.trajectories import prepare
 from keras_node.odeint import odeint
 from keras_node.solve import Problem, solve
 from keras_node.solve_options import Solver
@@ -18,7 +20,7 @@ from keras_node.vector_field import VectorField
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["evaluations", "phase_portrait", "step_sizes", "trajectories"]
+__all__ = ["evaluations", "forecast", "forecast_errors", "phase_portrait", "step_sizes", "trajectories"]
 
 
 def phase_portrait(
@@ -216,6 +218,73 @@ def step_sizes(
         if fails.any():
             ax.plot(start[fails, i], size[fails, i], "x", color=line.get_color(), label="rejected" if i == 0 else None)
     ax.set(xlabel="time t", ylabel="step size", yscale="log")
+    ax.legend()
+    return ax
+
+
+def forecast(model: DynamicsModel, x: Any, index: int = 0, *, ax: "Axes | None" = None) -> "Axes":
+    """Draws the observations of one trajectory as points, and the forecast from the first of them as lines.
+
+    The colour shows the channel.
+
+    Args:
+        model: a `keras_node.DynamicsModel`.
+        x: trajectories, as its `fit` takes them.
+        index: the number of the trajectory. Defaults to `0`.
+        ax: the matplotlib Axes to draw into. Defaults to the Axes of a new figure.
+
+    Returns:
+        The matplotlib Axes.
+
+    Raises:
+        ImportError: if you pass no `ax` and matplotlib is not installed.
+
+    Example:
+        >>> model = keras_node.DynamicsModel(units=8)
+        >>> times, values = np.linspace(0, 1, 11), np.ones((4, 11, 2))
+        >>> ax = keras_node.plots.forecast(model, (times, values))
+        >>> len(ax.lines)  # points and a line for each channel
+        4
+    """
+    trajectory = prepare(x, model.variable_dtype, model.interpolation, keep_times=True)
+    states, times = np.asarray(model(x))[index], np.asarray(trajectory.times)[index]
+    values = np.where(trajectory.observed, trajectory.values, np.nan)[index]
+    ax = _axes(ax)
+    for i, (state, value) in enumerate(zip(states.T, values.T, strict=True)):
+        ax.plot(times, value, ".", color=f"C{i % 10}", alpha=0.6, label=f"channel {i}, observed")
+        ax.plot(times, state, color=f"C{i % 10}", label="forecast")
+    ax.set(xlabel="time t", ylabel="state")
+    ax.legend()
+    return ax
+
+
+def forecast_errors(model: DynamicsModel, x: Any, horizon: int | None = None, *, ax: "Axes | None" = None) -> "Axes":
+    """Draws the error of forecasts against the number of steps ahead, with one line for each channel.
+
+    Args:
+        model: a `keras_node.DynamicsModel`.
+        x: trajectories, as its `fit` takes them.
+        horizon: the number of steps to forecast, as in the method `forecast_errors` of the model. Defaults to `None`.
+        ax: the matplotlib Axes to draw into. Defaults to the Axes of a new figure.
+
+    Returns:
+        The matplotlib Axes.
+
+    Raises:
+        ImportError: if you pass no `ax` and matplotlib is not installed.
+
+    Example:
+        >>> model = keras_node.DynamicsModel(units=8)
+        >>> times, values = np.linspace(0, 1, 11), np.ones((4, 11, 2))
+        >>> ax = keras_node.plots.forecast_errors(model, (times, values), horizon=5)
+        >>> len(ax.lines)
+        2
+    """
+    errors = model.forecast_errors(x, horizon)
+    ax = _axes(ax)
+    for i, error in enumerate(errors.T):
+        ax.plot(range(1, len(errors) + 1), error, color=f"C{i % 10}", label=f"channel {i}")
+    ax.set(xlabel="steps ahead", ylabel="root mean square error", ylim=(0, None))
     ax.legend()
     return ax
 

@@ -1,5 +1,6 @@
-"""Physics that is known in part, as a vector field."""
+"""Equations that are known in part, as a vector field."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from keras_node.trees import Nest
 
 @keras.saving.register_keras_serializable(package="keras_node")
 class GreyBoxField(keras.layers.Layer):
-    """The vector field of a system of which you know a part: known equations, whose constants are trained, and a network.
+    """The vector field of a system that is known in part: equations whose constants are trained, and a network.
 
     `f(t, y) = known(t, y, **scalars) + network(t, y)`
 
@@ -49,8 +50,8 @@ class GreyBoxField(keras.layers.Layer):
         pass it on.
 
     Raises:
-        ValueError: if `known` has no argument of the name of a scalar, or an argument without a default that is neither
-            part of the state nor a scalar, or if one of the parts returns another shape than that of `y`.
+        ValueError: if `known` has no argument of the name of a scalar, or further arguments that are not scalars, and
+            if a part returns another shape than that of `y`.
 
     Example:
         A pendulum whose friction is unknown:
@@ -120,25 +121,14 @@ class GreyBoxField(keras.layers.Layer):
 
     def _known_with(self, values: Mapping[str, Any]) -> FieldCall:
         """The known part as a field without scalars, for some values of these."""
-        names = self._own_arguments()
-        if len(names) == 1:
-            return FieldCall(lambda y: self.known(y, **values))
-        if len(names) == 2:
-            return FieldCall(lambda t, y: self.known(t, y, **values))
-        return FieldCall(lambda t, y, args: self.known(t, y, args, **values))
-
-    def _own_arguments(self) -> list[str]:
-        """The arguments of the known part that are not scalars."""
-        parameters = inspect.signature(self.known).parameters.values()
-        named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        return [name for name in named if name not in self.scalars]
+        return FieldCall(functools.partial(self.known, **values), role="The known part of a field")
 
     def _check_names(self) -> None:
         parameters = inspect.signature(self.known).parameters
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        missing = [name for name in self.scalars if name not in parameters and not takes_any]
-        if missing or not 1 <= len(self._own_arguments()) <= 3:
+        missing = [name for name in self.scalars if name not in parameters]
+        if missing and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise ValueError(
-                "`known` must take `(y)`, `(t, y)` or `(t, y, args)`, and after these every scalar by its name. "
+                "`known` must take every scalar by its name, after `(y)`, `(t, y)` or `(t, y, args)`. "
                 f"Received: known{inspect.signature(self.known)} with the scalars {list(self.scalars)}"
             )
+        self._known_with(self.scalars)  # raises for other arguments

@@ -86,11 +86,21 @@ class LikelihoodModel(keras.Model):
         self.compute_loss(x, y, sample_weight=sample_weight, training=False)
         return self.get_metrics_result()
 
+    def prepare_data(self, arguments: dict[str, Any], trains: bool) -> dict[str, Any]:
+        """Prepares the arguments of `fit` or `evaluate`. A subclass may change what data they accept.
+
+        Args:
+            arguments: the arguments by their names.
+            trains: whether they are those of `fit`.
+        """
+        del trains
+        return arguments
+
     # Keras drops the weights of arrays without targets. So here the weights are passed in the place of the targets.
 
     @functools.wraps(keras.Model.fit)
     def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
-        arguments = _bound(super().fit, args, kwargs)
+        arguments = self.prepare_data(_bound(super().fit, args, kwargs), trains=True)
         _refuse_class_weight(arguments)
         validation_data = arguments.get("validation_data")
         if isinstance(validation_data, list | tuple) and len(validation_data) == 3:
@@ -100,7 +110,8 @@ class LikelihoodModel(keras.Model):
 
     @functools.wraps(keras.Model.evaluate)
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        return super().evaluate(**_with_packed_weights(_bound(super().evaluate, args, kwargs)))
+        arguments = self.prepare_data(_bound(super().evaluate, args, kwargs), trains=False)
+        return super().evaluate(**_with_packed_weights(arguments))
 
     @functools.wraps(keras.Model.train_on_batch)
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:

@@ -109,7 +109,8 @@ class RungeKutta:
           `kvaerno3`.
         - Kennedy & Carpenter (2019), "Diagonally implicit Runge-Kutta methods for stiff ODEs", Appl. Numer. Math. 146,
           for `esdirk43` (ESDIRK4(3)7L[2]SA) and `esdirk54` (ESDIRK5(4)7L[2]SA2).
-        - Hairer, Lubich & Wanner (2006), "Geometric Numerical Integration", I.3 and II.4, for `leapfrog` and `yoshida4`.
+        - Hairer, Lubich & Wanner (2006), "Geometric Numerical Integration", I.3 and II.4, for `leapfrog` and
+          `yoshida4`.
     """
 
     method: str = "tsit5"

@@ -1,0 +1,437 @@
+"""A model that learns dynamics from trajectories, and forecasts."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+from keras_node.arguments import number, one_of, positive_integer
+from keras_node.models.likelihood_model import LikelihoodModel
+from keras_node.models.trajectories import (
+    Trajectories,
+    are_arrays,
+    as_dictionary,
+    check_shapes,
+    prepare,
+    until,
+    windows,
+)
+from keras_node.signatures import build, call_arguments
+from keras_node.solve_options import Gradient, Solver, SolvingLayer
+from keras_node.times import prepare_times
+
+_INTERPOLATIONS = ("hermite", "linear")
+_INITIAL_STATES = ("observed", "trained")
+_NO_LIMIT = 2**30  # of the horizon
+
+
+@keras.saving.register_keras_serializable(package="keras_node")
+class DynamicsModel(SolvingLayer, LikelihoodModel):
+    """Learns a vector field from trajectories that were observed at regular or irregular times, and forecasts.
+
+    `dy/dt = f(t, y)`
+
+    `loss = mean of ((y(t[i]) - values[i]) / scale)^2`
+
+    The mean is over what was observed, and `scale` is the standard deviation of each channel. The model measures it,
+    and the mean, when it is trained for the first time (see `adapt`).
+
+    A solve over a whole long trajectory ("single shooting") often does not train: as soon as the path has lost its
+    phase, the mean of the data is the best that a small change of the weights can reach. There are three remedies,
+    which you can combine:
+
+    - `window`: cut trajectories into windows of so many intervals, each with its own initial state.
+    - `initial_states="trained"` and `continuity`: train the initial state of every window together with the field, and
+      add the squared gap between the end of a window and the start of the next one to the loss ("multiple shooting").
+      Trained states also remove the noise of observed ones.
+    - `keras_node.GrowingHorizon`: a callback that begins with a short part of each window.
+
+    `fit(x)` takes no targets: `x` is `(times, values)`, `(times, values, mask)` or a dictionary with these keys, and
+    these optional ones: `controls`, known inputs of the system, from which the field receives a
+    `keras_node.ControlPath` as its `args`; and `jump_times` with `jump_amounts`, known jumps of the state, such as
+    doses. The same holds for `validation_data`, `evaluate` and `predict`. A `tf.data.Dataset` yields `(x,)`, where `x`
+    is a dictionary, and needs a call of `adapt` before. With `sample_weight`, one number for each trajectory, the loss
+    is the sum of the weighted losses, divided by the number of trajectories. The logs have `loss`; the mean squared
+    error `mse`, in the units of the values; and with `continuity` the mean squared `gap` in units of `scale`.
+
+    `evaluate` and validation compute the same loss, for windows that begin at observed states, over their whole length.
+
+    Args:
+        vector_field: the field `f`, a Keras layer or model such as `keras_node.GreyBoxField`, or a registered callable.
+            It takes `(y)`, `(t, y)` or `(t, y, args)`. Defaults to a network with two hidden layers whose input and
+            output are in units of `scale`.
+        units: width of the hidden layers of the default network. Defaults to `64`.
+        window: number of intervals in a window, a positive integer. Defaults to `None`, for whole trajectories.
+        initial_states: where windows begin in training: `"observed"` (default), at the first observation, where missing
+            channels are filled in linearly; or `"trained"`, at a state of their own. The model has one such state for
+            each window of the training data, which must be arrays then.
+        continuity: weight of the mean squared gap between windows, 0 or more; it needs `initial_states="trained"`.
+            Defaults to `0.0`.
+        interpolation: the path through the controls, `"hermite"` (default) or `"linear"`, see
+            `keras_node.control_path`.
+        solver: as in `keras_node.ODELayer`. Defaults to `"tsit5"`.
+        gradient: as in `keras_node.ODELayer`. Defaults to `None`.
+        jit_compile: as in `keras_node.ODELayer`. Defaults to `"auto"`.
+        track_stats: as in `keras_node.ODELayer`. Defaults to `False`.
+        **kwargs: arguments of `keras.Model`, such as `name` and `dtype`.
+
+    Call arguments:
+        inputs: trajectories, as above.
+        training: Python boolean, passed to the field.
+
+    Input shape:
+        `times`: `(batch, T)`, or `(T,)` if all trajectories share them, in any unit; they must not decrease from one
+        observation to the next. `values`: `(batch, T, D)`, where a NaN is a missing value. `mask`: `(batch, T)` or
+        `(batch, T, D)`, false for a missing value. `controls`: `(batch, T, C)`, at the same times. `jump_times`:
+        `(batch, J)`, and `jump_amounts`: `(batch, J, D)`.
+
+    Output shape:
+        `(batch, T, D)`: the states at all `times`, from the first observation on.
+
+    Masking:
+        The mask is an input. What was not observed has no effect on the loss. The model neither reads nor returns a
+        Keras mask.
+
+    Raises:
+        ValueError: for an option out of range, for data of another shape, and for targets.
+        tf.errors.InvalidArgumentError: if a solve fails. In a model that is compiled with XLA nothing can raise; the
+            states are NaN instead.
+
+    Example:
+        Predators and prey. Two of the four rates of their equations are known, and the others are trained:
+
+        >>> def lotka_volterra(y, growth, decline):
+        ...     prey, predators = y[..., :1], y[..., 1:]
+        ...     meetings = prey * predators
+        ...     return keras.ops.concatenate([growth * prey - meetings, meetings - decline * predators], axis=-1)
+        >>> field = keras_node.GreyBoxField(lotka_volterra, {"growth": 1.0, "decline": 1.0})
+        >>> times, values = np.linspace(0, 10, 51), np.random.default_rng(0).uniform(0.5, 2, (4, 51, 2))
+        >>> model = keras_node.DynamicsModel(field, window=10, initial_states="trained", continuity=1.0)
+        >>> model.compile("adam")
+        >>> history = model.fit((times, values), epochs=2, verbose=0)
+        >>> sorted(history.history)
+        ['gap', 'loss', 'mse']
+        >>> model.forecast(values[:, -1], [10.0, 11.0, 12.0]).shape
+        TensorShape([4, 3, 2])
+
+    Reference:
+
+        - Bock (1983), "Recent advances in parameter identification techniques for ODE", and Turan & Jaeschke (2021),
+          "Multiple shooting for training neural differential equations on time series", arXiv:2109.06786.
+        - Rackauckas et al. (2020), "Universal Differential Equations for Scientific Machine Learning",
+          arXiv:2001.04385, on growing horizons and partly known fields.
+    """
+
+    measures = ("mse",)
+    built: bool
+
+    def __init__(
+        self,
+        vector_field: keras.Layer | Callable | None = None,
+        *,
+        units: int = 64,
+        window: int | None = None,
+        initial_states: str = "observed",
+        continuity: float = 0.0,
+        interpolation: str = "hermite",
+        solver: Solver = "tsit5",
+        gradient: Gradient | None = None,
+        jit_compile: bool | str = "auto",
+        track_stats: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        # Without autocast, times and states keep their digits under a mixed policy.
+        super().__init__(autocast=False, **kwargs)
+        self.units = positive_integer("units", units)
+        self.window = None if window is None else positive_integer("window", window)
+        self.initial_states = one_of("initial_states", initial_states, _INITIAL_STATES)
+        self.interpolation = one_of("interpolation", interpolation, _INTERPOLATIONS)
+        self.continuity = number("continuity", continuity)
+        if self.continuity < 0 or (self.continuity and (initial_states, window) != ("trained", self.window)):
+            raise ValueError(
+                'A `continuity` of 0 or more needs `initial_states="trained"`: the gap to an observed state is in the '
+                f"loss already. Received: continuity={continuity}, initial_states={initial_states!r}"
+            )
+        self.vector_field = vector_field
+        self.set_options(solver, gradient, jit_compile, track_stats)
+        if self.continuity:
+            self.trackers.append(keras.metrics.Mean(name="gap"))
+        self.window_states: keras.Variable | None = None
+
+    # For a model, `jit_compile` is the option of `compile`, for the whole model.
+    jit_compile = keras.Model.jit_compile
+
+    @property
+    def jit_compile_solves(self) -> bool | str:
+        return self.options.jit_compile
+
+    def build(self, inputs_shape: Any) -> None:
+        self._build_for(as_dictionary(inputs_shape)["values"][-1])
+
+    def call(self, inputs: Any, training: bool | None = None) -> tf.Tensor:
+        trajectories = self._prepared(inputs, keep_times=True)
+        return ops.cast(self._solve(trajectories.values[:, 0], trajectories, training), self.compute_dtype)
+
+    def adapt(self, x: Any) -> None:
+        """Measures the mean and the standard deviation of each channel, as `fit` does the first time.
+
+        Args:
+            x: trajectories, as arrays.
+        """
+        x = _arrays(x)
+        values = np.asarray(x["values"], "float64")
+        mask = np.asarray(x.get("mask", True), bool)
+        values = np.where(mask if mask.ndim != 2 else mask[..., None], values, np.nan).reshape(-1, values.shape[-1])
+        self._build_for(values.shape[-1])
+        counts = np.maximum(np.sum(~np.isnan(values), axis=0), 1)
+        center = np.nansum(values, axis=0) / counts
+        scale = np.sqrt(np.nansum((values - center) ** 2, axis=0) / counts)
+        for scaled in (self, self.vector_field) if isinstance(self.vector_field, _ScaledNetwork) else (self,):
+            scaled.center.assign(center)
+            scaled.scale.assign(np.where(scale > 0, scale, 1))
+        self.is_adapted.assign(True)
+
+    def forecast(self, y0: Any, times: Any, args: Any = None, jumps: Any = None) -> tf.Tensor:
+        """Returns the states at given times.
+
+        Args:
+            y0: the states at the first of `times`, `(batch, D)`.
+            times: `(T,)`, or `(batch, T)`; monotonic.
+            args: what a field `f(t, y, args)` receives, such as a `keras_node.ControlPath`. Defaults to `None`.
+            jumps: a pair of times `(batch, J)` and amounts `(batch, J, D)`. Defaults to `None`.
+
+        Returns:
+            The states, `(batch, T, D)`. The first of them is `y0`.
+        """
+        y0 = ops.convert_to_tensor(y0, self.variable_dtype)
+        self._build_for(y0.shape[-1])
+        if jumps is not None:
+            amounts = ops.convert_to_tensor(jumps[1], self.variable_dtype)
+            jumps = ops.transpose(prepare_times(jumps[0], self.variable_dtype)), ops.moveaxis(amounts, 1, 0)
+        times = times if np.ndim(times) == 1 else ops.transpose(prepare_times(times, self.variable_dtype))
+        solution = self.options.solve(self.vector_field, y0, times, args=args, jumps=jumps)
+        return ops.cast(ops.moveaxis(solution.ys, 0, 1), self.compute_dtype)
+
+    def forecast_errors(self, x: Any, horizon: int | None = None) -> np.ndarray:
+        """Returns how the error of forecasts grows with the number of steps ahead.
+
+        Args:
+            x: trajectories.
+            horizon: the number of steps to forecast. Forecasts begin at every `horizon`-th step, at the observed state.
+                Defaults to `None`, for whole trajectories.
+
+        Returns:
+            The root mean square of the errors, `(horizon, D)`, in the units of the values. Row `i` is for `i + 1` steps
+            ahead. It is NaN where nothing was observed.
+        """
+        trajectories = self._prepared(x)
+        steps = trajectories.times.shape[1]
+        cut, _ = windows(trajectories, steps - 1 if horizon is None else positive_integer("horizon", horizon))
+        errors = self._solve(cut.values[:, 0], cut, False) - cut.values
+        observed = ops.cast(cut.observed, errors.dtype)
+        squares = np.sum(observed * errors**2, axis=0)[1:]
+        counts = np.sum(observed, axis=0)[1:]
+        return np.sqrt(np.divide(squares, counts, out=np.full_like(squares, np.nan), where=counts > 0))
+
+    def sample_losses(self, x: Any, y: Any, y_pred: Any, training: bool) -> tuple[tf.Tensor, dict[str, tuple]]:
+        """Returns the loss of each trajectory, `(batch,)`, and the errors that the metrics report."""
+        if y is not None:
+            raise ValueError(
+                "A DynamicsModel learns from trajectories, without targets: call `fit(x)` with `x = (times, values)`, "
+                f"`(times, values, mask)` or a dictionary. Received: y={y!r}"
+            )
+        trajectories = self._prepared(x)
+        length = self.window or trajectories.times.shape[1] - 1
+        cut, number_of_windows = windows(trajectories, length)
+        is_last_seen = ops.any(cut.observed, axis=(1, 2))
+        trained = bool(training) and self.initial_states == "trained"
+        if training:
+            cut = until(cut, self.horizon)
+        starts = self._trained_states(trajectories, number_of_windows) if trained else cut.values[:, 0]
+        states = self._solve(starts, cut, training)
+        errors = states - cut.values
+        # An observed initial state has no error.
+        counted = cut.observed if trained else cut.observed & (ops.arange(length + 1) > 0)[:, None]
+        # What was not observed, or what a shorter horizon does not reach, may be anything.
+        errors = ops.where(counted, errors, 0)
+
+        def by_trajectory(a: tf.Tensor) -> tf.Tensor:
+            return ops.reshape(a, (-1, number_of_windows * (length + 1), a.shape[-1]))
+
+        squares, counts = by_trajectory(errors**2), by_trajectory(ops.cast(counted, errors.dtype))
+        total = ops.sum(squares / self.scale**2, axis=(1, 2))
+        losses = tf.math.divide_no_nan(total, ops.sum(counts, axis=(1, 2)))
+        measures = {"mse": (squares, counts)}
+        if self.continuity:
+            gaps, known = self._gaps(states, starts, is_last_seen, number_of_windows)
+            reached = ops.cast(self.horizon >= length, gaps.dtype) if training else 1
+            known = known * reached
+            mean = tf.math.divide_no_nan(ops.sum(known * gaps, axis=(1, 2)), ops.sum(known, axis=(1, 2)))
+            losses += self.continuity * mean if trained else 0
+            measures["gap"] = gaps, known
+        return losses, measures
+
+    def prepare_data(self, arguments: dict[str, Any], trains: bool) -> dict[str, Any]:
+        """Makes dictionaries of arrays, and what a model needs to know of them before it is trained."""
+        x, validation_data = arguments.get("x"), arguments.get("validation_data")
+        if are_arrays(x):
+            x = _arrays(x)
+            if trains:
+                self._build_for(x["values"].shape[-1])
+                if not bool(self.is_adapted.numpy()):
+                    self.adapt(x)
+                if self.initial_states == "trained":
+                    x = {**x, "index": np.arange(len(x["values"]), dtype="int32")}
+                    self._make_window_states(x)
+        if isinstance(validation_data, list | tuple) and len(validation_data) == 1:
+            (validation_data,) = validation_data
+        if are_arrays(validation_data):
+            validation_data = (_arrays(validation_data),)
+        known = {} if validation_data is None else {"validation_data": validation_data}
+        return {**arguments, "x": x, **known}
+
+    def predict(self, x: Any, **kwargs: Any) -> np.ndarray:
+        """Returns the states at all times from the first observation on, like `keras.Model.predict`."""
+        return super().predict(_arrays(x) if are_arrays(x) else x, **kwargs)
+
+    def compute_output_spec(self, inputs: Any, training: bool | None = None) -> keras.KerasTensor:
+        return keras.KerasTensor(tuple(as_dictionary(inputs)["values"].shape), dtype=self.compute_dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.update(
+            units=self.units,
+            window=self.window,
+            initial_states=self.initial_states,
+            continuity=self.continuity,
+            interpolation=self.interpolation,
+        )
+        return config
+
+    def get_build_config(self) -> dict[str, Any]:
+        states = None if self.window_states is None else tuple(self.window_states.shape)
+        return {"dim": self.center.shape[0], "window_states": states}
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        self._build_for(config["dim"])
+        if config["window_states"] is not None:
+            self._add_window_states(tuple(config["window_states"]))
+
+    def _build_for(self, dim: int | None) -> None:
+        """Makes the weights for states of this length."""
+        if self.built:
+            return
+        if dim is None:
+            raise ValueError("The number of channels of `values` must be known. Received: values of shape (..., None)")
+        self.center = self.add_weight(shape=(dim,), initializer="zeros", trainable=False, name="center")
+        self.scale = self.add_weight(shape=(dim,), initializer="ones", trainable=False, name="scale")
+        self.is_adapted = self.add_weight((), "zeros", "bool", trainable=False, name="is_adapted")
+        no_limit = keras.initializers.Constant(_NO_LIMIT)
+        self.horizon = self.add_weight((), no_limit, "int32", trainable=False, name="horizon")
+        if self.vector_field is None:
+            self.vector_field = _ScaledNetwork(self.units, dim, dtype=self.dtype_policy)
+        if isinstance(self.vector_field, keras.Layer) and call_arguments(self.vector_field)[0] < 3:
+            t, y = (keras.KerasTensor((None, n), dtype=self.variable_dtype) for n in (1, dim))
+            build(self.vector_field, t, y)
+        self.built = True
+
+    def _prepared(self, x: Any, keep_times: bool = False) -> Trajectories:
+        trajectories = prepare(x, self.variable_dtype, self.interpolation, keep_times)
+        self._build_for(trajectories.values.shape[-1])
+        return trajectories
+
+    def _solve(self, y0: tf.Tensor, trajectories: Trajectories, training: bool | None) -> tf.Tensor:
+        """Returns the states at the times of the trajectories, `(batch, T, D)`."""
+        jumps = None
+        if trajectories.jumps:
+            times, amounts = trajectories.jumps
+            jumps = ops.transpose(times), ops.moveaxis(amounts, 1, 0)
+        solution = self.options.solve(
+            self.vector_field,
+            y0,
+            ops.transpose(trajectories.times),
+            args=trajectories.controls,
+            jumps=jumps,
+            training=training,
+        )
+        return ops.moveaxis(solution.ys, 0, 1)
+
+    def _trained_states(self, trajectories: Trajectories, number_of_windows: int) -> tf.Tensor:
+        """Returns the initial states of the windows of a batch."""
+        if trajectories.index is None or self.window_states is None:
+            raise ValueError(
+                'With `initial_states="trained"` the model needs to know which trajectory is which: pass arrays to '
+                '`fit`, not a data set, or choose `initial_states="observed"`. Received: data without an `index`'
+            )
+        if self.window_states.shape[1] != number_of_windows:
+            raise ValueError(_other_data(self.window_states, f"trajectories with {number_of_windows} windows"))
+        states = ops.take(self.window_states, trajectories.index, axis=0)
+        return ops.reshape(self.center + self.scale * states, (-1, self.center.shape[0]))
+
+    def _gaps(
+        self, states: tf.Tensor, starts: tf.Tensor, seen: tf.Tensor, number_of_windows: int
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the squared gaps between windows, `(batch, W - 1, D)`, and 1 for those that count."""
+        shape = (-1, number_of_windows, self.center.shape[0])
+        ends, starts = ops.reshape(states[:, -1], shape), ops.reshape(starts, shape)
+        gaps = ((ends[:, :-1] - starts[:, 1:]) / self.scale) ** 2
+        seen = ops.reshape(ops.cast(seen, gaps.dtype), (-1, number_of_windows))[:, 1:, None]
+        return gaps, ops.broadcast_to(seen, ops.shape(gaps))
+
+    def _make_window_states(self, x: dict[str, Any]) -> None:
+        """Makes the trained initial states of these trajectories, which begin at the observed ones."""
+        cut, number_of_windows = windows(self._prepared(x), self.window or x["values"].shape[1] - 1)
+        shape = (len(x["values"]), number_of_windows, self.center.shape[0])
+        if self.window_states is not None:
+            if tuple(self.window_states.shape) != shape:
+                raise ValueError(_other_data(self.window_states, f"{shape[0]} trajectories with {shape[1]} windows"))
+            return
+        observed = (cut.values[:, 0] - self.center) / self.scale
+        self._add_window_states(shape).assign(ops.reshape(observed, shape))
+
+    def _add_window_states(self, shape: tuple) -> keras.Variable:
+        states = self.add_weight(shape=shape, initializer="zeros", name="window_states")
+        self.window_states = states
+        return states
+
+
+@keras.saving.register_keras_serializable(package="keras_node")
+class _ScaledNetwork(keras.layers.Layer):
+    """The default field, `f(y) = scale * network((y - center) / scale)`."""
+
+    def __init__(self, units: int, dim: int, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self.units = units
+        self.dim = dim
+        self.center = self.add_weight(shape=(dim,), initializer="zeros", trainable=False, name="center")
+        self.scale = self.add_weight(shape=(dim,), initializer="ones", trainable=False, name="scale")
+        hidden = [keras.layers.Dense(units, activation="tanh", dtype=self.dtype_policy) for _ in range(2)]
+        self.network = keras.Sequential([*hidden, keras.layers.Dense(dim, dtype=self.dtype_policy)])
+        self.network.build((None, dim))
+        self.built = True
+
+    def call(self, y: tf.Tensor) -> tf.Tensor:
+        rates = self.network((y - self.center) / self.scale)
+        return self.scale * ops.cast(rates, y.dtype)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "units": self.units, "dim": self.dim}
+
+
+def _arrays(x: Any) -> dict[str, Any]:
+    """Returns trajectories as a dictionary of arrays, with times for each trajectory."""
+    x = {name: np.asarray(part) for name, part in as_dictionary(x).items() if part is not None}
+    check_shapes(x["times"].shape, x["values"].shape, x["mask"].shape if "mask" in x else None)
+    if x["times"].ndim == 1:
+        x["times"] = np.broadcast_to(x["times"], x["values"].shape[:2])
+    return x
+
+
+def _other_data(states: Any, received: str) -> str:
+    return (
+        f"The model has trained initial states for {states.shape[0]} trajectories with {states.shape[1]} windows: "
+        f"train it on the same ones, or make a new model. Received: {received}"
+    )

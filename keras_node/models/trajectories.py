@@ -1,0 +1,147 @@
+"""Batches of trajectories: their observations, and the windows in which a model learns from them."""
+
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+from keras import ops
+
+from keras_node.control import control_path, fill_linearly, last_valid
+from keras_node.times import prepare_times
+
+_KEYS = ("times", "values", "mask", "controls", "jump_times", "jump_amounts", "index")
+
+
+class Trajectories(NamedTuple):
+    """Observations of a batch of trajectories, prepared for a solve.
+
+    Attributes:
+        times: `(batch, T)`.
+        values: `(batch, T, D)`, with the missing values filled in linearly.
+        observed: boolean, in the shape of `values`: which of them were observed.
+        controls: a `keras_node.ControlPath` with a knot at each step, or `None` if there are no controls.
+        jumps: `(times, amounts)` of shapes `(batch, J)` and `(batch, J, D)`, or `()` if there are none.
+        index: `(batch,)`, the number of each trajectory in the training data, or `None` if it is not known.
+    """
+
+    times: tf.Tensor
+    values: tf.Tensor
+    observed: tf.Tensor
+    controls: Any = None
+    jumps: tuple = ()
+    index: Any = None
+
+
+def as_dictionary(x: Any) -> dict[str, Any]:
+    """Returns the observations that a user passes as a dictionary."""
+    if isinstance(x, dict):
+        unknown = sorted(set(x) - set(_KEYS))
+        if not unknown and {"times", "values"} <= set(x) and ("jump_times" in x) == ("jump_amounts" in x):
+            return x
+        raise ValueError(
+            "Trajectories need the keys `times` and `values`, and may have `mask`, `controls`, and both `jump_times` "
+            f"and `jump_amounts`. Received: {sorted(x)}"
+        )
+    if isinstance(x, list | tuple) and len(x) in (2, 3):
+        return dict(zip(_KEYS, x, strict=False))
+    raise ValueError(
+        "Trajectories must be `(times, values)`, `(times, values, mask)` or a dictionary with these keys. "
+        f"Received: {type(x).__name__}" + (f" of length {len(x)}" if isinstance(x, list | tuple) else "")
+    )
+
+
+def prepare(x: Any, dtype: str, interpolation: str, keep_times: bool = False) -> Trajectories:
+    """Checks a batch of observations, and fills in what is missing.
+
+    Args:
+        x: the observations.
+        dtype: the precision of the state.
+        interpolation: the kind of path through the controls.
+        keep_times: whether steps without observations keep their times, as long as these do not go back, as padding
+            does. By default they take the time of the last observation, so that what they hold has no effect.
+    """
+    x = as_dictionary(x)
+    times, values = prepare_times(x["times"], dtype), ops.convert_to_tensor(x["values"])
+    mask = None if x.get("mask") is None else ops.cast(x["mask"], "bool")
+    check_shapes(times.shape, values.shape, None if mask is None else mask.shape)
+    values = ops.cast(values, dtype)
+    observed = ~ops.isnan(values)
+    if mask is not None:
+        observed &= mask if len(mask.shape) == 3 else mask[..., None]
+    values = ops.where(observed, values, 0)
+    given = ops.broadcast_to(times, ops.shape(values)[:2])
+    valid = ops.any(observed, axis=-1)
+    times = last_valid(ops.where(valid, given, 0), valid)
+    kept = ops.maximum(ops.where(ops.isfinite(given), given, times), times)
+    values = fill_linearly(ops.expand_dims(ops.cast(times, dtype), -1), values, observed)
+    jumps: tuple = ()
+    if "jump_times" in x:
+        jumps = prepare_times(x["jump_times"], dtype), ops.cast(x["jump_amounts"], dtype)
+    controls = None
+    if "controls" in x:
+        controls = control_path(kept, ops.cast(x["controls"], dtype), interpolation=interpolation)
+    index = ops.cast(x["index"], "int32") if "index" in x else None
+    return Trajectories(kept if keep_times else times, values, observed, controls, jumps, index)
+
+
+def check_shapes(times: Any, values: Any, mask: Any) -> None:
+    """Checks the shapes of observations; that of the mask is `None` if there is no mask."""
+    if len(times) not in (1, 2) or len(values) != 3 or (mask is not None and len(mask) not in (2, 3)):
+        raise ValueError(
+            "`times` must be (batch, T) or (T,), `values` (batch, T, D), and `mask` (batch, T) or (batch, T, D). "
+            f"Received: shapes {tuple(times)}, {tuple(values)} and {None if mask is None else tuple(mask)}"
+        )
+    if values[1] is None or values[1] < 2:
+        raise ValueError(
+            f"Trajectories must have a known number of steps, 2 or more. Received: values of shape {tuple(values)}"
+        )
+
+
+def windows(trajectories: Trajectories, length: int) -> tuple[Trajectories, int]:
+    """Cuts trajectories into windows of `length` intervals. The last step of a window is the first of the next one.
+
+    Returns:
+        The windows, `(batch * W, length + 1, ...)`, those of a trajectory one after the other, and their number `W` in
+        a trajectory. Steps beyond the end of a trajectory are not observed, and repeat its last time.
+    """
+    steps = trajectories.times.shape[1]
+    number = max(1, -(-(steps - 1) // length))
+    places = [min(w * length + i, steps - 1) for w in range(number) for i in range(length + 1)]
+    inside = [w * length + i < steps for w in range(number) for i in range(length + 1)]
+
+    def cut(x: Any) -> Any:
+        taken = ops.take(x, places, axis=1)
+        return ops.reshape(taken, (-1, length + 1, *x.shape[2:]))
+
+    times, values, observed = (cut(x) for x in trajectories[:3])
+    inside = ops.reshape(ops.tile(ops.convert_to_tensor(inside), [ops.shape(trajectories.times)[0]]), (-1, length + 1))
+    return (
+        Trajectories(
+            times,
+            values,
+            observed & inside[..., None],
+            None if trajectories.controls is None else tf.nest.map_structure(cut, trajectories.controls),
+            tuple(ops.repeat(x, number, axis=0) for x in trajectories.jumps),
+        ),
+        number,
+    )
+
+
+def until(trajectories: Trajectories, horizon: tf.Tensor) -> Trajectories:
+    """Ends trajectories after so many intervals: later steps are not observed, and repeat the time of the last one.
+
+    A solve that has reached its last time costs nothing more, so a shorter horizon is cheaper. And shapes do not depend
+    on it, so nothing is traced again when it grows.
+    """
+    steps = trajectories.times.shape[1]
+    place = ops.minimum(ops.arange(steps), ops.cast(horizon, "int32"))
+    inside = ops.arange(steps) <= ops.cast(horizon, "int32")
+    return trajectories._replace(
+        times=ops.take(trajectories.times, place, axis=1), observed=trajectories.observed & inside[:, None]
+    )
+
+
+def are_arrays(x: Any) -> bool:
+    """Whether the data are arrays or tensors, and not a data set or a generator."""
+    is_nest = isinstance(x, dict | list | tuple)
+    return is_nest and all(hasattr(leaf, "shape") or leaf is None for leaf in keras.tree.flatten(x))
