@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import keras
 import tensorflow as tf
 from keras import ops
 
@@ -142,6 +141,5 @@ def until(trajectories: Trajectories, horizon: tf.Tensor) -> Trajectories:
 
 
 def are_arrays(x: Any) -> bool:
-    """Whether the data are arrays or tensors, and not a data set or a generator."""
-    is_nest = isinstance(x, dict | list | tuple)
-    return is_nest and all(hasattr(leaf, "shape") or leaf is None for leaf in keras.tree.flatten(x))
+    """Whether the data are arrays or lists of numbers, and not a data set or a generator."""
+    return isinstance(x, dict | list | tuple)
