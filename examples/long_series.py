@@ -4,10 +4,11 @@ Two systems are observed with noise of 5 % of their spread: Lotka and Volterra's
 cycles, and Lorenz' chaotic system. The same network learns each in five ways:
 
 - single shooting: one solve over the whole series;
-- growing horizon: the same, but training begins with short solves;
-- windows: solves over windows of the series, which begin at observations;
+- growing horizon: solves over windows of 50 intervals, which end after 5 at first, and later as training goes on;
+- windows: solves over windows of 10 intervals, which begin at observations;
 - multiple shooting: the same, with initial states that are trained, and a penalty on the gaps between windows;
-- grey box (Lotka and Volterra only): multiple shooting with the equations known and four rates unknown.
+- grey box (Lotka and Volterra only): multiple shooting with the equations known and four rates unknown, whose first
+  guess is 2, and with a horizon that grows from one interval to the window.
 
 Single shooting ends near the mean of the data: its error, in units of the spread, stays near 1. The others learn the
 dynamics. The table shows the error of forecasts of test series, from true states, at 1, 10 and 50 steps ahead, in units
@@ -32,6 +33,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RATES = {"growth": 1.5, "eaten": 1.0, "decline": 3.0, "gained": 1.0}
+WINDOW, LONG = 10, 50
 SOLVER = keras_node.RungeKutta("bosh3", rtol=1e-3, atol=1e-4)
 
 
@@ -61,23 +63,23 @@ def series(rate, starts, times, rng):
     return true, true + 0.05 * true.std((0, 1)) * rng.normal(size=true.shape)
 
 
-def shooting(kind, window, steps):
-    """Returns a model, and the callbacks of its training in `steps` epochs."""
-    options = {"solver": SOLVER}
-    if kind in ("windows", "multiple shooting", "grey box"):
-        options["window"] = window
+def shooting(kind, epochs):
+    """Returns a model, and the callbacks of its training."""
+    options, callbacks, field = {"window": WINDOW}, [], None
+    if kind == "single shooting":
+        options = {}
+    if kind == "growing horizon":
+        options, callbacks = {"window": LONG}, [keras_node.GrowingHorizon(5, LONG, epochs // 2)]
     if kind in ("multiple shooting", "grey box"):
         options |= {"initial_states": "trained", "continuity": 1.0}
-    field = None
     if kind == "grey box":
-        field = keras_node.GreyBoxField(
-            lotka_volterra, {name: keras_node.TrainableScalar(2.0, minimum=0.0) for name in RATES}
-        )
-    model = keras_node.DynamicsModel(field, **options)
-    growing = [keras_node.GrowingHorizon(5, steps["horizon"], steps["epochs"] // 2)] if "growing" in kind else []
-    rate = keras.optimizers.schedules.CosineDecay(1e-2, steps["epochs"])
+        scalars = {name: keras_node.TrainableScalar(2.0, minimum=0.0) for name in RATES}
+        field = keras_node.GreyBoxField(lotka_volterra, scalars)
+        callbacks = [keras_node.GrowingHorizon(1, WINDOW, epochs // 2)]
+    model = keras_node.DynamicsModel(field, solver=SOLVER, **options)
+    rate = keras.optimizers.schedules.CosineDecay(5e-2 if field else 1e-2, epochs)
     model.compile(keras.optimizers.Adam(rate, clipnorm=1.0))
-    return model, growing
+    return model, callbacks
 
 
 def draw(path, systems):
@@ -111,12 +113,12 @@ def main():
 
     kinds = ("single shooting", "growing horizon", "windows", "multiple shooting")
     problems = {
-        "predators and prey": (predators_and_prey, np.linspace(0, 50, 251), lambda n: rng.uniform(1, 4, (n, 2)), 10),
-        "Lorenz": (lorenz, np.linspace(0, 10, 251), lambda n: rng.uniform(-10, 10, (n, 3)) + [0, 0, 25], 10),
+        "predators and prey": (predators_and_prey, np.linspace(0, 50, 251), lambda n: rng.uniform(1, 4, (n, 2))),
+        "Lorenz": (lorenz, np.linspace(0, 10, 251), lambda n: rng.uniform(-10, 10, (n, 3)) + np.array([0, 0, 25])),
     }
     systems = []
     print("system               trained by            1 step   10 steps   50 steps   seconds")
-    for name, (rate, times, starts, window) in problems.items():
+    for name, (rate, times, starts) in problems.items():
         times = times[: len(times) // part]
         _, data = series(rate, starts(6), times, rng)
         true, _ = series(rate, starts(4), times, rng)
@@ -124,7 +126,7 @@ def main():
         forecasts, errors = {}, {}
         for kind in (*kinds, "grey box") if name == "predators and prey" else kinds:
             keras.utils.set_random_seed(options.seed)
-            model, callbacks = shooting(kind, window, {"epochs": epochs, "horizon": len(times) - 1})
+            model, callbacks = shooting(kind, epochs)
             start = time.perf_counter()
             model.fit((times, data), epochs=epochs, batch_size=len(data), verbose=0, callbacks=callbacks)
             seconds = time.perf_counter() - start
