@@ -48,9 +48,8 @@ class ReversibleAdjoint:
     nothing costs twice, no rounding error grows, and this gradient is the default.
 
     Args:
-        coupling: the number `c`, above 0 and at most 1. It draws `y` and `z` together, which makes the solve stable.
-            The published experiments take 0.999 and, for fields that contract strongly, 0.99 or less. Defaults to
-            `0.999`.
+        coupling: the number `c`, above 0 and at most 1. What is missing to 1 draws `y` and `z` together, which makes
+            the solve stable where the field contracts. Defaults to `0.999`, as in the publication.
 
     Raises:
         ValueError: for a coupling out of range. When the solve begins, for an implicit method and for events.

@@ -10,11 +10,11 @@ from keras import ops
 
 from keras_node.arguments import number, one_of, positive_integer
 from keras_node.models.likelihood_model import LikelihoodModel
+from keras_node.models.scaled_network import ScaledNetwork
 from keras_node.models.trajectories import (
     Trajectories,
-    are_arrays,
     as_dictionary,
-    check_shapes,
+    dictionary_of_arrays,
     prepare,
     until,
     windows,
@@ -181,7 +181,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         Args:
             x: trajectories, as arrays.
         """
-        x = _arrays(x)
+        x = dictionary_of_arrays(x)
         values = np.asarray(x["values"], "float64")
         mask = np.asarray(x.get("mask", True), bool)
         values = np.where(mask if mask.ndim != 2 else mask[..., None], values, np.nan).reshape(-1, values.shape[-1])
@@ -189,7 +189,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         counts = np.maximum(np.sum(~np.isnan(values), axis=0), 1)
         center = np.nansum(values, axis=0) / counts
         scale = np.sqrt(np.nansum((values - center) ** 2, axis=0) / counts)
-        for scaled in (self, self.vector_field) if isinstance(self.vector_field, _ScaledNetwork) else (self,):
+        for scaled in (self, self.vector_field) if isinstance(self.vector_field, ScaledNetwork) else (self,):
             scaled.center.assign(center)
             scaled.scale.assign(np.where(scale > 0, scale, 1))
         self.is_adapted.assign(True)
@@ -278,7 +278,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         """Makes dictionaries of arrays, and what a model needs to know of them before it is trained."""
         x, validation_data = arguments.get("x"), arguments.get("validation_data")
         if are_arrays(x):
-            x = _arrays(x)
+            x = dictionary_of_arrays(x)
             if trains:
                 self._build_for(x["values"].shape[-1])
                 if not bool(self.is_adapted.numpy()):
@@ -289,13 +289,13 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         if isinstance(validation_data, list | tuple) and len(validation_data) == 1:
             (validation_data,) = validation_data
         if are_arrays(validation_data):
-            validation_data = (_arrays(validation_data),)
+            validation_data = (dictionary_of_arrays(validation_data),)
         known = {} if validation_data is None else {"validation_data": validation_data}
         return {**arguments, "x": x, **known}
 
     def predict(self, x: Any, **kwargs: Any) -> np.ndarray:
         """Returns the states at all times from the first observation on, like `keras.Model.predict`."""
-        return super().predict(_arrays(x) if are_arrays(x) else x, **kwargs)
+        return super().predict(dictionary_of_arrays(x) if are_arrays(x) else x, **kwargs)
 
     def compute_output_spec(self, inputs: Any, training: bool | None = None) -> keras.KerasTensor:
         return keras.KerasTensor(tuple(as_dictionary(inputs)["values"].shape), dtype=self.compute_dtype)
@@ -332,7 +332,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         no_limit = keras.initializers.Constant(_NO_LIMIT)
         self.horizon = self.add_weight((), no_limit, "int32", trainable=False, name="horizon")
         if self.vector_field is None:
-            self.vector_field = _ScaledNetwork(self.units, dim, dtype=self.dtype_policy)
+            self.vector_field = ScaledNetwork(self.units, dim, dtype=self.dtype_policy)
         if isinstance(self.vector_field, keras.Layer) and call_arguments(self.vector_field)[0] < 3:
             t, y = (keras.KerasTensor((None, n), dtype=self.variable_dtype) for n in (1, dim))
             build(self.vector_field, t, y)
@@ -396,38 +396,6 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         states = self.add_weight(shape=shape, initializer="zeros", name="window_states")
         self.window_states = states
         return states
-
-
-@keras.saving.register_keras_serializable(package="keras_node")
-class _ScaledNetwork(keras.layers.Layer):
-    """The default field, `f(y) = scale * network((y - center) / scale)`."""
-
-    def __init__(self, units: int, dim: int, **kwargs: Any) -> None:
-        super().__init__(autocast=False, **kwargs)
-        self.units = units
-        self.dim = dim
-        self.center = self.add_weight(shape=(dim,), initializer="zeros", trainable=False, name="center")
-        self.scale = self.add_weight(shape=(dim,), initializer="ones", trainable=False, name="scale")
-        hidden = [keras.layers.Dense(units, activation="tanh", dtype=self.dtype_policy) for _ in range(2)]
-        self.network = keras.Sequential([*hidden, keras.layers.Dense(dim, dtype=self.dtype_policy)])
-        self.network.build((None, dim))
-        self.built = True
-
-    def call(self, y: tf.Tensor) -> tf.Tensor:
-        rates = self.network((y - self.center) / self.scale)
-        return self.scale * ops.cast(rates, y.dtype)
-
-    def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "units": self.units, "dim": self.dim}
-
-
-def _arrays(x: Any) -> dict[str, Any]:
-    """Returns trajectories as a dictionary of arrays, with times for each trajectory."""
-    x = {name: np.asarray(part) for name, part in as_dictionary(x).items() if part is not None}
-    check_shapes(x["times"].shape, x["values"].shape, x["mask"].shape if "mask" in x else None)
-    if x["times"].ndim == 1:
-        x["times"] = np.broadcast_to(x["times"], x["values"].shape[:2])
-    return x
 
 
 def _other_data(states: Any, received: str) -> str:

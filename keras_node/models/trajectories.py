@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 from keras import ops
 
@@ -143,3 +144,12 @@ def until(trajectories: Trajectories, horizon: tf.Tensor) -> Trajectories:
 def are_arrays(x: Any) -> bool:
     """Whether the data are arrays or lists of numbers, and not a data set or a generator."""
     return isinstance(x, dict | list | tuple)
+
+
+def dictionary_of_arrays(x: Any) -> dict[str, Any]:
+    """Returns trajectories as a dictionary of arrays, with times for each trajectory."""
+    x = {name: np.asarray(part) for name, part in as_dictionary(x).items() if part is not None}
+    check_shapes(x["times"].shape, x["values"].shape, x["mask"].shape if "mask" in x else None)
+    if x["times"].ndim == 1:
+        x["times"] = np.broadcast_to(x["times"], x["values"].shape[:2])
+    return x
