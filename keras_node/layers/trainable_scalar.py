@@ -36,10 +36,13 @@ class TrainableScalar(keras.layers.Layer):
         **kwargs: arguments of `keras.layers.Layer`, such as `name`, `trainable` and `dtype`.
 
     Call arguments:
-        None. Read the attribute `value` instead.
+        This layer is not called. Read its attribute `value`.
+
+    Input shape:
+        There is no input.
 
     Output shape:
-        `()`.
+        `()`, the shape of `value`.
 
     Raises:
         ValueError: if `initial` is not finite, or not inside the bounds.
@@ -48,6 +51,11 @@ class TrainableScalar(keras.layers.Layer):
         >>> gravity = keras_node.TrainableScalar(9.0, minimum=0.0)
         >>> float(gravity.value)
         9.0
+
+    Reference:
+
+        - Kucukelbir et al. (2017), "Automatic Differentiation Variational Inference", arXiv:1603.00788, section 2.3, on
+          such transformations of bounded numbers.
     """
 
     def __init__(

@@ -13,6 +13,7 @@ from keras_node.models.likelihood_model import LikelihoodModel
 from keras_node.models.scaled_network import ScaledNetwork
 from keras_node.models.trajectories import (
     Trajectories,
+    are_arrays,
     as_dictionary,
     dictionary_of_arrays,
     prepare,
