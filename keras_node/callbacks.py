@@ -118,7 +118,7 @@ class GrowingHorizon(keras.callbacks.Callback):
         ValueError: for an option out of range; and when training begins, for another kind of model.
 
     Example:
-        >>> times, values = np.linspace(0, 1, 11), np.ones((4, 11, 2))
+        >>> times, values = keras.ops.linspace(0.0, 1.0, 11), keras.ops.ones((4, 11, 2))
         >>> model = keras_node.DynamicsModel(units=8)
         >>> model.compile("adam")
         >>> history = model.fit((times, values), epochs=3, verbose=0, callbacks=[keras_node.GrowingHorizon(2, 10, 3)])

@@ -241,7 +241,7 @@ def forecast(model: DynamicsModel, x: Any, index: int = 0, *, ax: "Axes | None" 
 
     Example:
         >>> model = keras_node.DynamicsModel(units=8)
-        >>> times, values = np.linspace(0, 1, 11), np.ones((4, 11, 2))
+        >>> times, values = keras.ops.linspace(0.0, 1.0, 11), keras.ops.ones((4, 11, 2))
         >>> ax = keras_node.plots.forecast(model, (times, values))
         >>> len(ax.lines)  # points and a line for each channel
         4
@@ -275,7 +275,7 @@ def forecast_errors(model: DynamicsModel, x: Any, horizon: int | None = None, *,
 
     Example:
         >>> model = keras_node.DynamicsModel(units=8)
-        >>> times, values = np.linspace(0, 1, 11), np.ones((4, 11, 2))
+        >>> times, values = keras.ops.linspace(0.0, 1.0, 11), keras.ops.ones((4, 11, 2))
         >>> ax = keras_node.plots.forecast_errors(model, (times, values), horizon=5)
         >>> len(ax.lines)
         2

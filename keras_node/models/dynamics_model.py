@@ -109,7 +109,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         ...     meetings = prey * predators
         ...     return keras.ops.concatenate([growth * prey - meetings, meetings - decline * predators], axis=-1)
         >>> field = keras_node.GreyBoxField(lotka_volterra, {"growth": 1.0, "decline": 1.0})
-        >>> times, values = np.linspace(0, 10, 51), np.random.default_rng(0).uniform(0.5, 2, (4, 51, 2))
+        >>> times, values = keras.ops.linspace(0.0, 10.0, 51), keras.random.uniform((4, 51, 2), 0.5, 2.0)
         >>> model = keras_node.DynamicsModel(field, window=10, initial_states="trained", continuity=1.0)
         >>> model.compile("adam")
         >>> history = model.fit((times, values), epochs=2, verbose=0)
