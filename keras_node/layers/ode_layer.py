@@ -61,10 +61,10 @@ class ODELayer(SolvingLayer):
         return_events: whether to return the events as well. Defaults to `False`.
         augment_dims: number of zeros to append to the last axis of the input, an integer of 0 or more. In the extra
             dimensions, trajectories can pass each other (augmented neural ODE). Defaults to `0`.
-        kinetic_energy: weight of a penalty on the speed of the state, 0 or more: the integral of `||f||^2` over time, the
-            mean over samples (RNODE). It makes paths straighter and shorter, so the solver can take longer steps. In
-            training the layer adds an estimate of it to its losses, as a regularizer does; in inference nothing changes.
-            See "Penalties on the path" below. Defaults to `0.0`.
+        kinetic_energy: weight of a penalty on the speed of the state, 0 or more: the integral of `||f||^2` over time,
+            the mean over samples (RNODE). It makes paths short and straight, so the solver can take longer steps. In
+            training the layer adds an estimate of it to its losses, as a regularizer does. See "Penalties" below.
+            Defaults to `0.0`.
         local_error: weight of a penalty on the error that the solver estimates, 0 or more: the norm of the error
             estimate of one step of mean length, in units of the tolerances (see `keras_node.RungeKutta`). An adaptive
             solver accepts steps with values up to 1. Defaults to `0.0`.
@@ -114,15 +114,15 @@ class ODELayer(SolvingLayer):
         The mask is passed to a field that takes `mask`. The layer solves masked steps like the others. The output
         carries the mask; with `ts` the mask is repeated for each time, `(batch, T, ...)`.
 
-    Penalties on the path:
-        `kinetic_energy` and `local_error` are estimated at one time `t` of the solve, which is drawn for each batch from
-        the uniform distribution between the first time and the last. For `kinetic_energy` this is
-        `|t1 - t0| ||f(t, y(t))||^2`, whose mean over `t` is the integral. For `local_error` the layer takes one step from
-        `y(t)`, as long as the accepted steps of the solve on average and not beyond the last time. So the penalties cost
-        about one evaluation, and as many as a step has, and they have gradients with every `gradient`. Masked steps
-        count like the others. With events or jumps, or with both `num_steps` and `ts`, there can be no penalties.
+    Penalties:
+        `kinetic_energy` and `local_error` are estimated at one time `t` of the solve, which is drawn for each batch
+        from the uniform distribution between the first time and the last. For `kinetic_energy` this is
+        `|t1 - t0| ||f(t, y(t))||^2`, whose mean over `t` is the integral. For `local_error` the layer takes one step
+        from `y(t)`, as long as the accepted steps of the solve on average and not beyond the last time. So the
+        penalties cost one evaluation, and as many as a step has, and they have gradients with every `gradient`. Masked
+        steps count like the others. With events or jumps, or with both `num_steps` and `ts`, there can be no penalties.
         `local_error` needs an explicit method with an error estimate, and no `step_at`; with constant steps the units
-        are the default tolerances.
+        are the default tolerances. Inference is not changed.
 
     Raises:
         ValueError: for an option out of range, for `return_events` without an `event`, for a penalty that the solver or

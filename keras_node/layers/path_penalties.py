@@ -17,7 +17,6 @@ import math
 from typing import Any, NamedTuple
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from keras_node import trees
@@ -131,7 +130,8 @@ class PathPenalties:
             solver = _with_step_size(solver, abs(times[1] - times[0]))
 
         def add_penalty(field: VectorField, solution: Solution) -> None:
-            layer.add_loss(self(field, solver, time, solution))
+            # Keras adds up losses in this precision.
+            layer.add_loss(tf.cast(self(field, solver, time, solution), keras.config.floatx()))
 
         solution = layer.options.solve(vector_field, y0, time.ts, solver=solver, on_solution=add_penalty, **options)
         return solution._replace(ts=time.without(solution.ts), ys=time.without(solution.ys))
@@ -199,12 +199,13 @@ def _mean(x: tf.Tensor) -> tf.Tensor:
 def _squared_norm(x: Nest) -> tf.Tensor:
     """The sum of the squares of each sample."""
     return trees.total(
-        [tf.reduce_sum(tf.square(leaf), axis=np.arange(1, leaf.shape.rank)) for leaf in tf.nest.flatten(x)]
+        [tf.reduce_sum(tf.square(leaf), axis=list(range(1, leaf.shape.rank))) for leaf in tf.nest.flatten(x)]
     )
 
 
 def _rms(x: Nest, per_sample: bool) -> tf.Tensor:
     """The norm of the solver, whose gradient is NaN at zero, with the gradient zero there."""
     at_zero = rms_norm(trees.stop_gradient(x), per_sample) == 0
-    size = rms_norm(trees.where(at_zero, trees.each(tf.ones_like, x), x), per_sample)
+    elsewhere = trees.each(lambda a: tf.where(trees.align(at_zero, a), tf.ones_like(a), a), x)
+    size = rms_norm(elsewhere, per_sample)
     return tf.where(at_zero, tf.zeros_like(size), size)
