@@ -64,6 +64,17 @@ def test_a_constant_speed_has_its_square_times_the_duration(gradient, options, t
     np.testing.assert_allclose(found, 0.5 * np.mean(duration * np.sum(speeds**2, axis=1)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("fraction", [0.1, 0.7])
+@pytest.mark.parametrize("ts", [[0.5, 1.0, 2.0], [[0.0, 0.2, 2.0], [0.5, 1.0, 1.0], [0.0, 0.0, 0.0]]])
+def test_the_speed_is_that_at_the_random_time(ts, fraction, monkeypatch):
+    """`y' = -y` from `x` has the speed `|x| exp(-t)`, and samples with times of their own share the fraction."""
+    at(monkeypatch, fraction)
+    layer = ODELayer(lambda y: -y, kinetic_energy=1.0, dtype="float64", solver=RungeKutta(rtol=1e-8, atol=1e-8))
+    x, duration = points(), np.array(ts)[..., -1]
+    speeds = np.sum(x**2, axis=1) * np.exp(-2 * fraction * duration)
+    np.testing.assert_allclose(penalty(layer, x, ts=ts), np.mean(duration * speeds), rtol=1e-6)
+
+
 def test_a_nest_has_the_sum_of_its_tensors():
     x = {"a": tf.ones((4, 3)), "b": tf.ones((4, 2, 2))}
     field = lambda y: {"a": tf.ones_like(y["a"]), "b": 2 * tf.ones_like(y["b"])}  # noqa: E731
