@@ -11,7 +11,12 @@ import pytest
 
 EXAMPLES = sorted((pathlib.Path(__file__).parent.parent / "examples").glob("*.py"))
 EXAMPLES = [example for example in EXAMPLES if example.stem != "multi_worker"]  # test_multi_worker.py runs it
-NEEDS = {"japanese_vowels": "aeon", "hopper": "dm_control", "latent_hopper": "dm_control"}
+NEEDS = {
+    "japanese_vowels": "aeon",
+    "hopper": "dm_control",
+    "latent_hopper": "dm_control",
+    "regularized_depth": "mnist1d",
+}
 
 
 def parameters():

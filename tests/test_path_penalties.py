@@ -79,7 +79,7 @@ def test_a_nest_has_the_sum_of_its_tensors():
     x = {"a": tf.ones((4, 3)), "b": tf.ones((4, 2, 2))}
     field = lambda y: {"a": tf.ones_like(y["a"]), "b": 2 * tf.ones_like(y["b"])}  # noqa: E731
     found = penalty(ODELayer(field, kinetic_energy=1.0, local_error=1.0), x)
-    np.testing.assert_allclose(found, 3 + 4 * 4, rtol=1e-4)
+    np.testing.assert_allclose(found, 3 + 4 * 4 + 0.1, rtol=1e-5)
 
 
 def test_the_mean_over_random_times_is_the_integral():
@@ -107,7 +107,7 @@ def test_the_mean_over_random_times_is_the_integral():
     ],
     ids=str,
 )
-def test_the_local_error_is_that_of_a_step_in_units_of_the_tolerances(t1, options, fraction, monkeypatch):
+def test_the_local_error_is_the_length_of_a_step_relative_to_what_its_error_allows(t1, options, fraction, monkeypatch):
     at(monkeypatch, fraction)
     x, solver, t = points(), RungeKutta("bosh3", **options), tf.constant(fraction * t1, tf.float64)
     found = penalty(ODELayer(swirl, t1=t1, solver=solver, local_error=3.0, dtype="float64"), x)
@@ -126,21 +126,21 @@ def test_the_local_error_is_that_of_a_step_in_units_of_the_tolerances(t1, option
     error = dt * sum(weight * rate for weight, rate in zip(B_ERROR, k, strict=True))
     scale = solver.atol + np.multiply(solver.rtol, np.maximum(abs(y), abs(end)))
     axis = 1 if solver.per_sample else None
-    np.testing.assert_allclose(found, 3 * np.mean(np.sqrt(np.mean((error / scale) ** 2, axis=axis))), rtol=1e-6)
+    norm = np.sqrt(np.mean((error / scale) ** 2, axis=axis))
+    assert np.all(norm > 1e-3)
+    np.testing.assert_allclose(found, 3 * np.mean(np.cbrt(norm)), rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("gradient", "mode", "rtol"),
-    [("backsolve", "eager", 1e-5), ("checkpointed", "graph", 1e-6), ("direct", "xla", 1e-6)],
-)
-def test_gradients_agree_with_finite_differences(gradient, mode, rtol, monkeypatch, float64):
+@pytest.mark.parametrize(("gradient", "mode"), [("backsolve", "eager"), ("checkpointed", "graph"), ("direct", "xla")])
+def test_gradients_agree_with_finite_differences(gradient, mode, monkeypatch, float64):
     at(monkeypatch, 0.6)
     keras.utils.set_random_seed(0)
     field = keras.layers.Dense(2, "tanh", dtype="float64")
-    options = {"kinetic_energy": 1.0, "local_error": 1e4, "solver": RungeKutta("bosh3", num_steps=30)}
-    layer = ODELayer(field, gradient=gradient, dtype="float64", **options)
+    options = {"dtype": "float64", "solver": RungeKutta("bosh3", rtol=1e-6, atol=1e-6, max_steps=128)}
+    layer = ODELayer(field, gradient=gradient, kinetic_energy=1.0, local_error=5.0, **options)
     x = tf.constant(points())
     layer(x)
+    assert penalty(ODELayer(field, local_error=5.0, **options), x) > 5 * 0.3  # it is not negligible
     weights = layer.trainable_variables
 
     def gradients(x):
@@ -160,7 +160,7 @@ def test_gradients_agree_with_finite_differences(gradient, mode, rtol, monkeypat
         for w, d in zip(weights, directions[1:], strict=True):
             w.assign_sub(sign * step * d)
     along = sum(np.sum(g * d) for g, d in zip(found, directions, strict=True))
-    np.testing.assert_allclose(along, (ends[0] - ends[1]) / (2 * step), rtol=rtol)
+    np.testing.assert_allclose(along, (ends[0] - ends[1]) / (2 * step), rtol=1e-5)
 
 
 def test_times_have_their_gradient(monkeypatch):
@@ -178,7 +178,7 @@ def test_where_there_is_no_error_the_gradient_is_zero():
     layer = ODELayer(field, local_error=1.0)
     with tf.GradientTape() as tape:
         loss = penalty(layer, tf.ones((3, 2)))
-    assert loss == 0
+    np.testing.assert_allclose(loss, 0.1)
     for gradient in tape.gradient(loss, field.trainable_variables):
         np.testing.assert_array_equal(gradient, tf.zeros_like(gradient))
 

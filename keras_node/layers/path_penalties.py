@@ -57,7 +57,7 @@ class PathPenalties:
 
     Args:
         kinetic_energy: weight of the integral of `||f||^2` over time, the mean over samples.
-        local_error: weight of the estimated error of a step of mean length, in units of the tolerances.
+        local_error: weight of the length of a mean step, relative to the length that its estimated error allows.
     """
 
     kinetic_energy: float
@@ -158,7 +158,7 @@ class PathPenalties:
             largest = trees.each(lambda a, b: tf.maximum(tf.abs(a), tf.abs(b)), step.y0, step.y1)
             scale = error_scale(largest, solver.rtol, solver.atol)
             error = trees.each(tf.realdiv, step.error, scale)
-            penalty += self.local_error * _mean(_rms(error, solver.per_sample))
+            penalty += self.local_error * _mean(_relative_length(error, solver))
         return penalty
 
 
@@ -203,9 +203,21 @@ def _squared_norm(x: Nest) -> tf.Tensor:
     )
 
 
-def _rms(x: Nest, per_sample: bool) -> tf.Tensor:
-    """The norm of the solver, whose gradient is NaN at zero, with the gradient zero there."""
-    at_zero = rms_norm(trees.stop_gradient(x), per_sample) == 0
-    elsewhere = trees.each(lambda a: tf.where(trees.align(at_zero, a), tf.ones_like(a), a), x)
-    size = rms_norm(elsewhere, per_sample)
-    return tf.where(at_zero, tf.zeros_like(size), size)
+# A step that may be ten times as long is no reason to change the field: its error may be rounding.
+_NEGLIGIBLE = 0.1
+
+
+def _relative_length(error: Nest, solver: RungeKutta) -> tf.Tensor:
+    """The length of a step, relative to the length at which its error would be as large as the tolerances allow.
+
+    Args:
+        error: the estimated error of the step, in units of the tolerances.
+        solver: the solver. With `per_sample`, every sample has its own length.
+    """
+    order = solver.tableau.error_order
+    assert order is not None  # there is an error estimate
+    negligible = rms_norm(trees.stop_gradient(error), solver.per_sample) < _NEGLIGIBLE**order
+    # The gradient of a norm is NaN at zero, even where it is not selected.
+    error = trees.each(lambda e: tf.where(trees.align(negligible, e), tf.ones_like(e), e), error)
+    length = rms_norm(error, solver.per_sample) ** (1 / order)
+    return tf.where(negligible, tf.constant(_NEGLIGIBLE, length.dtype), length)
