@@ -136,7 +136,7 @@ def test_gradients_agree_with_finite_differences(gradient, mode, monkeypatch, fl
     at(monkeypatch, 0.6)
     keras.utils.set_random_seed(0)
     field = keras.layers.Dense(2, "tanh", dtype="float64")
-    options = {"dtype": "float64", "solver": RungeKutta("bosh3", rtol=1e-6, atol=1e-6, max_steps=128)}
+    options = {"dtype": "float64", "solver": RungeKutta("bosh3", rtol=1e-12, atol=1e-6, max_steps=128)}
     layer = ODELayer(field, gradient=gradient, kinetic_energy=1.0, local_error=5.0, **options)
     x = tf.constant(points())
     layer(x)

@@ -65,9 +65,9 @@ class ODELayer(SolvingLayer):
             the mean over samples (RNODE). It makes paths short and straight, so the solver can take longer steps. In
             training the layer adds an estimate of it to its losses, as a regularizer does. See "Penalties" below.
             Defaults to `0.0`.
-        local_error: weight of a penalty on the error that the solver estimates, 0 or more: the norm of the error
-            estimate of one step of mean length, in units of the tolerances (see `keras_node.RungeKutta`). An adaptive
-            solver accepts steps with values up to 1. Defaults to `0.0`.
+        local_error: weight of a penalty on the error that the solver estimates, 0 or more: the length of a step,
+            relative to the length that its estimated error allows. It is in proportion to the number of steps. Defaults
+            to `0.0`.
         jit_compile: whether to compile the solve with XLA, even if the rest of the model is not compiled: `True`,
             `False` or `"auto"` (default). `"auto"` compiles in training. On a CPU it begins with that after 200 solves,
             so that a short training does not wait for XLA, and only for batches of the largest size. It does not
@@ -118,11 +118,15 @@ class ODELayer(SolvingLayer):
         `kinetic_energy` and `local_error` are estimated at one time `t` of the solve, which is drawn for each batch
         from the uniform distribution between the first time and the last. For `kinetic_energy` this is
         `|t1 - t0| ||f(t, y(t))||^2`, whose mean over `t` is the integral. For `local_error` the layer takes one step
-        from `y(t)`, as long as the accepted steps of the solve on average and not beyond the last time. So the
-        penalties cost one evaluation, and as many as a step has, and they have gradients with every `gradient`. Masked
-        steps count like the others. With events or jumps, or with both `num_steps` and `ts`, there can be no penalties.
-        `local_error` needs an explicit method with an error estimate, and no `step_at`; with constant steps the units
-        are the default tolerances. Inference is not changed.
+        from `y(t)`, as long as the accepted steps of the solve on average and not beyond the last time. If `E` is the
+        norm of its estimated error in units of the tolerances (see `keras_node.RungeKutta`) and `q` is the order of the
+        estimate, the penalty is `E ** (1 / q)`. The solver accepts a step if it is 1 or less. Below 0.1 it has no
+        gradient.
+
+        So the penalties cost one evaluation, and as many as a step has, and they have gradients with every `gradient`.
+        Masked steps count like the others. With events or jumps, or with both `num_steps` and `ts`, there can be no
+        penalties. `local_error` needs an explicit method with an error estimate, and no `step_at`; with constant steps
+        the units are the default tolerances. Inference is not changed.
 
     Raises:
         ValueError: for an option out of range, for `return_events` without an `event`, for a penalty that the solver or

@@ -156,7 +156,8 @@ class PathPenalties:
             dt = tf.sign(ahead) * tf.minimum(tf.stop_gradient(length), tf.abs(ahead))
             step = rk_step(solver, lambda t, y: Rates(field(t, y, field.params)), t, dt, y, k1=Rates(rate))
             largest = trees.each(lambda a, b: tf.maximum(tf.abs(a), tf.abs(b)), step.y0, step.y1)
-            scale = error_scale(largest, solver.rtol, solver.atol)
+            # Without this, the state would grow to make its relative error small.
+            scale = trees.stop_gradient(error_scale(largest, solver.rtol, solver.atol))
             error = trees.each(tf.realdiv, step.error, scale)
             penalty += self.local_error * _mean(_relative_length(error, solver))
         return penalty
