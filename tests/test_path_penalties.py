@@ -173,6 +173,17 @@ def test_times_have_their_gradient(monkeypatch):
     np.testing.assert_allclose(tape.gradient(loss, ts), [[0, 0.5], [0, 0.5]], atol=1e-5)
 
 
+def test_a_larger_state_does_not_count_as_a_smaller_error():
+    """The error of a field of time alone depends on the state through the relative tolerance only."""
+    layer = ODELayer(lambda t, y: tf.sin(9 * t) + 0 * y, local_error=1.0, solver=RungeKutta("bosh3", num_steps=3))
+    x = tf.ones((3, 2))
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = penalty(layer, x)
+    assert loss > 0.2
+    np.testing.assert_allclose(tape.gradient(loss, x), tf.zeros_like(x), atol=1e-6)
+
+
 def test_where_there_is_no_error_the_gradient_is_zero():
     field = keras.layers.Dense(2, kernel_initializer="zeros")
     layer = ODELayer(field, local_error=1.0)
