@@ -39,7 +39,7 @@ PENALTIES = {
     "digits": {"plain": {}, "kinetic_energy": {"kinetic_energy": 0.01}, "local_error": {"local_error": 1.0}},
     "MNIST-1D": {"plain": {}, "kinetic_energy": {"kinetic_energy": 0.01}, "local_error": {"local_error": 1.0}},
 }
-EPOCHS = {"digits": 40, "MNIST-1D": 30}
+EPOCHS = {"digits": 40, "MNIST-1D": 25}
 
 
 def load(name, validate):
