@@ -125,8 +125,8 @@ class ODELayer(SolvingLayer):
 
         So the penalties cost one evaluation, and as many as a step has, and they have gradients with every `gradient`.
         Masked steps count like the others. With events or jumps, or with both `num_steps` and `ts`, there can be no
-        penalties. `local_error` needs an explicit method with an error estimate, and no `step_at`; with constant steps
-        the units are the default tolerances. Inference is not changed.
+        penalties. `local_error` needs a smooth field (`tanh` and not `relu`), an explicit method with an error
+        estimate, and no `step_at`; with constant steps the units are the default tolerances. Inference is not changed.
 
     Raises:
         ValueError: for an option out of range, for `return_events` without an `event`, for a penalty that the solver or
