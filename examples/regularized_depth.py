@@ -7,12 +7,23 @@ that a solver can follow in long steps:
 - `kinetic_energy`, the integral of `||f||^2` over time (Finlay et al. 2020): short and straight ways.
 - `local_error`, the error that the solver estimates in one step (Pal et al. 2021, 2023).
 
-The script trains one network on scikit-learn's 8x8 digits and one on MNIST-1D (Greydanus & Kobak 2024), signals of 40
-numbers with ten classes, which the package `mnist1d` generates. Both are trained plain, with the one penalty and with
-the other, at a tolerance that a careful user takes, and all in the same way. What counts is how often `evaluate` has to
-evaluate the field, at the same accuracy.
+The script trains one network on scikit-learn's 8x8 digits and one on MNIST-1D (Greydanus & Kobak, arXiv:2011.14439),
+signals of 40 numbers with ten classes, which the package `mnist1d` generates. Both are trained plain, with the one
+penalty and with the other, at a tolerance that a careful user takes, and all in the same way. What counts is how often
+`evaluate` has to evaluate the field, at the same accuracy.
 
-    python examples/regularized_depth.py            # WALL on two cores
+What came out, as the mean and the standard deviation over three seeds:
+
+- On digits, both penalties lead to 20 evaluations instead of 32. The accuracy on the 450 test digits is 98.1 ± 0.3 %
+  plain, 97.9 ± 0.3 % with `kinetic_energy` and 98.4 ± 0.3 % with `local_error`. One digit is 0.2 %.
+- On MNIST-1D, `kinetic_energy` leads to 28 evaluations and `local_error` to 26, instead of 46. The accuracy on the 1000
+  test signals is 93.8 ± 0.2 % plain, 94.2 ± 1.4 % with `kinetic_energy` and 95.0 ± 0.4 % with `local_error`.
+- The paths differ. With `kinetic_energy` the hidden state moves a fraction as far as without. With `local_error` it
+  moves about half as far on digits and two thirds as far on MNIST-1D, and in both at an even speed.
+
+The weights of the penalties were chosen on a fifth of the training data, from a few values and with one or two seeds.
+
+    python examples/regularized_depth.py            # a quarter of an hour on two cores that are busy with other work
     python examples/regularized_depth.py --quick    # barely trained, in a minute
 """
 
@@ -34,7 +45,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 SOLVER = keras_node.RungeKutta("tsit5", rtol=1e-4, atol=1e-6)
-# Chosen on a fifth of the training data (`--validate`), from a few values for each.
+# Chosen with `--validate`, which holds out a fifth of the training data.
 PENALTIES = {
     "digits": {"plain": {}, "kinetic_energy": {"kinetic_energy": 0.01}, "local_error": {"local_error": 3.0}},
     "MNIST-1D": {"plain": {}, "kinetic_energy": {"kinetic_energy": 0.01}, "local_error": {"local_error": 0.3}},
