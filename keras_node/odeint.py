@@ -44,6 +44,7 @@ def odeint(
     throw: bool = True,
     jit_compile: bool | str | CompileLater = "auto",
     statistics: SolverMetrics | None = None,
+    on_solution: Callable[[VectorField, Solution], None] | None = None,
 ) -> Solution:
     """Solves an initial value problem and returns the states at the times `ts`.
 
@@ -111,6 +112,8 @@ def odeint(
             this package compiles later, see `keras_node.ODELayer`.
         statistics: the metrics of a layer with `track_stats`, to update with the work of the solve and of its gradient.
             Defaults to `None`.
+        on_solution: a function that is called with the field of the solve, which has its weights, noise and arguments,
+            and with the solution. A layer uses it to penalize the path. Defaults to `None`.
 
     Returns:
         A `keras_node.Solution` with the times `ts`, the states `ys` in the structure of `y0` with a new first axis of
@@ -158,6 +161,7 @@ def odeint(
             throw,
             jit_compile,
             statistics,
+            on_solution,
         )
     )
 
@@ -178,6 +182,7 @@ def _odeint(
     throw: bool,
     jit_compile: bool | str | CompileLater,
     statistics: SolverMetrics | None,
+    on_solution: Callable[[VectorField, Solution], None] | None,
 ) -> Solution:
     """Does the work of `odeint`, in a call context with the right `training`."""
     original, y0 = y0, _to_state(y0)
@@ -218,8 +223,11 @@ def _odeint(
         statistics.forward(stats, status, training)
     if throw:
         ys = check_status(status, ys, "The solve", stats)
+    solution = Solution(ts, ys, stats, status, history)
+    if on_solution is not None:
+        on_solution(field, solution)
     ys = tf.nest.map_structure(lambda y, o: tf.cast(y, o.dtype) if tf.is_tensor(o) else y, ys, original)
-    return Solution(ts, ys, stats, status, history)
+    return solution._replace(ys=ys)
 
 
 def _to_state(original: Nest) -> Nest:

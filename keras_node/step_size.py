@@ -52,7 +52,7 @@ def error_scale(y: Nest, rtol: Tolerance, atol: Tolerance) -> Nest:
 def rms_norm(x: Nest, per_sample: bool) -> tf.Tensor:
     """Root mean square over all elements of all leaves, or with `per_sample` over the elements of each sample."""
     leaves, first = tf.nest.flatten(x), int(per_sample)
-    squares = [tf.raw_ops.Sum(input=tf.square(x), axis=np.arange(first, x.shape.rank)) for x in leaves]
+    squares = [tf.raw_ops.Sum(input=tf.square(x), axis=np.arange(first, x.shape.rank, dtype=np.int32)) for x in leaves]
     total, count = trees.total(squares), sum(_size(leaf, first) for leaf in leaves)
     # A state without elements has the error zero.
     count = max(count, 1) if isinstance(count, int) else tf.cast(tf.maximum(count, 1), total.dtype)

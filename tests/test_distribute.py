@@ -19,12 +19,21 @@ tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfigur
 x = np.random.default_rng(0).normal(size=(32, 5, 4)).astype("float32")
 times = np.cumsum(np.random.default_rng(1).uniform(size=(32, 5)), 1).astype("float32")
 
+# Everything moves at the same speed, so the kinetic energy is the same at every random time.
+class Drift(keras.layers.Layer):
+    def build(self, shape):
+        self.speed = self.add_weight(shape=shape[-1:], initializer="ones")
+
+    def call(self, y):
+        return self.speed + keras.ops.zeros_like(y)
+
 def losses():
     keras.utils.set_random_seed(0)
     inputs = [keras.Input((5, 4)), keras.Input((5,))]
     solver = keras_node.RungeKutta("heun", num_steps=2)
     h = keras_node.ODERNN(keras.layers.GRUCell(4), keras.layers.Dense(4, "tanh"), solver=solver)(*inputs)
     h = keras_node.ODELayer(keras.layers.Dense(4, "tanh"), solver=solver, track_stats=True)(h)
+    h = keras_node.ODELayer(Drift(), solver=solver, kinetic_energy=0.1, local_error=0.1)(h)
     model = keras.Model(inputs, h)
     model.compile("sgd", "mse", jit_compile=False)
     return model.fit([x, times], x[:, -1], 16, epochs=2, shuffle=False, verbose=0).history["loss"]

@@ -4,14 +4,21 @@ import importlib.util
 import pathlib
 import re
 import runpy
+import socket
 import sys
 
 import keras
+import numpy as np
 import pytest
 
 EXAMPLES = sorted((pathlib.Path(__file__).parent.parent / "examples").glob("*.py"))
 EXAMPLES = [example for example in EXAMPLES if example.stem != "multi_worker"]  # test_multi_worker.py runs it
-NEEDS = {"japanese_vowels": "aeon", "hopper": "dm_control", "latent_hopper": "dm_control"}
+NEEDS = {
+    "japanese_vowels": "aeon",
+    "hopper": "dm_control",
+    "latent_hopper": "dm_control",
+    "regularized_depth": "mnist1d",
+}
 
 
 def parameters():
@@ -51,3 +58,19 @@ def test_an_example_prints_its_numbers_and_draws_its_picture(example, tmp_path, 
     # The path of the picture has digits as well.
     assert re.search(r"\d\.\d", printed.replace(str(picture), ""))
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_signals_of_mnist1d_are_generated_without_a_network(monkeypatch):
+    pytest.importorskip("mnist1d")
+    load = runpy.run_path(str(EXAMPLES[0].parent / "regularized_depth.py"))["load"]
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("an example must not download anything")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    x, x_test, labels, labels_test = load("MNIST-1D", validate=False)
+    assert x.shape == (4000, 40) and x_test.shape == (1000, 40)
+    assert set(labels) == set(labels_test) == set(range(10))
+    np.testing.assert_array_equal(load("MNIST-1D", validate=False)[0], x)

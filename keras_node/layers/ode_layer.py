@@ -1,5 +1,6 @@
 """A layer of continuous depth."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -10,10 +11,20 @@ from keras import ops
 
 from keras_node.arguments import non_negative_integer, positive_integer
 from keras_node.events import Event, as_events
-from keras_node.jumps import check_jumps, map_amounts
+from keras_node.layers.call_times import (
+    argument_to_call,
+    check_times,
+    jumps_to_call,
+    jumps_to_solve,
+    shape_of,
+    times_to_call,
+    times_to_solve,
+)
+from keras_node.layers.masks import Masked, known, with_mask
+from keras_node.layers.path_penalties import PathPenalties
 from keras_node.signatures import build, call_arguments
 from keras_node.solve_options import Gradient, Solver, SolvingLayer
-from keras_node.times import as_numbers, prepare_times
+from keras_node.times import prepare_times
 from keras_node.trees import Nest
 
 
@@ -51,6 +62,13 @@ class ODELayer(SolvingLayer):
         return_events: whether to return the events as well. Defaults to `False`.
         augment_dims: number of zeros to append to the last axis of the input, an integer of 0 or more. In the extra
             dimensions, trajectories can pass each other (augmented neural ODE). Defaults to `0`.
+        kinetic_energy: weight of a penalty on the speed of the state, 0 or more: the integral of `||f||^2` over time,
+            the mean over samples (RNODE). It makes paths short and straight, so the solver can take longer steps. In
+            training the layer adds an estimate of it to its losses, as a regularizer does. See "Penalties" below.
+            Defaults to `0.0`.
+        local_error: weight of a penalty on the error that the solver estimates, 0 or more: the length of a step,
+            relative to the length that its estimated error allows. It is in proportion to the number of steps. Defaults
+            to `0.0`.
         jit_compile: whether to compile the solve with XLA, even if the rest of the model is not compiled: `True`,
             `False` or `"auto"` (default). `"auto"` compiles in training. On a CPU it begins with that after 200 solves,
             so that a short training does not wait for XLA, and only for batches of the largest size. It does not
@@ -97,9 +115,23 @@ class ODELayer(SolvingLayer):
         The mask is passed to a field that takes `mask`. The layer solves masked steps like the others. The output
         carries the mask; with `ts` the mask is repeated for each time, `(batch, T, ...)`.
 
+    Penalties:
+        `kinetic_energy` and `local_error` are estimated at one time `t` of the solve, which is drawn for each batch
+        from the uniform distribution between the first time and the last. For `kinetic_energy` this is
+        `|t1 - t0| ||f(t, y(t))||^2`, whose mean over `t` is the integral. For `local_error` the layer takes one step
+        from `y(t)`, as long as the accepted steps of the solve on average and not beyond the last time. If `E` is the
+        norm of its estimated error in units of the tolerances (see `keras_node.RungeKutta`) and `q` is the order of the
+        estimate, the penalty is `E ** (1 / q)`. The solver accepts a step if it is 1 or less. Below 0.1 it has no
+        gradient.
+
+        So the penalties cost one evaluation, and as many as a step has, and they have gradients with every `gradient`.
+        Masked steps count like the others. With events or jumps, or with both `num_steps` and `ts`, there can be no
+        penalties. `local_error` needs a smooth field (`tanh` and not `relu`), an explicit method with an error
+        estimate, and no `step_at`; with constant steps the units are the default tolerances. Inference is not changed.
+
     Raises:
-        ValueError: for an option out of range, for `return_events` without an `event`, and for `ts` of another shape or
-            not monotonic.
+        ValueError: for an option out of range, for `return_events` without an `event`, for a penalty that the solver or
+            the call does not allow, and for `ts` of another shape or not monotonic.
         TypeError: for inputs that are not floating-point.
         tf.errors.InvalidArgumentError: if a solve fails (too many steps, a NaN, or a step size that becomes too
             small). In a model that is compiled with XLA nothing can raise; the output is NaN instead.
@@ -117,6 +149,12 @@ class ODELayer(SolvingLayer):
 
         - Chen, Rubanova, Bettencourt & Duvenaud (2018), "Neural Ordinary Differential Equations", arXiv:1806.07366.
         - Dupont, Doucet & Teh (2019), "Augmented Neural ODEs", arXiv:1904.01681.
+        - Finlay, Jacobsen, Nurbekyan & Oberman (2020), "How to Train Your Neural ODE: the World of Jacobian and Kinetic
+          Regularization", arXiv:2002.02798: `kinetic_energy`.
+        - Pal, Ma, Shah & Rackauckas (2021), "Opening the Blackbox: Accelerating Neural Differential Equations by
+          Regularizing Internal Solver Heuristics", ICML: `local_error`.
+        - Pal, Edelman & Rackauckas (2023), "Locally Regularized Neural Differential Equations: Some Black Boxes Were
+          Meant to Remain Closed!", arXiv:2303.02262: penalties at random times.
     """
 
     nested: ClassVar = {"vector_field": "vector_field", "event": "event"}
@@ -133,6 +171,8 @@ class ODELayer(SolvingLayer):
         max_events: int = 32,
         return_events: bool = False,
         augment_dims: int = 0,
+        kinetic_energy: float = 0.0,
+        local_error: float = 0.0,
         jit_compile: bool | str = "auto",
         track_stats: bool = False,
         **kwargs: Any,
@@ -154,21 +194,30 @@ class ODELayer(SolvingLayer):
         self.augment_dims = non_negative_integer("augment_dims", augment_dims)
         terminal = all(each.terminal for each in as_events(event))
         self.set_options(solver, gradient, jit_compile, track_stats, counts_backward=terminal)
+        self.penalties = PathPenalties(kinetic_energy, local_error)
+        if self.penalties:
+            self.penalties.check(self.solver, bool(as_events(event)), asked_for_times=False)
+            self.seed_generator = keras.random.SeedGenerator()
         self.supports_masking = True
-        self.masked = _Masked(autocast=False, dtype=self.dtype_policy)
+        self.masked = Masked(autocast=False, dtype=self.dtype_policy)
+
+    @property
+    def kinetic_energy(self) -> float:
+        return self.penalties.kinetic_energy
+
+    @property
+    def local_error(self) -> float:
+        return self.penalties.local_error
 
     def __call__(self, inputs: Nest, ts: Any = None, args: Any = None, jumps: Any = None, **kwargs: Any) -> Nest:
-        # Keras would convert NumPy arrays to float64 tensors, and it takes lists of numbers only as keyword arguments.
-        args = tf.nest.map_structure(self._argument, args)
-        if ts is not None:
-            _check_times(_shape(ts))
-        if jumps is not None:
-            check_jumps(jumps)
-            jumps = self._without_mixture(jumps)
-        if isinstance(ts, np.ndarray):
-            # Keras would convert the array to a tensor, and then the solve would compute a gradient for these times.
-            ts = ts.tolist()
-        return super().__call__(inputs, ts=ts, args=args, jumps=jumps, **kwargs)
+        # Keras takes lists of numbers only as keyword arguments.
+        return super().__call__(
+            inputs,
+            ts=times_to_call(ts),
+            args=tf.nest.map_structure(lambda x: argument_to_call(x, self.variable_dtype), args),
+            jumps=jumps_to_call(jumps, self.variable_dtype),
+            **kwargs,
+        )
 
     def build(self, inputs_shape: Nest, ts_shape: tuple | None = None) -> None:
         # Keras does not pass the shapes of an argument called `args`. A field that takes it is built by the first call.
@@ -184,12 +233,15 @@ class ODELayer(SolvingLayer):
         mask: Nest = None,
         inputs_mask: Nest = None,
     ) -> Nest:
-        mask = _known(inputs_mask if mask is None else mask)
+        mask = known(inputs_mask if mask is None else mask)
         y0 = tf.nest.map_structure(self._initial_state, inputs)
-        times = [self.t0, self.t1] if ts is None else self._times(ts)
-        if jumps is not None:
-            jumps = self._jumps(jumps, y0)
-        solution = self.options.solve(
+        times = [self.t0, self.t1] if ts is None else times_to_solve(ts, self.t0, self.variable_dtype)
+        jumps = jumps_to_solve(jumps, y0, self.augment_dims, self.variable_dtype)
+        solve = self.options.solve
+        if self.penalties:
+            self.penalties.check(self.solver, bool(as_events(self.event)) or jumps is not None, ts is not None)
+            solve = functools.partial(self.penalties.solve, self) if training else solve
+        solution = solve(
             self.vector_field,
             y0,
             times,
@@ -205,7 +257,7 @@ class ODELayer(SolvingLayer):
             y = y[-1] if ts is None else ops.moveaxis(y[1:], 0, 1)
             return ops.cast(y, self.compute_dtype)
 
-        outputs = self._with_mask(tf.nest.map_structure(output, solution.ys), mask, ts)
+        outputs = with_mask(self.masked, tf.nest.map_structure(output, solution.ys), mask, ts)
         if not self.return_events:
             return outputs
         assert solution.events is not None
@@ -224,7 +276,7 @@ class ODELayer(SolvingLayer):
         inputs_mask: Nest = None,
     ) -> Nest:
         del training, jumps
-        ts_shape = None if ts is None else _shape(ts)
+        ts_shape = None if ts is None else shape_of(ts)
         if args is not None:
             own_times = ts_shape is not None and len(ts_shape) == 2
             self._build_nested(tf.nest.map_structure(lambda x: tuple(x.shape), inputs), own_times, args)
@@ -233,7 +285,7 @@ class ODELayer(SolvingLayer):
             return keras.KerasTensor(self._output_shape(tuple(x.shape), ts_shape), dtype=self.compute_dtype)
 
         outputs = tf.nest.map_structure(output, inputs)
-        outputs = self._with_mask(outputs, _known(inputs_mask if mask is None else mask), ts)
+        outputs = with_mask(self.masked, outputs, known(inputs_mask if mask is None else mask), ts)
         if not self.return_events:
             return outputs
         dtype = self.variable_dtype if ts is None else prepare_times(ts, self.variable_dtype).dtype
@@ -254,6 +306,8 @@ class ODELayer(SolvingLayer):
             max_events=self.max_events,
             return_events=self.return_events,
             augment_dims=self.augment_dims,
+            kinetic_energy=self.kinetic_energy,
+            local_error=self.local_error,
         )
         return config
 
@@ -282,24 +336,6 @@ class ODELayer(SolvingLayer):
         for event in events:
             event.build(own_time, y, args)
 
-    def _without_mixture(self, jumps: tuple[Any, Nest]) -> tuple[Any, Nest]:
-        """Returns jumps as numbers, or as tensors if any of them is one, because Keras does not take a mixture."""
-        if any(as_numbers(x) is None for x in tf.nest.flatten(tuple(jumps))):
-            return prepare_times(jumps[0], self.variable_dtype), tf.nest.map_structure(self._argument, jumps[1])
-        return tf.nest.map_structure(lambda x: np.asarray(x).tolist(), tuple(jumps))
-
-    def _jumps(self, jumps: Any, y0: Nest) -> tuple[Any, Nest]:
-        """Returns times and amounts of jumps with the axis of jumps first, as a solve takes them."""
-        times, amounts = prepare_times(jumps[0], self.variable_dtype), jumps[1]
-
-        def amount(a: Any, y: tf.Tensor) -> tf.Tensor:
-            a = ops.cast(ops.convert_to_tensor(a), self.variable_dtype)
-            if self.augment_dims:
-                a = ops.pad(a, [(0, 0)] * (len(a.shape) - 1) + [(0, self.augment_dims)])
-            return ops.moveaxis(a, 1, 0) if len(a.shape) == len(y.shape) + 1 else a
-
-        return ops.transpose(times), map_amounts(amount, amounts, y0)
-
     def _initial_state(self, x: tf.Tensor) -> tf.Tensor:
         if not tf.as_dtype(x.dtype).is_floating:
             raise TypeError(
@@ -311,34 +347,6 @@ class ODELayer(SolvingLayer):
             self._augmented_shape(x.shape)  # raises if there is no axis to extend
             x = ops.pad(x, [(0, 0)] * (len(x.shape) - 1) + [(0, self.augment_dims)])
         return x
-
-    def _times(self, ts: Any) -> Any:
-        """Returns the times of a solve, with `t0` first: `(T + 1,)` or `(T + 1, batch)`."""
-        known = as_numbers(ts)
-        if known is not None and known.ndim in (1, 2):
-            return np.concatenate([np.full_like(known.T[:1], self.t0), known.T], axis=0)
-        ts = prepare_times(ts, self.variable_dtype)
-        if len(ts.shape) not in (1, 2):
-            raise ValueError(f"`ts` must be of shape (T,) or (batch, T). Received: ts.shape={tuple(ts.shape)}")
-        ts = ops.transpose(ts)
-        return ops.concatenate([ops.full_like(ts[:1], self.t0), ts], axis=0)
-
-    def _argument(self, x: Any) -> Any:
-        if not isinstance(x, np.ndarray | np.generic) or not np.issubdtype(x.dtype, np.floating):
-            return x
-        return ops.convert_to_tensor(x, self.variable_dtype)
-
-    def _with_mask(self, outputs: Nest, mask: Nest, ts: Any) -> Nest:
-        """Returns the outputs with the mask of the inputs, which is repeated for each time in `ts`."""
-        if mask is None:
-            return outputs
-
-        def leaf(y: Any, mask: Any) -> Any:
-            if mask is not None and ts is not None:
-                mask = ops.repeat(ops.expand_dims(mask, 1), _shape(ts)[-1] or ops.shape(ts)[-1], axis=1)
-            return y if mask is None else self.masked(y, mask=mask)
-
-        return tf.nest.map_structure(leaf, outputs, mask)
 
     def _augmented_shape(self, shape: tuple) -> tuple:
         if len(shape) < 2 and self.augment_dims:
@@ -352,39 +360,8 @@ class ODELayer(SolvingLayer):
         shape = self._augmented_shape(shape)
         if ts_shape is None:
             return shape
-        _check_times(ts_shape)
+        check_times(ts_shape)
         return (shape[0], ts_shape[-1], *shape[1:])
-
-
-class _Masked(keras.layers.Layer):
-    """Returns its input with the mask that it is called with."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.supports_masking = True
-        self.built = True  # `quantize` needs every layer to be built
-
-    def call(self, x: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
-        return x
-
-    def compute_output_spec(self, x: keras.KerasTensor, mask: Any = None) -> keras.KerasTensor:
-        return x
-
-
-def _shape(ts: Any) -> tuple:
-    return tuple(ts.shape) if hasattr(ts, "shape") else np.shape(ts)
-
-
-def _check_times(shape: tuple) -> None:
-    if len(shape) not in (1, 2) or shape[-1] == 0:
-        raise ValueError(
-            f"`ts` must be of shape (T,) or (batch, T), with one time or more. Received: ts.shape={tuple(shape)}"
-        )
-
-
-def _known(mask: Nest) -> Nest:
-    """Returns a nest of masks, or `None` if all its masks are `None`."""
-    return None if all(m is None for m in tf.nest.flatten(mask)) else mask
 
 
 def _specs(shapes: Nest, dtype: str) -> Nest:
