@@ -12,6 +12,7 @@ from keras import ops
 from keras_node.arguments import positive_integer
 from keras_node.layers.concat_squash import ConcatSquashField
 from keras_node.models.density_field import DensityField
+from keras_node.models.flow_matching import FlowMatching, checked_coupling, refuse_weights
 from keras_node.models.likelihood_model import LikelihoodModel
 from keras_node.models.probability import make_bijector, make_distribution
 from keras_node.pure_function import is_seed
@@ -122,6 +123,8 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         kinetic_energy: float = 0.0,
         jacobian_norm: float = 0.0,
         steer: float = 0.0,
+        objective: str = "likelihood",
+        coupling: str | None = None,
         jit_compile: bool | str = "auto",
         track_stats: bool = False,
         seed: int | keras.random.SeedGenerator | None = None,
@@ -153,6 +156,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         self.kinetic_energy = kinetic_energy
         self.jacobian_norm = jacobian_norm
         self.steer = steer
+        self._choose(objective, coupling)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
 
@@ -162,6 +166,19 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
     @property
     def jit_compile_solves(self) -> bool | str:
         return self.options.jit_compile
+
+    @property
+    def objective(self) -> str:
+        return self._objective
+
+    @objective.setter
+    def objective(self, value: str) -> None:
+        self._choose(value, self.coupling if value == self.objective else None)
+        self.train_function = None  # Keras keeps the compiled step of training, which has the former objective in it.
+
+    def _choose(self, objective: str, coupling: str | None) -> None:
+        self.coupling = checked_coupling(objective, coupling, self.kinetic_energy, self.jacobian_norm, self.steer)
+        self._objective = objective
 
     def build(self, input_shape: Any) -> None:
         x, condition = _parts(input_shape) if _is_nest_of_shapes(input_shape) else (input_shape, None)
@@ -202,13 +219,24 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         return log_base + integrals[0]
 
     def sample_losses(self, x: Any, y: Any, y_pred: Any, training: bool) -> tuple[tf.Tensor, dict[str, tuple]]:
-        """Returns the negative log-likelihood of each sample, `(...)`."""
+        """Returns the loss of each sample, `(...)`: in training that of the objective, else `-log p`."""
         if y is not None:
             raise ValueError(
-                "A flow is trained by maximum likelihood, without targets. Call `fit(x)` or `fit((x, condition))`, and "
+                "A flow learns the density of its inputs, without targets. Call `fit(x)` or `fit((x, condition))`, and "
                 f"pass `validation_data=x` or `validation_data=((x, condition),)`. Received: y={y!r}"
             )
+        if training and self.objective == "flow_matching":
+            x, condition = _parts(x)
+            rows, condition = self._rows(x, condition)
+            matching = FlowMatching(self.vector_field, self.t1, self.coupling, self.seed_generator)
+            return tf.reshape(matching(rows, condition, training=True), tf.shape(x)[:-1]), {}
         return -(self(x, training=training) if y_pred is None else y_pred), {}
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> tf.Tensor:
+        refuse_weights(self.coupling if training else None, sample_weight)
+        return super().compute_loss(x, y, y_pred, sample_weight, training)
 
     def log_prob(self, x: Any, condition: Any = None) -> tf.Tensor:
         """Returns the log-density of vectors, in nats.
@@ -309,6 +337,8 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
             kinetic_energy=self.kinetic_energy,
             jacobian_norm=self.jacobian_norm,
             steer=self.steer,
+            objective=self.objective,
+            coupling=self.coupling,
             seed=self.seed,
         )
         return config
