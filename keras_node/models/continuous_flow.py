@@ -39,6 +39,14 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
     paths, multiplied by `kinetic_energy` and `jacobian_norm` (RNODE). Both make the paths straighter, so the solver can
     take longer steps. `evaluate` returns the mean negative log-likelihood, plus any regularizers of weights.
 
+    With `objective="flow_matching"`, `fit` needs no solve. For each `x` it draws noise `z ~ Normal(0, I)` and a time
+    `t`, and minimises the mean of
+
+    `||f(t, x_t) - (x - z) / t1||^2` with `x_t = (1 - t / t1) z + (t / t1) x`
+
+    Everything else stays as it is. In the logs `loss` is then this one, and `val_loss` the negative log-likelihood. To
+    go on by likelihood, set `flow.objective = "likelihood"`; compile again for another learning rate.
+
     `fit` and `evaluate` take no targets. With `sample_weight` the loss is the sum of the weighted losses, divided by
     the number of samples, as for the losses of Keras. The two energies are not weighted. A `tf.data.Dataset` or a
     generator yields `(x, None, sample_weight)`, and a `keras.utils.PyDataset` yields
@@ -59,7 +67,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         trace: how to compute `tr(df/dx)`. `"exact"` (default) needs `event_dim` vector-Jacobian products at each
             evaluation of the field. `"hutchinson"` needs one product and gives an unbiased estimate, in training and in
             inference. Two flows may share a field, so you can train fast with `"hutchinson"` and evaluate with
-            `"exact"`. A field that draws noise, such as dropout, needs `"hutchinson"` in training.
+            `"exact"`. A field that draws noise, such as dropout, needs `"hutchinson"` in training by likelihood.
         noise: the distribution of the noise in Hutchinson's estimate, `"rademacher"` (default) or `"gaussian"`. The
             noise is drawn once for each solve.
         kinetic_energy: weight of the integral of `||f||^2` in training, 0 or more. Defaults to `0.0`.
@@ -67,9 +75,18 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
             estimated. Defaults to `0.0`.
         steer: in training, solves end at a random time instead of at 0, which is drawn for each batch from the uniform
             distribution on `(-steer, steer)` (STEER). Must be less than `t1`. Defaults to `0.0`.
+        objective: what `fit` minimises, `"likelihood"` (default) or `"flow_matching"`. Flow matching calls the field as
+            an ordinary layer, with `t` of shape `(batch, 1)`, so a field may have dropout with any `trace`, and a
+            `BatchNormalization` updates its averages. It has no paths, so it refuses `kinetic_energy`,
+            `jacobian_norm` and `steer`.
+        coupling: how flow matching pairs noise and data, `"independent"` or `"optimal_transport"`. The latter permutes
+            the noise of each batch so that the squared distances are nearly least. The paths become straighter and
+            the gradient less noisy. The time for this grows with the square of the batch size. It takes no condition
+            and no `sample_weight`, for which the noise would not be normal any more. Defaults to `None`, which is
+            `"independent"` for flow matching.
         jit_compile: as in `keras_node.ODELayer`. Defaults to `"auto"`.
         track_stats: as in `keras_node.ODELayer`. Defaults to `False`.
-        seed: the seed of the noise, the random end times and the samples; an integer or a
+        seed: the seed of the noise, the random times and the samples; an integer or a
             `keras.random.SeedGenerator`. Defaults to `None`, for a random seed.
         **kwargs: arguments of `keras.Model`, such as `name` and `dtype`.
 
@@ -87,8 +104,9 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         A mask has no effect, and the model does not pass it on.
 
     Raises:
-        ValueError: for an option out of range, for inputs of another shape, for targets, for a condition that the field
-            does not take, and for a field with dropout that is trained with `trace="exact"`.
+        ValueError: for an option out of range, for options that do not go together, for inputs of another shape, for
+            targets, for a condition that the field does not take, for a condition or weights with optimal transport,
+            and for a field with dropout that is trained by likelihood with `trace="exact"`.
         tf.errors.InvalidArgumentError: if a solve fails. In a model that is compiled with XLA nothing can raise;
             the densities are NaN instead.
 
@@ -108,6 +126,12 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         - Finlay et al. (2020), "How to Train Your Neural ODE: the World of Jacobian and Kinetic Regularization",
           arXiv:2002.02798: `kinetic_energy` and `jacobian_norm`.
         - Ghosh et al. (2020), "STEER: Simple Temporal Regularization For Neural ODEs", arXiv:2006.10711: `steer`.
+        - Lipman et al. (2023), "Flow Matching for Generative Modeling", arXiv:2210.02747, and Liu et al. (2023), "Flow
+          Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow", arXiv:2209.03003:
+          `objective="flow_matching"`.
+        - Tong et al. (2024), "Improving and Generalizing Flow-Based Generative Models with Minibatch Optimal
+          Transport", arXiv:2302.00482, and Pooladian et al. (2023), "Multisample Flow Matching: Straightening Flows
+          with Minibatch Couplings", arXiv:2304.14772: `coupling="optimal_transport"`.
     """
 
     def __init__(
