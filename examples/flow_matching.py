@@ -50,14 +50,14 @@ class Training:
     steps_per_execution: int = 1
 
 
-LIKELIHOOD = Training(1500, 256, 5e-3)
-FINE_TUNING = Training(100, 256, 2e-3)
+LIKELIHOOD = Training(1000, 256, 5e-3)
+FINE_TUNING = Training(50, 256, 2e-3, jit_compile=False)
 INDEPENDENT = Training(8000, 256, 1e-2, jit_compile=False, steps_per_execution=50)
-TRANSPORT = Training(5000, 128, 1e-2, jit_compile=True, steps_per_execution=50)
+TRANSPORT = Training(4000, 128, 1e-2, jit_compile=True, steps_per_execution=50)
 TRAININGS = {
     name: {
         "likelihood": LIKELIHOOD,
-        "independent": dataclasses.replace(INDEPENDENT, steps=4000 if name == "eight Gaussians" else 8000),
+        "independent": dataclasses.replace(INDEPENDENT, steps=2500 if name == "eight Gaussians" else 7000),
         "fine-tuned": FINE_TUNING,
         "optimal transport": TRANSPORT,
     }
@@ -80,6 +80,9 @@ def train(flow, draw, validation, training):
         jit_compile=training.jit_compile,
         steps_per_execution=training.steps_per_execution,
     )
+    if not flow.built:
+        flow.build(keras.tree.map_structure(np.shape, draw(1)))
+    flow.optimizer.build(flow.trainable_variables)  # so that TensorFlow traces a step only once
     seconds, best = 0.0, (np.inf, None)
     for _ in range(training.checks):
         data = draw(training.steps // training.checks * training.batch)

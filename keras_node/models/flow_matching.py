@@ -48,13 +48,10 @@ class FlowMatching(keras.layers.Layer):
                 'would not be normal any more, and the density would be wrong: use `coupling="independent"`. '
                 f"Received: a condition of shape {tuple(condition.shape)}"
             )
-        n = tf.shape(x)[0]
         z = tf.random.stateless_normal(tf.shape(x), self._seed(), dtype=x.dtype)
         if self.coupling == "optimal_transport":
             z = tf.gather(z, assignment(x, z))
-        # Each of these is uniform on (0, 1), and together they are spread evenly, which makes the gradient less noisy.
-        offset = tf.random.stateless_uniform((), self._seed(), dtype=x.dtype)
-        share = (offset + tf.range(n, dtype=x.dtype) / tf.cast(n, x.dtype))[:, None] % 1
+        share = tf.random.stateless_uniform((tf.shape(x)[0], 1), self._seed(), dtype=x.dtype)
         x_t = (1 - share) * z + share * x
         velocity = FieldCall(self.vector_field)(self.t1 * share, x_t, condition, training)
         velocity = like_state(velocity, x, self.vector_field)
