@@ -74,11 +74,11 @@ def checked_coupling(
     if objective == "likelihood":
         if coupling is not None:
             raise ValueError(
-                'Training by likelihood pairs no noise with the data: leave `coupling` out, or pass `objective="'
-                f'flow_matching"`. Received: objective={objective!r}, coupling={coupling!r}'
+                "Training by likelihood pairs no noise with the data: leave `coupling` out, or pass "
+                f'`objective="flow_matching"`. Received: objective={objective!r}, coupling={coupling!r}'
             )
         return None
-    coupling = _COUPLINGS[0] if coupling is None else coupling
+    coupling = "independent" if coupling is None else coupling
     if coupling not in _COUPLINGS:
         raise ValueError(f"`coupling` must be one of {', '.join(_COUPLINGS)}. Received: coupling={coupling!r}")
     if kinetic_energy or jacobian_norm or steer:
