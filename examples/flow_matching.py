@@ -50,14 +50,14 @@ class Training:
     steps_per_execution: int = 1
 
 
-LIKELIHOOD = Training(1000, 256, 5e-3)
+LIKELIHOOD = Training(2000, 256, 5e-3)
 FINE_TUNING = Training(50, 256, 2e-3, jit_compile=False)
 INDEPENDENT = Training(8000, 256, 1e-2, jit_compile=False, steps_per_execution=50)
 TRANSPORT = Training(4000, 128, 1e-2, jit_compile=True, steps_per_execution=50)
 TRAININGS = {
     name: {
         "likelihood": LIKELIHOOD,
-        "independent": dataclasses.replace(INDEPENDENT, steps=2500 if name == "eight Gaussians" else 7000),
+        "independent": dataclasses.replace(INDEPENDENT, steps=2500 if name == "eight Gaussians" else 8000),
         "fine-tuned": FINE_TUNING,
         "optimal transport": TRANSPORT,
     }
