@@ -13,6 +13,11 @@ likelihood on test data. The noise is paired with the data
 The seconds are those of `fit`, with what TensorFlow takes to trace and compile. Of the digits there are few, so each
 flow keeps the weights that are best on validation data; these checks are not in the seconds.
 
+With independent pairs, the flows come within 0.04 nats of those trained by likelihood on the eight Gaussians and the
+moons, in 4 and 7 % of the time. On the checkerboard they miss by 0.08 nats. On the digits they are 0.5 nats better; but
+the steps and the learning rate of flow matching were chosen on validation data, and those of likelihood are the ones of
+`flow_digits.py`. Optimal transport needs fewer evaluations in a solve in the plane, and fits the checkerboard worse.
+
     python examples/flow_matching.py            # a quarter of an hour on two cores
     python examples/flow_matching.py --quick    # eight Gaussians, hardly any training
 """
