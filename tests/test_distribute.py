@@ -68,6 +68,20 @@ def flow():
     return keras_node.ContinuousFlow(2, field, solver=solver, **options)
 
 points = rng.normal(size=(9, 2)).astype("float32")
+
+@keras.saving.register_keras_serializable()
+class Recalls(keras.layers.Layer):
+    # Told the data as a condition, it gives `x - z + x W`, so that the loss is the same whatever noise is drawn.
+    def build(self, t_shape, x_shape, condition_shape):
+        self.kernel = self.add_weight(shape=(2, 2), initializer="ones", regularizer=regularizer)
+
+    def call(self, t, x, condition):
+        return (condition - x) / (1 - t) + condition @ self.kernel
+
+def flow_matching():
+    options = {"objective": "flow_matching", "solver": "euler", "seed": 0, "jit_compile": False}
+    return keras_node.ContinuousFlow(2, Recalls(), **options)
+
 times = np.cumsum(rng.uniform(0.1, 0.6, size=(9, 2)), axis=1).astype("float32")
 series = times, rng.normal(size=(9, 2, 2)).astype("float32"), np.ones((9, 2, 2), "float32")
 
@@ -93,7 +107,8 @@ def train(make, data, eagerly):
     return np.concatenate([np.ravel(a) for a in (*results, *model.get_weights())]).tolist()
 
 counts = [7, 9]  # in batches of 4: the last one leaves a replica with fewer samples, or with none
-case = {"flow": (flow, points), "latent_ode": (latent_ode, series)}[sys.argv[1]]
+cases = {"flow": (flow, points), "latent_ode": (latent_ode, series), "flow_matching": (flow_matching, (points, points))}
+case = cases[sys.argv[1]]
 one = train(*case, eagerly=True)
 with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
     two = train(*case, eagerly=False)
@@ -101,7 +116,7 @@ print(json.dumps([one, two]))
 """
 
 
-@pytest.mark.parametrize("kind", ["flow", "latent_ode"])
+@pytest.mark.parametrize("kind", ["flow", "latent_ode", "flow_matching"])
 def test_likelihoods_train_like_on_one_device_also_in_partial_batches(kind):
     """Losses, measures and weights, with sample weights, regularizers and energies."""
     command = [sys.executable, "-c", LIKELIHOODS, kind]
@@ -110,6 +125,34 @@ def test_likelihoods_train_like_on_one_device_also_in_partial_batches(kind):
     one, two = json.loads(result.stdout.splitlines()[-1])
     np.testing.assert_allclose(two, one, rtol=1e-4, atol=1e-6)
     assert np.all(np.isfinite(one))
+
+
+NOISE = """
+import json, numpy as np, tensorflow as tf, keras, keras_node
+(cpu,) = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+with strategy.scope():
+    field = keras.layers.Dense(1, kernel_initializer="zeros")
+    options = {"objective": "flow_matching", "coupling": "optimal_transport", "solver": "euler", "seed": 0}
+    model = keras_node.ContinuousFlow(1, field, **options)
+    model.build((None, 1))
+
+@tf.function
+def noise():
+    losses = strategy.run(lambda: model.sample_losses(tf.zeros((20, 1)), None, None, training=True)[0])
+    return strategy.experimental_local_results(losses)  # the squares of the noise
+
+print(json.dumps([np.sort(one).tolist() for _ in range(2) for one in noise()]))
+"""
+
+
+def test_replicas_draw_their_own_noise_for_flow_matching():
+    result = subprocess.run([sys.executable, "-c", NOISE], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    draws = np.array(json.loads(result.stdout.splitlines()[-1]))
+    assert draws.shape == (4, 20) and np.unique(draws).size == draws.size
+    assert 0.3 < np.mean(draws) < 2
 
 
 @pytest.mark.parametrize("kind", ["ODELayer", "ODERNN"])

@@ -12,6 +12,7 @@ from keras import ops
 from keras_node.arguments import positive_integer
 from keras_node.layers.concat_squash import ConcatSquashField
 from keras_node.models.density_field import DensityField
+from keras_node.models.flow_matching import FlowMatching, checked_coupling, refuse_weights
 from keras_node.models.likelihood_model import LikelihoodModel
 from keras_node.models.probability import make_bijector, make_distribution
 from keras_node.pure_function import is_seed
@@ -38,6 +39,14 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
     paths, multiplied by `kinetic_energy` and `jacobian_norm` (RNODE). Both make the paths straighter, so the solver can
     take longer steps. `evaluate` returns the mean negative log-likelihood, plus any regularizers of weights.
 
+    With `objective="flow_matching"`, `fit` needs no solve. For each `x` it draws noise `z ~ Normal(0, I)` and a time
+    `t`, and minimises the mean of
+
+    `||f(t, x_t) - (x - z) / t1||^2` with `x_t = (1 - t / t1) z + (t / t1) x`
+
+    Everything else stays as it is. In the logs `loss` is then this one, and `val_loss` the negative log-likelihood. To
+    go on by likelihood, set `flow.objective = "likelihood"`; compile again for another learning rate.
+
     `fit` and `evaluate` take no targets. With `sample_weight` the loss is the sum of the weighted losses, divided by
     the number of samples, as for the losses of Keras. The two energies are not weighted. A `tf.data.Dataset` or a
     generator yields `(x, None, sample_weight)`, and a `keras.utils.PyDataset` yields
@@ -58,7 +67,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         trace: how to compute `tr(df/dx)`. `"exact"` (default) needs `event_dim` vector-Jacobian products at each
             evaluation of the field. `"hutchinson"` needs one product and gives an unbiased estimate, in training and in
             inference. Two flows may share a field, so you can train fast with `"hutchinson"` and evaluate with
-            `"exact"`. A field that draws noise, such as dropout, needs `"hutchinson"` in training.
+            `"exact"`. A field that draws noise, such as dropout, needs `"hutchinson"` in training by likelihood.
         noise: the distribution of the noise in Hutchinson's estimate, `"rademacher"` (default) or `"gaussian"`. The
             noise is drawn once for each solve.
         kinetic_energy: weight of the integral of `||f||^2` in training, 0 or more. Defaults to `0.0`.
@@ -66,9 +75,18 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
             estimated. Defaults to `0.0`.
         steer: in training, solves end at a random time instead of at 0, which is drawn for each batch from the uniform
             distribution on `(-steer, steer)` (STEER). Must be less than `t1`. Defaults to `0.0`.
+        objective: what `fit` minimises, `"likelihood"` (default) or `"flow_matching"`. Flow matching calls the field as
+            an ordinary layer, with `t` of shape `(batch, 1)`, so a field may have dropout with any `trace`, and a
+            `BatchNormalization` updates its averages. It has no paths, so it refuses `kinetic_energy`,
+            `jacobian_norm` and `steer`.
+        coupling: how flow matching pairs noise and data, `"independent"` or `"optimal_transport"`. The latter permutes
+            the noise of each batch so that the squared distances are nearly least. The paths become straighter and
+            the gradient less noisy. The time for this grows with the square of the batch size. It takes no condition
+            and no `sample_weight`, for which the noise would not be normal any more. Defaults to `None`, which is
+            `"independent"` for flow matching.
         jit_compile: as in `keras_node.ODELayer`. Defaults to `"auto"`.
         track_stats: as in `keras_node.ODELayer`. Defaults to `False`.
-        seed: the seed of the noise, the random end times and the samples; an integer or a
+        seed: the seed of the noise, the random times and the samples; an integer or a
             `keras.random.SeedGenerator`. Defaults to `None`, for a random seed.
         **kwargs: arguments of `keras.Model`, such as `name` and `dtype`.
 
@@ -86,8 +104,9 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         A mask has no effect, and the model does not pass it on.
 
     Raises:
-        ValueError: for an option out of range, for inputs of another shape, for targets, for a condition that the field
-            does not take, and for a field with dropout that is trained with `trace="exact"`.
+        ValueError: for an option out of range, for options that do not go together, for inputs of another shape, for
+            targets, for a condition that the field does not take, for a condition or weights with optimal transport,
+            and for a field with dropout that is trained by likelihood with `trace="exact"`.
         tf.errors.InvalidArgumentError: if a solve fails. In a model that is compiled with XLA nothing can raise;
             the densities are NaN instead.
 
@@ -107,6 +126,12 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         - Finlay et al. (2020), "How to Train Your Neural ODE: the World of Jacobian and Kinetic Regularization",
           arXiv:2002.02798: `kinetic_energy` and `jacobian_norm`.
         - Ghosh et al. (2020), "STEER: Simple Temporal Regularization For Neural ODEs", arXiv:2006.10711: `steer`.
+        - Lipman et al. (2023), "Flow Matching for Generative Modeling", arXiv:2210.02747, and Liu et al. (2023), "Flow
+          Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow", arXiv:2209.03003:
+          `objective="flow_matching"`.
+        - Tong et al. (2024), "Improving and Generalizing Flow-Based Generative Models with Minibatch Optimal
+          Transport", arXiv:2302.00482, and Pooladian et al. (2023), "Multisample Flow Matching: Straightening Flows
+          with Minibatch Couplings", arXiv:2304.14772: `coupling="optimal_transport"`.
     """
 
     def __init__(
@@ -122,6 +147,8 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         kinetic_energy: float = 0.0,
         jacobian_norm: float = 0.0,
         steer: float = 0.0,
+        objective: str = "likelihood",
+        coupling: str | None = None,
         jit_compile: bool | str = "auto",
         track_stats: bool = False,
         seed: int | keras.random.SeedGenerator | None = None,
@@ -153,6 +180,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         self.kinetic_energy = kinetic_energy
         self.jacobian_norm = jacobian_norm
         self.steer = steer
+        self._choose(objective, coupling)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
 
@@ -162,6 +190,19 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
     @property
     def jit_compile_solves(self) -> bool | str:
         return self.options.jit_compile
+
+    @property
+    def objective(self) -> str:
+        return self._objective
+
+    @objective.setter
+    def objective(self, value: str) -> None:
+        self._choose(value, self.coupling if value == self.objective else None)
+        self.train_function = None  # Keras keeps the compiled step of training, which has the former objective in it.
+
+    def _choose(self, objective: str, coupling: str | None) -> None:
+        self.coupling = checked_coupling(objective, coupling, self.kinetic_energy, self.jacobian_norm, self.steer)
+        self._objective = objective
 
     def build(self, input_shape: Any) -> None:
         x, condition = _parts(input_shape) if _is_nest_of_shapes(input_shape) else (input_shape, None)
@@ -202,13 +243,24 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         return log_base + integrals[0]
 
     def sample_losses(self, x: Any, y: Any, y_pred: Any, training: bool) -> tuple[tf.Tensor, dict[str, tuple]]:
-        """Returns the negative log-likelihood of each sample, `(...)`."""
+        """Returns the loss of each sample, `(...)`: in training that of the objective, else `-log p`."""
         if y is not None:
             raise ValueError(
-                "A flow is trained by maximum likelihood, without targets. Call `fit(x)` or `fit((x, condition))`, and "
+                "A flow learns the density of its inputs, without targets. Call `fit(x)` or `fit((x, condition))`, and "
                 f"pass `validation_data=x` or `validation_data=((x, condition),)`. Received: y={y!r}"
             )
+        if training and self.objective == "flow_matching":
+            x, condition = _parts(x)
+            rows, condition = self._rows(x, condition)
+            matching = FlowMatching(self.vector_field, self.t1, self.coupling, self.seed_generator)
+            return tf.reshape(matching(rows, condition, training=True), tf.shape(x)[:-1]), {}
         return -(self(x, training=training) if y_pred is None else y_pred), {}
+
+    def compute_loss(
+        self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
+    ) -> tf.Tensor:
+        refuse_weights(self.coupling if training else None, sample_weight)
+        return super().compute_loss(x, y, y_pred, sample_weight, training)
 
     def log_prob(self, x: Any, condition: Any = None) -> tf.Tensor:
         """Returns the log-density of vectors, in nats.
@@ -309,6 +361,8 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
             kinetic_energy=self.kinetic_energy,
             jacobian_norm=self.jacobian_norm,
             steer=self.steer,
+            objective=self.objective,
+            coupling=self.coupling,
             seed=self.seed,
         )
         return config
