@@ -29,10 +29,11 @@ def joined(first: tf.Tensor, second: tf.Tensor, like: Nest) -> Nest:
     return type(like)([first, second]) if isinstance(like, list | tuple) else ops.concatenate([first, second], axis=-1)
 
 
-def only(half: int, y: Nest) -> Nest:
-    """Returns `y` with zeros in place of the half that is not the number `half`."""
-    parts = list(halves(y))
-    parts[1 - half] = trees.each(tf.zeros_like, parts[1 - half])
+def only(half: int, rates: Nest, y: Nest) -> Nest:
+    """Returns the rates of change of a state, with zeros in place of the half that is not the number `half`."""
+    parts = list(halves(rates))
+    # These are zeros like the state, so that nothing needs the other half of the rates, and a graph leaves it out.
+    parts[1 - half] = trees.each(tf.zeros_like, halves(y)[1 - half])
     return joined(parts[0], parts[1], y)
 
 

@@ -96,7 +96,7 @@ def rk_step(
 
     def rates_at(i: int, t: tf.Tensor, y: Nest) -> Rates:
         rates = vector_field(t, y)
-        return rates._replace(y=only(tableau.halves[i], rates.y)) if tableau.symplectic else rates
+        return rates._replace(y=only(tableau.halves[i], rates.y, y)) if tableau.symplectic else rates
 
     k = [rates_at(0, t, y0) if k1 is None else k1]
     stages, newton, convergence = [(t, y0)], None, None
