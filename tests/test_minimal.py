@@ -71,3 +71,29 @@ def test_models_without_targets_train():
     assert np.isfinite(latent.fit((TIMES, X, np.ones((16, 5, 3), bool)), verbose=0).history["loss"]).all()
     cde = keras_node.NeuralCDE(4)
     assert cde(X, TIMES).shape == (16, 4)
+
+
+def test_dynamics_are_learnt_saved_and_forecast(tmp_path):
+    times = np.linspace(0, 1, 9)
+    values = np.exp(-0.7 * times)[None, :, None] * RNG.uniform(0.5, 2, (4, 1, 2))
+    dynamics = keras_node.DynamicsModel(
+        units=4, window=4, initial_states="trained", continuity=1.0, solver="rk4", gradient="reversible"
+    )
+    dynamics.compile("adam")
+    dynamics.fit((times, values), verbose=0, callbacks=[keras_node.GrowingHorizon(2, 4, 1)])
+    dynamics.save(tmp_path / "dynamics.keras")
+    loaded = keras.models.load_model(tmp_path / "dynamics.keras")
+    expected = dynamics.forecast(values[:, 0], times)
+    np.testing.assert_allclose(loaded.forecast(values[:, 0], times), expected, rtol=1e-5)
+    np.testing.assert_allclose(loaded.predict((times, values), verbose=0), expected, rtol=1e-4)
+
+
+def test_flow_matching_optimal_transport_and_penalties_on_paths():
+    flow = keras_node.ContinuousFlow(2, solver="rk4", objective="flow_matching", coupling="optimal_transport", seed=0)
+    flow.compile("adam")
+    assert np.isfinite(flow.fit(X[:, 0, :2], verbose=0).history["loss"][0])
+    layer = keras_node.ODELayer(field(3), solver="bosh3", kinetic_energy=0.1, local_error=0.1)
+    penalized = keras.Sequential([keras.Input((3,)), layer])
+    penalized.compile("adam", "mse")
+    logs = penalized.fit(X[:, 0], X[:, 1], verbose=0).history
+    assert logs["loss"][0] > penalized.evaluate(X[:, 0], X[:, 1], verbose=0)
