@@ -112,7 +112,7 @@ def test_trained_initial_states_and_the_gap():
     history = model.fit((times, values), verbose=0, batch_size=3).history
     scale = np.asarray(model.scale)
     starts = values[:, [0, 2, 4]]  # they begin at the observed states
-    np.testing.assert_allclose(model.center + model.scale * model.window_states, starts, atol=1e-6)
+    np.testing.assert_allclose(model.window_states, starts, atol=1e-6)
     squares = [
         (starts[:, w] * np.exp(-0.7 * (times[:, i] - times[:, 2 * w]))[:, None] - values[:, i]) ** 2
         for w in range(3)
@@ -129,6 +129,8 @@ def test_trained_initial_states_and_the_gap():
     results = model.evaluate((times, values), verbose=0, return_dict=True)
     everything = np.ones(values.shape, bool)
     np.testing.assert_allclose(results["loss"], loss_by_hand(times, values, everything, scale, 2), rtol=1e-4)
+    with pytest.raises(ValueError, match=r"Only a model.*Received: a model with initial_states='observed'"):
+        _ = model_of().window_states
     with pytest.raises(ValueError, match=r"3 trajectories with 3 windows.*Received: 2 trajectories"):
         model.fit((times[:2], values[:2]), verbose=0)
 
@@ -144,7 +146,7 @@ def test_trained_states_remove_the_noise_and_find_the_rate():
     rate = float(model.vector_field.scalars["rate"].value)
     basis = np.exp(-rate * times)
     best = np.einsum("bt,t->b", values[..., 0], basis) / np.sum(basis**2)
-    trained = np.asarray(model.center + model.scale * model.window_states)[:, 0, 0]
+    trained = np.asarray(model.window_states)[:, 0, 0]
     np.testing.assert_allclose(trained, best, atol=2e-3)
     # The best rate for these data, by a search in NumPy.
     rates = np.linspace(0.5, 0.9, 4001)

@@ -160,7 +160,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         self.set_options(solver, gradient, jit_compile, track_stats)
         if self.continuity:
             self.trackers.append(keras.metrics.Mean(name="gap"))
-        self.window_states: keras.Variable | None = None
+        self.scaled_states: keras.Variable | None = None
 
     # For a model, `jit_compile` is the option of `compile`, for the whole model.
     jit_compile = keras.Model.jit_compile
@@ -168,6 +168,16 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
     @property
     def jit_compile_solves(self) -> bool | str:
         return self.options.jit_compile
+
+    @property
+    def window_states(self) -> tf.Tensor:
+        """The trained initial states of the windows of the training data, `(N, windows, D)`, in the units of values."""
+        if self.scaled_states is None:
+            raise ValueError(
+                'Only a model with `initial_states="trained"` that has been trained has states of windows. '
+                f"Received: a model with initial_states={self.initial_states!r}"
+            )
+        return self.center + self.scale * self.scaled_states
 
     def build(self, inputs_shape: Any) -> None:
         self._build_for(as_dictionary(inputs_shape)["values"][-1])
@@ -286,7 +296,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
                     self.adapt(x)
                 if self.initial_states == "trained":
                     x = {**x, "index": np.arange(len(x["values"]), dtype="int32")}
-                    self._make_window_states(x)
+                    self._make_scaled_states(x)
         if isinstance(validation_data, list | tuple) and len(validation_data) == 1:
             (validation_data,) = validation_data
         if are_arrays(validation_data):
@@ -313,13 +323,13 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         return config
 
     def get_build_config(self) -> dict[str, Any]:
-        states = None if self.window_states is None else tuple(self.window_states.shape)
-        return {"dim": self.center.shape[0], "window_states": states}
+        states = None if self.scaled_states is None else tuple(self.scaled_states.shape)
+        return {"dim": self.center.shape[0], "scaled_states": states}
 
     def build_from_config(self, config: dict[str, Any]) -> None:
         self._build_for(config["dim"])
-        if config["window_states"] is not None:
-            self._add_window_states(tuple(config["window_states"]))
+        if config["scaled_states"] is not None:
+            self._add_scaled_states(tuple(config["scaled_states"]))
 
     def _build_for(self, dim: int | None) -> None:
         """Makes the weights for states of this length."""
@@ -362,15 +372,15 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
 
     def _trained_states(self, trajectories: Trajectories, number_of_windows: int) -> tf.Tensor:
         """Returns the initial states of the windows of a batch."""
-        if trajectories.index is None or self.window_states is None:
+        if trajectories.index is None or self.scaled_states is None:
             raise ValueError(
                 'With `initial_states="trained"` the model needs to know which trajectory is which: pass arrays to '
                 '`fit`, not a data set, or choose `initial_states="observed"`. Received: data without an `index`'
             )
-        if self.window_states.shape[1] != number_of_windows:
-            raise ValueError(_other_data(self.window_states, f"trajectories with {number_of_windows} windows"))
+        if self.scaled_states.shape[1] != number_of_windows:
+            raise ValueError(_other_data(self.scaled_states, f"trajectories with {number_of_windows} windows"))
         states = ops.take(self.window_states, trajectories.index, axis=0)
-        return ops.reshape(self.center + self.scale * states, (-1, self.center.shape[0]))
+        return ops.reshape(states, (-1, self.center.shape[0]))
 
     def _gaps(
         self, states: tf.Tensor, starts: tf.Tensor, seen: tf.Tensor, number_of_windows: int
@@ -382,20 +392,20 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         seen = ops.reshape(ops.cast(seen, gaps.dtype), (-1, number_of_windows))[:, 1:, None]
         return gaps, ops.broadcast_to(seen, ops.shape(gaps))
 
-    def _make_window_states(self, x: dict[str, Any]) -> None:
+    def _make_scaled_states(self, x: dict[str, Any]) -> None:
         """Makes the trained initial states of these trajectories, which begin at the observed ones."""
         cut, number_of_windows = windows(self._prepared(x), self.window or x["values"].shape[1] - 1)
         shape = (len(x["values"]), number_of_windows, self.center.shape[0])
-        if self.window_states is not None:
-            if tuple(self.window_states.shape) != shape:
-                raise ValueError(_other_data(self.window_states, f"{shape[0]} trajectories with {shape[1]} windows"))
+        if self.scaled_states is not None:
+            if tuple(self.scaled_states.shape) != shape:
+                raise ValueError(_other_data(self.scaled_states, f"{shape[0]} trajectories with {shape[1]} windows"))
             return
         observed = (cut.values[:, 0] - self.center) / self.scale
-        self._add_window_states(shape).assign(ops.reshape(observed, shape))
+        self._add_scaled_states(shape).assign(ops.reshape(observed, shape))
 
-    def _add_window_states(self, shape: tuple) -> keras.Variable:
-        states = self.add_weight(shape=shape, initializer="zeros", name="window_states")
-        self.window_states = states
+    def _add_scaled_states(self, shape: tuple) -> keras.Variable:
+        states = self.add_weight(shape=shape, initializer="zeros", name="scaled_states")
+        self.scaled_states = states
         return states
 
 
