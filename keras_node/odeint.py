@@ -44,7 +44,7 @@ def odeint(
     throw: bool = True,
     jit_compile: bool | str | CompileLater = "auto",
     statistics: SolverMetrics | None = None,
-    on_solution: Callable[[VectorField, Solution], None] | None = None,
+    on_solution: Callable[[Any, Solution], None] | None = None,
 ) -> Solution:
     """Solves an initial value problem and returns the states at the times `ts`.
 
@@ -182,7 +182,7 @@ def _odeint(
     throw: bool,
     jit_compile: bool | str | CompileLater,
     statistics: SolverMetrics | None,
-    on_solution: Callable[[VectorField, Solution], None] | None,
+    on_solution: Callable[[Any, Solution], None] | None,
 ) -> Solution:
     """Does the work of `odeint`, in a call context with the right `training`."""
     original, y0 = y0, _to_state(y0)
