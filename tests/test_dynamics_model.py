@@ -16,7 +16,7 @@ RK4 = RungeKutta("rk4", num_steps=8)
 TIMES = np.array([0.0, 0.3, 0.5, 1.1, 1.4, 2.0, 2.1])
 
 
-@keras.saving.register_keras_serializable(package="tests")
+@keras.saving.register_keras_serializable(package="test_dynamics_model")
 def decay(y, rate):
     return -rate * y
 
@@ -159,7 +159,7 @@ def test_a_horizon_grows_without_another_trace():
     times, values, mask = noisy()
     traces, losses = [], []
 
-    @keras.saving.register_keras_serializable(package="tests")
+    @keras.saving.register_keras_serializable(package="test_dynamics_model")
     def counted(y):
         traces.append(1)
         return -0.7 * y
@@ -183,7 +183,7 @@ def test_a_horizon_grows_without_another_trace():
         other.fit(np.ones((2, 1)), np.ones((2, 1)), verbose=0, callbacks=[growing])
 
 
-@keras.saving.register_keras_serializable(package="tests")
+@keras.saving.register_keras_serializable(package="test_dynamics_model")
 class Driven(keras.layers.Layer):
     """`dy/dt = u(t) - y`, with a weight that does nothing."""
 
@@ -347,7 +347,7 @@ def test_scalars_outside_their_bounds_are_refused(initial, options):
         TrainableScalar(initial, **options)
 
 
-@keras.saving.register_keras_serializable(package="tests")
+@keras.saving.register_keras_serializable(package="test_dynamics_model")
 def pendulum(t, y, args, gravity, friction):
     angle, velocity = y[..., :1], y[..., 1:]
     force = -gravity * keras.ops.sin(angle) - friction * velocity + args * keras.ops.sin(t)
