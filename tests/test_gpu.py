@@ -53,8 +53,10 @@ def test_an_ode_layer_compiles_for_a_gpu_with_every_gradient(gradient, per_sampl
 @pytest.mark.parametrize("method", solvers.TABLEAUS)
 def test_an_ode_layer_compiles_for_a_gpu_with_every_method(method):
     steps = {"max_steps": 64} if solvers.TABLEAUS[method].embedded else {"num_steps": 2}
-    layer = keras_node.ODELayer(field(), solver=keras_node.RungeKutta(method, **steps))
-    assert_is_a_program_with_loops(lowered(layer, STATE))
+    symplectic = solvers.TABLEAUS[method].symplectic
+    rate = keras_node.SecondOrderField(lambda y: -tf.sin(y[:, :2])) if symplectic else field()
+    layer = keras_node.ODELayer(rate, solver=keras_node.RungeKutta(method, **steps))
+    assert_is_a_program_with_loops(lowered(layer, tf.zeros((2, 4)) if symplectic else STATE))
 
 
 @pytest.mark.parametrize("gradient", ["backsolve", "checkpointed"])

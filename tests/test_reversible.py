@@ -137,6 +137,28 @@ def test_the_order_is_that_of_the_method(method, order):
     assert abs(np.log2(errors[0] / errors[1]) - order) < 0.5
 
 
+@pytest.mark.parametrize("solver", [keras_node.RungeKutta("bosh3"), keras_node.RungeKutta("rk4", num_steps=3)], ids=str)
+def test_evaluations_are_counted(solver):
+    """Two steps of the method in a step, of which only the first one needs the rate at its end."""
+    calls = []
+
+    def counted(t, y, matrix):
+        calls.append(1)
+        return field(t, y, matrix)
+
+    with tf.GradientTape() as tape:
+        tape.watch(Y0)
+        solution = keras_node.odeint(counted, Y0, [0.0, 1.2], args=MATRIX, gradient=REVERSIBLE, solver=solver)
+    steps, rejected = int(solution.stats.num_steps), int(solution.stats.num_rejected)
+    in_a_step, at_start = (7, 2) if solver.adaptive else (8, 0)
+    assert int(solution.stats.num_evaluations) == in_a_step * (steps + rejected) + at_start
+    # The field is evaluated once more to see what it reads.
+    assert len(calls) == int(solution.stats.num_evaluations) + 1
+    calls.clear()
+    tape.gradient(solution.ys, Y0)
+    assert len(calls) == (6 if solver.adaptive else 8) * steps
+
+
 def test_ten_thousand_steps_are_undone():
     """Rounding grows by `0.999 ** -10_000 = 22_000` at most, and nothing else is lost."""
     solver = keras_node.RungeKutta("midpoint", num_steps=10_000)

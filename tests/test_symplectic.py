@@ -172,8 +172,13 @@ def metric(y):
     return tf.concat([p * (1 + q**2), -q * p**2], axis=-1)
 
 
-@pytest.mark.parametrize("field", [friction, metric])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def dragged(y):
+    """Positions that move by themselves."""
+    q, p = tf.split(y, 2, axis=-1)
+    return tf.concat([p - 0.01 * q, -tf.sin(q)], axis=-1)
+
+
+@pytest.mark.parametrize(("field", "dtype"), [(friction, "float32"), (metric, "float64"), (dragged, "float32")])
 def test_fields_that_are_not_separable_fail(field, dtype):
     with pytest.raises(tf.errors.InvalidArgumentError, match=r"NOT_SEPARABLE.*tsit5"):
         solve("leapfrog", Y0.astype(dtype), [0.0, 1.0], field, num_steps=4)
