@@ -59,7 +59,7 @@ def loss_by_hand(times, values, mask, scale, window, rate=0.7, horizon=99):
     return np.mean(losses)
 
 
-@pytest.mark.parametrize(("window", "missing"), [(None, "mask"), (2, "nan"), (2, "mask")])
+@pytest.mark.parametrize(("window", "missing"), [(None, "mask"), (4, "nan"), (2, "mask")])
 def test_the_loss_is_the_mean_square_over_what_was_observed(window, missing):
     times, values, mask = noisy()
     garbage = np.where(mask, values, np.nan if missing == "nan" else 1e6)
