@@ -129,6 +129,12 @@ def test_trained_initial_states_and_the_gap():
     results = model.evaluate((times, values), verbose=0, return_dict=True)
     everything = np.ones(values.shape, bool)
     np.testing.assert_allclose(results["loss"], loss_by_hand(times, values, everything, scale, 2), rtol=1e-4)
+    # A horizon of one interval ends before the gaps.
+    model.horizon.assign(1)
+    history = model.fit((times, values), verbose=0, batch_size=3).history
+    near = [squares[3 * w + i] for w in range(3) for i in (0, 1)]
+    assert history["gap"] == [0]
+    np.testing.assert_allclose(history["loss"], [np.mean(np.array(near) / scale**2)], rtol=1e-4)
     with pytest.raises(ValueError, match=r"Only a model.*Received: a model with initial_states='observed'"):
         _ = model_of().window_states
     with pytest.raises(ValueError, match=r"3 trajectories with 3 windows.*Received: 2 trajectories"):
