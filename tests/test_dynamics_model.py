@@ -75,6 +75,8 @@ def test_the_loss_is_the_mean_square_over_what_was_observed(window, missing):
     np.testing.assert_allclose(history["loss"], [expected], rtol=1e-4)
     results = model.evaluate(x, verbose=0, return_dict=True)
     np.testing.assert_allclose(results["loss"], expected, rtol=1e-4)
+    model.fit((times, 3 * values), verbose=0)
+    np.testing.assert_allclose(model.scale, scale, rtol=1e-5)  # the scale is that of the first data
     unscaled = loss_by_hand(times, values, mask, 1.0, window or 99)
     assert abs(results["mse"] / unscaled - 1) < 0.2  # a mean over all values, and not of those of trajectories
 

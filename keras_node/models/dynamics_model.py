@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_node.arguments import number, one_of, positive_integer
+from keras_node.layers.call_times import shape_of
 from keras_node.models.likelihood_model import LikelihoodModel
 from keras_node.models.scaled_network import ScaledNetwork
 from keras_node.models.trajectories import (
@@ -222,7 +223,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         if jumps is not None:
             amounts = ops.convert_to_tensor(jumps[1], self.variable_dtype)
             jumps = ops.transpose(prepare_times(jumps[0], self.variable_dtype)), ops.moveaxis(amounts, 1, 0)
-        times = times if np.ndim(times) == 1 else ops.transpose(prepare_times(times, self.variable_dtype))
+        times = times if len(shape_of(times)) == 1 else ops.transpose(prepare_times(times, self.variable_dtype))
         solution = self.options.solve(self.vector_field, y0, times, args=args, jumps=jumps)
         return ops.cast(ops.moveaxis(solution.ys, 0, 1), self.compute_dtype)
 
