@@ -1,6 +1,6 @@
 """Learns dynamics from long series, where a solve over the whole series does not train.
 
-Two systems are observed with noise of 5 % of their spread: Lotka and Volterra's predators and prey, over about sixteen
+Two systems are observed with noise of 5 % of their spread: Lotka and Volterra's predators and prey, over about a dozen
 cycles, and Lorenz' chaotic system. The same network learns each in five ways:
 
 - single shooting: one solve over the whole series;
