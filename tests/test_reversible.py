@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from steep import MATRIX, OWN, Y0, field, gradients_of
 
 import keras_node
 from keras_node.gradients.direct import DirectGradient
@@ -11,12 +12,6 @@ from keras_node.solve import leave_start, solve
 
 COUPLING = 0.97
 REVERSIBLE = keras_node.ReversibleAdjoint(COUPLING)
-OWN = np.array([[0.0, 0.2, 0.5], [0.6, 0.2, 0.1], [1.2, 0.9, -0.3]])
-MATRIX = tf.constant([[-0.1, 1.1], [-1.2, 0.2]], tf.float64)
-Y0 = {
-    "a": tf.constant([[1.0, 0.5], [0.3, -1.0], [0.1, 0.9]], tf.float64),
-    "b": tf.constant([[0.2], [0.1], [-0.4]], tf.float64),
-}
 
 
 class Backpropagation(DirectGradient):
@@ -24,22 +19,6 @@ class Backpropagation(DirectGradient):
 
     def __call__(self, problem):
         return leave_start(problem, solve(problem._replace(coupling=COUPLING))[0])
-
-
-def field(t, y, matrix):
-    # Steep around t = 0.3, so that steps are rejected.
-    push = tf.exp(-200 * (t - 0.3) ** 2)
-    return {"a": tf.tanh(y["a"] @ matrix) + push * y["b"], "b": tf.reduce_sum(y["a"], -1, keepdims=True) * tf.sin(t)}
-
-
-def gradients_of(inputs, gradient, solver, field=field):
-    with tf.GradientTape() as tape:
-        tape.watch(inputs)
-        y0, matrix, ts = inputs
-        ys = keras_node.odeint(field, y0, ts, args=matrix, gradient=gradient, solver=solver).ys
-        weights = tf.reshape(tf.range(1, tf.size(ys["a"]) + 1, dtype=tf.float64), tf.shape(ys["a"])) / 10
-        value = tf.reduce_sum(weights * tf.sin(ys["a"])) + tf.reduce_sum(ys["b"] ** 2)
-    return tf.nest.flatten(tape.gradient(value, inputs))
 
 
 def rk4_change(matrix, t, dt, y):

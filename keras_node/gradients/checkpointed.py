@@ -6,9 +6,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_node import trees
 from keras_node.arguments import positive_integer
-from keras_node.gradients.custom_vjp import Gradients, differentiated_as, solve_with_gradient
+from keras_node.gradients.custom_vjp import Gradients, differentiated_as, poisoned, solve_with_gradient
 from keras_node.gradients.record import Record, Recorder
 from keras_node.gradients.replay import Replay
 from keras_node.loop_start import step_limit
@@ -110,14 +109,11 @@ def _backward(
         return vjp(tape, ys, sources, dys), tf.constant(0)
 
     arguments = (problem.y0, problem.ts, problem.params, dys)
-    (adjoint, dts, dparams), evaluations = differentiated_as(
+    gradients, evaluations = differentiated_as(
         step_by_step, at_once, arguments, problem.vector_field.pure, jit_compile=False
     )
-    failed = status != int(Status.SUCCESS)
-    any_failed = tf.reduce_any(failed)
-    gradients = trees.poison(failed, adjoint), trees.poison(any_failed, dts), trees.poison(any_failed, dparams)
     # The forward solve has reported its failure already, and nothing is solved here that could fail.
-    return gradients, _replay_stats(problem, record, evaluations), tf.constant(int(Status.SUCCESS))
+    return poisoned(gradients, status), _replay_stats(problem, record, evaluations), tf.constant(int(Status.SUCCESS))
 
 
 def _replay_stats(problem: Problem, record: Record, further: tf.Tensor) -> Stats:

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import tensorflow as tf
 
+from keras_node import trees
 from keras_node.pure_function import PureFunction
 from keras_node.solution import Stats, Status, check_status
 from keras_node.solve import Problem, Stop, Trajectory
@@ -170,6 +171,14 @@ def custom_vjp(
     ys = _without_known_gradient(pure.hidden, ys)
     solved.append(ys)
     return ys, others
+
+
+def poisoned(gradients: Gradients, status: tf.Tensor) -> Gradients:
+    """Returns the gradients of a solve with NaN where it has failed."""
+    adjoint, dts, dparams = gradients
+    failed = status != int(Status.SUCCESS)
+    any_failed = tf.reduce_any(failed)  # samples share parameters, and may share times
+    return trees.poison(failed, adjoint), trees.poison(any_failed, dts), trees.poison(any_failed, dparams)
 
 
 def differentiated_as(

@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_node import trees
 from keras_node.buffers import stack
 from keras_node.clock import Clock
-from keras_node.gradients.custom_vjp import Gradients, differentiated_as, solve_with_gradient
+from keras_node.gradients.custom_vjp import Gradients, differentiated_as, poisoned, solve_with_gradient
 from keras_node.gradients.record import Record, new_steps, with_step
 from keras_node.gradients.replay import Replay, is_due, select, through_outputs
 from keras_node.interpolation import Progress
@@ -145,18 +145,13 @@ def _backward(problem: Problem, kept: _Kept, status: tf.Tensor, dys: Nest) -> tu
         return vjp(tape, ys, sources, dys)
 
     arguments = (problem.y0, problem.ts, problem.params, dys)
-    adjoint, dts, dparams = differentiated_as(
-        step_by_step, at_once, arguments, problem.vector_field.pure, jit_compile=False
-    )
-    failed = status != int(Status.SUCCESS)
-    any_failed = tf.reduce_any(failed)
-    gradients = trees.poison(failed, adjoint), trees.poison(any_failed, dts), trees.poison(any_failed, dparams)
+    gradients = differentiated_as(step_by_step, at_once, arguments, problem.vector_field.pure, jit_compile=False)
     tableau = problem.solver.tableau
     # A step is evaluated once to undo it and once to differentiate it. With a companion these are the same evaluations.
     stages = 2 * tableau.num_stages - int(tableau.fsal) * (1 if problem.ts.shape[0] != 2 else 2)
     stats = Stats.zeros()._replace(num_evaluations=stages * kept.count, num_steps=kept.count)
     # The forward solve has reported its failure already, and nothing is solved here that could fail.
-    return gradients, stats, tf.constant(int(Status.SUCCESS))
+    return poisoned(gradients, status), stats, tf.constant(int(Status.SUCCESS))
 
 
 def _undo(problem: Problem, kept: _Kept, dys: Nest) -> Gradients:

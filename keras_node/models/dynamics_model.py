@@ -152,7 +152,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         self.initial_states = one_of("initial_states", initial_states, _INITIAL_STATES)
         self.interpolation = one_of("interpolation", interpolation, _INTERPOLATIONS)
         self.continuity = number("continuity", continuity)
-        if self.continuity < 0 or (self.continuity and (initial_states, window) != ("trained", self.window)):
+        if self.continuity < 0 or (self.continuity and initial_states != "trained"):
             raise ValueError(
                 'A `continuity` of 0 or more needs `initial_states="trained"`: the gap to an observed state is in the '
                 f"loss already. Received: continuity={continuity}, initial_states={initial_states!r}"
@@ -185,7 +185,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
 
     def call(self, inputs: Any, training: bool | None = None) -> tf.Tensor:
         trajectories = self._prepared(inputs, keep_times=True)
-        return ops.cast(self._solve(trajectories.values[:, 0], trajectories, training), self.compute_dtype)
+        return ops.cast(self._follow(trajectories.values[:, 0], trajectories, training), self.compute_dtype)
 
     def adapt(self, x: Any) -> None:
         """Measures the mean and the standard deviation of each channel, as `fit` does the first time.
@@ -220,12 +220,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         """
         y0 = ops.convert_to_tensor(y0, self.variable_dtype)
         self._build_for(y0.shape[-1])
-        if jumps is not None:
-            amounts = ops.convert_to_tensor(jumps[1], self.variable_dtype)
-            jumps = ops.transpose(prepare_times(jumps[0], self.variable_dtype)), ops.moveaxis(amounts, 1, 0)
-        times = times if len(shape_of(times)) == 1 else ops.transpose(prepare_times(times, self.variable_dtype))
-        solution = self.options.solve(self.vector_field, y0, times, args=args, jumps=jumps)
-        return ops.cast(ops.moveaxis(solution.ys, 0, 1), self.compute_dtype)
+        return ops.cast(self._solve(y0, times, args, jumps), self.compute_dtype)
 
     def forecast_errors(self, x: Any, horizon: int | None = None) -> np.ndarray:
         """Returns how the error of forecasts grows with the number of steps ahead.
@@ -242,7 +237,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         trajectories = self._prepared(x)
         steps = trajectories.times.shape[1]
         cut, _ = windows(trajectories, steps - 1 if horizon is None else positive_integer("horizon", horizon))
-        errors = self._solve(cut.values[:, 0], cut, False) - cut.values
+        errors = self._follow(cut.values[:, 0], cut) - cut.values
         observed = ops.cast(cut.observed, errors.dtype)
         squares = np.sum(observed * errors**2, axis=0)[1:]
         counts = np.sum(observed, axis=0)[1:]
@@ -258,12 +253,12 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         trajectories = self._prepared(x)
         length = self.window or trajectories.times.shape[1] - 1
         cut, number_of_windows = windows(trajectories, length)
-        is_last_seen = ops.any(cut.observed, axis=(1, 2))
+        is_seen = ops.any(cut.observed, axis=(1, 2))
         trained = bool(training) and self.initial_states == "trained"
         if training:
             cut = until(cut, self.horizon)
         starts = self._trained_states(trajectories, number_of_windows) if trained else cut.values[:, 0]
-        states = self._solve(starts, cut, training)
+        states = self._follow(starts, cut, training)
         errors = states - cut.values
         # An observed initial state has no error.
         counted = cut.observed if trained else cut.observed & (ops.arange(length + 1) > 0)[:, None]
@@ -278,7 +273,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         losses = tf.math.divide_no_nan(total, ops.sum(counts, axis=(1, 2)))
         measures = {"mse": (squares, counts)}
         if self.continuity:
-            gaps, known = self._gaps(states, starts, is_last_seen, number_of_windows)
+            gaps, known = self._gaps(states, starts, is_seen, number_of_windows)
             reached = ops.cast(self.horizon >= length, gaps.dtype) if training else 1
             known = known * reached
             mean = tf.math.divide_no_nan(ops.sum(known * gaps, axis=(1, 2)), ops.sum(known, axis=(1, 2)))
@@ -355,20 +350,18 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         self._build_for(trajectories.values.shape[-1])
         return trajectories
 
-    def _solve(self, y0: tf.Tensor, trajectories: Trajectories, training: bool | None) -> tf.Tensor:
+    def _follow(self, y0: tf.Tensor, trajectories: Trajectories, training: bool | None = False) -> tf.Tensor:
         """Returns the states at the times of the trajectories, `(batch, T, D)`."""
-        jumps = None
-        if trajectories.jumps:
-            times, amounts = trajectories.jumps
-            jumps = ops.transpose(times), ops.moveaxis(amounts, 1, 0)
-        solution = self.options.solve(
-            self.vector_field,
-            y0,
-            ops.transpose(trajectories.times),
-            args=trajectories.controls,
-            jumps=jumps,
-            training=training,
-        )
+        return self._solve(y0, trajectories.times, trajectories.controls, trajectories.jumps or None, training)
+
+    def _solve(self, y0: tf.Tensor, times: Any, args: Any, jumps: Any, training: bool | None = None) -> tf.Tensor:
+        """Returns the states `(batch, T, D)`. Times and jumps have the axis of the batch first, or none."""
+        dtype = self.variable_dtype
+        times = times if len(shape_of(times)) == 1 else ops.transpose(prepare_times(times, dtype))
+        if jumps is not None:
+            amounts = ops.moveaxis(ops.convert_to_tensor(jumps[1], dtype), 1, 0)
+            jumps = ops.transpose(prepare_times(jumps[0], dtype)), amounts
+        solution = self.options.solve(self.vector_field, y0, times, args=args, jumps=jumps, training=training)
         return ops.moveaxis(solution.ys, 0, 1)
 
     def _trained_states(self, trajectories: Trajectories, number_of_windows: int) -> tf.Tensor:
