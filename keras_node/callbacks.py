@@ -77,7 +77,8 @@ class SolverMonitor(keras.callbacks.Callback):
             if kind == "evaluations" and value > self.max_evaluations:
                 complaints.append(
                     f"{way} of layer {metric.layer!r} take {value:.0f} evaluations. {advice}Loosen `rtol` and `atol`, "
-                    "regularize its weights, or bound its output, for example with a tanh."
+                    "give an ODELayer a `kinetic_energy` or a `local_error`, which make paths that are cheap to solve, "
+                    "regularize the weights, or bound the output of the field, for example with a tanh."
                 )
         for complaint in complaints:
             warnings.warn(f"Epoch {epoch + 1}: {complaint}", stacklevel=2)
