@@ -62,6 +62,7 @@ TRANSPORT = Training(4000, 128, 1e-2, jit_compile=True, steps_per_execution=50)
 TRAININGS = {
     name: {
         "likelihood": LIKELIHOOD,
+        "regularized": LIKELIHOOD,
         "independent": dataclasses.replace(INDEPENDENT, steps=2500 if name == "eight Gaussians" else 8000),
         "fine-tuned": FINE_TUNING,
         "optimal transport": TRANSPORT,
@@ -70,8 +71,16 @@ TRAININGS = {
 }
 TRAININGS["digits"] = {
     "likelihood": dataclasses.replace(LIKELIHOOD, steps=800, batch=128, rate=3e-3, checks=32),
+    "regularized": dataclasses.replace(LIKELIHOOD, steps=800, batch=128, rate=3e-3, checks=32),
     "independent": dataclasses.replace(INDEPENDENT, steps=2000, batch=128, checks=10),
     "fine-tuned": dataclasses.replace(FINE_TUNING, steps=50, batch=128, rate=1e-3, checks=2),
+}
+# What differs between the flows of one data set.
+OBJECTIVES = {
+    "likelihood": {},
+    "regularized": {"kinetic_energy": 0.01, "jacobian_norm": 0.01},
+    "independent": {"objective": "flow_matching"},
+    "optimal transport": {"objective": "flow_matching", "coupling": "optimal_transport"},
 }
 HIDDEN_UNITS, ACTIVATION = (64, 64, 64), "swish"
 SHOWN = 40  # the number of paths in a picture
@@ -102,35 +111,46 @@ def train(flow, draw, validation, training):
     return seconds
 
 
-def compare(name, dim, draw, validation, test, trainings, solver, seed):
-    """Trains the flows of one data set and prints their rows of the table. Returns their pictures by their names."""
-    pictures, first, flow, matching = {}, None, None, 0.0
+def compare(dim, draw, validation, test, trainings, solver, seed):
+    """Trains the flows of one data set. Returns their results, and their pictures, by their names."""
+    results, pictures, flow = {}, {}, None
     for label, training in trainings.items():
         if label == "fine-tuned":
             flow.objective = "likelihood"  # the flow of the row before
         else:
             keras.utils.set_random_seed(seed)
             field = keras_node.ConcatSquashField(HIDDEN_UNITS, ACTIVATION)
-            objective = {} if label == "likelihood" else {"objective": "flow_matching"}
-            coupling = {"coupling": "optimal_transport"} if label == "optimal transport" else {}
             flow = keras_node.ContinuousFlow(
-                dim, field, solver=solver, seed=seed, track_stats=True, name="flow", **objective, **coupling
+                dim, field, solver=solver, seed=seed, track_stats=True, name="flow", **OBJECTIVES[label]
             )
         seconds = train(flow, draw, validation, training)
         if label == "fine-tuned":
-            seconds += matching
-        matching = seconds
-        results = flow.evaluate(test, batch_size=5000, verbose=0, return_dict=True)
-        nll = results["loss"]
-        first = first or (nll, seconds)
-        print(
-            f"{name:16} {label:18} {nll:8.3f} {nll - first[0]:11.3f} {seconds:8.1f} {seconds / first[1]:6.3f} "
-            f"{results['flow_evaluations']:12.0f}",
-            flush=True,
-        )
+            seconds += results["independent"][1]
+        logs = flow.evaluate(test, batch_size=5000, verbose=0, return_dict=True)
+        results[label] = logs["loss"], seconds, logs["flow_evaluations"]
         if dim == 2:
             pictures[label] = picture(flow)
-    return pictures
+    return results, pictures
+
+
+def print_rows(name, runs):
+    """Prints the means and, if there are several runs, the standard deviations of one data set."""
+    for label in runs[0]:
+        results = np.array([run[label] for run in runs])
+        first = np.array([run["likelihood"] for run in runs])
+        nll, seconds, evaluations = results.T
+        differences, shares = nll - first[:, 0], seconds / first[:, 1]
+        print(
+            f"{name:15} {label:17} {spread(nll):>15} {spread(differences):>15} {np.mean(seconds):8.1f} "
+            f"{np.mean(shares):6.3f} {spread(evaluations, 0):>12}",
+            flush=True,
+        )
+
+
+def spread(values, digits=3):
+    """Writes the mean of some values and, if there are several, their standard deviation."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def picture(flow):
@@ -177,25 +197,35 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="train on the eight Gaussians only, for a few seconds")
     parser.add_argument("--components", type=int, default=8, help="number of principal components of the digits")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="the first of the seeds, and the one of the picture")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("flow_matching.png"))
     options = parser.parse_args()
     solver = QUICK if options.quick else SOLVER
+    seeds = range(options.seed, options.seed + (1 if options.quick else options.seeds))
 
     rows = {}
-    print("data set         training           test NLL   difference  seconds  share  evaluations")
+    print(f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}")
+    print("data set        training                 test NLL      difference  seconds  share  evaluations")
     for name in list(TOYS)[: 1 if options.quick else None]:
         sample, _ = TOYS[name]
-        rng = np.random.default_rng(options.seed)
-        test = sample(rng, 1000 if options.quick else 20000).astype("float32")
-        draw = functools.partial(points, sample, rng)
         trainings = quickly(TRAININGS[name]) if options.quick else TRAININGS[name]
-        rows[name] = test, compare(name, 2, draw, None, test, trainings, solver, options.seed)
+        runs = []
+        for seed in seeds:
+            rng = np.random.default_rng(seed)
+            test = points(sample, rng, 1000 if options.quick else 20000)
+            draw = functools.partial(points, sample, rng)
+            results, pictures = compare(2, draw, None, test, trainings, solver, seed)
+            runs.append(results)
+            rows.setdefault(name, (test, pictures))
+        print_rows(name, runs)
     if not options.quick:
         (train_part, validation, test), _ = digits(options.components)
-        rng = np.random.default_rng(options.seed)
-        draw = functools.partial(chosen, train_part, rng)
-        compare("digits", options.components, draw, validation, test, TRAININGS["digits"], solver, options.seed)
+        runs = []
+        for seed in seeds:
+            draw = functools.partial(chosen, train_part, np.random.default_rng(seed))
+            runs.append(compare(options.components, draw, validation, test, TRAININGS["digits"], solver, seed)[0])
+        print_rows("digits", runs)
     draw_pictures(options.out, rows)
     print(f"picture: {options.out.resolve()}")
 
