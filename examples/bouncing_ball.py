@@ -109,16 +109,9 @@ def draw(path, layer, starts, samples, numbers):
     figure.savefig(path, dpi=120)
 
 
-def main():
-    """Samples the truth, trains, prints the two numbers and draws the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="train for a few seconds only")
-    parser.add_argument("--epochs", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bouncing_ball.png"))
-    options = parser.parse_args()
-
-    rng = np.random.default_rng(options.seed)
+def experiment(seed, epochs, jit_compile):
+    """Learns the two numbers. Returns them after every epoch, the last loss, and what is drawn."""
+    rng = np.random.default_rng(seed)
     starts = rng.uniform(1.2, 2.5, BALLS)
     samples = true_heights(starts, TIMES) + NOISE * rng.normal(size=(BALLS, len(TIMES)))
     states = np.stack([starts, 0 * starts], axis=1).astype("float32")
@@ -126,20 +119,46 @@ def main():
     layer = bouncing()
     inputs = keras.Input((2,))
     model = keras.Model(inputs, layer(inputs, ts=TIMES)[..., 0])
-    epochs = 5 if options.quick else options.epochs
     rate = keras.optimizers.schedules.CosineDecay(0.1, epochs)
-    model.compile(keras.optimizers.Adam(rate), "mse", jit_compile=not options.quick)
+    model.compile(keras.optimizers.Adam(rate), "mse", jit_compile=jit_compile)
     path = Path()
-    began = time.perf_counter()
     history = model.fit(states, samples, batch_size=BALLS, epochs=epochs, verbose=0, callbacks=[path])
-    print(f"{'':14}{'true':>8}{'start':>8}{'learnt':>9}")
+    return path.numbers, history.history["loss"][-1], (layer, starts, samples, [[7.0, 0.7], *path.numbers])
+
+
+def spread(values, digits):
+    """Writes the mean of some values and, if there are several, their standard deviation."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def main():
+    """Runs the experiment with every seed, prints the two numbers and draws the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="train for a few seconds only, with one seed")
+    parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0, help="the first of the seeds, and the one of the picture")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bouncing_ball.png"))
+    options = parser.parse_args()
+    epochs, seeds = (5, 1) if options.quick else (options.epochs, options.seeds)
+
+    began = time.perf_counter()
+    runs = [experiment(options.seed + i, epochs, jit_compile=not options.quick) for i in range(seeds)]
+    numbers, losses, pictures = zip(*runs, strict=True)
+    print(f"{seeds} seed{'s' if seeds > 1 else ''}")
+    print(f"{'':14}{'true':>8}{'start':>8}{'learnt':>18}")
     for name, true, start, learnt in zip(
-        ("gravity", "restitution"), (GRAVITY, RESTITUTION), (7.0, 0.7), path.numbers[-1], strict=True
+        ("gravity", "restitution"),
+        (GRAVITY, RESTITUTION),
+        (7.0, 0.7),
+        np.transpose([path[-1] for path in numbers]),
+        strict=True,
     ):
-        print(f"{name:14}{true:8.3f}{start:8.3f}{learnt:9.4f}")
-    print(f"mean squared error {history.history['loss'][-1]:.5f}, of the noise alone {NOISE**2:.5f}")
+        print(f"{name:14}{true:8.3f}{start:8.3f}{spread(learnt, 4):>18}")
+    print(f"mean squared error {spread(losses, 5)}, of the noise alone {NOISE**2:.5f}")
     print(f"{time.perf_counter() - began:.0f} seconds")
-    draw(options.out, layer, starts, samples, [[7.0, 0.7], *path.numbers])
+    draw(options.out, *pictures[0])
     print(f"picture: {options.out.resolve()}")
 
 

@@ -99,39 +99,60 @@ def draw(path, samples, paths):
     figure.savefig(path, dpi=120)
 
 
-def main():
-    """Samples the truth, trains both networks, compares long solves and draws the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="train for a few seconds only")
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("pendulum.png"))
-    options = parser.parse_args()
-    jit_compile = not options.quick  # compiling takes longer than a quick run
-    epochs = 3 if options.quick else options.epochs
-
-    rng = np.random.default_rng(options.seed)
+def experiment(seed, epochs, jit_compile):
+    """Trains both networks on the same samples. Returns the samples and the paths of all fields from other starts."""
+    rng = np.random.default_rng(seed)
     truth = keras_node.HamiltonianField(energy, dtype="float64")
     true = trajectories(truth, starts(TRAJECTORIES + 20, rng), LONG).numpy()
     samples = true[:TRAJECTORIES, : len(TIMES)]
     samples += NOISE * rng.normal(size=samples.shape)
 
-    keras.utils.set_random_seed(options.seed)
+    keras.utils.set_random_seed(seed)
     fields = {"Hamiltonian": keras_node.HamiltonianField(network(1)), "plain": network(2)}
     paths = {"true": true[TRAJECTORIES:]}
-    began = time.perf_counter()
     for name, field in fields.items():
         train(field, samples, epochs, jit_compile)
         paths[name] = trajectories(field, paths["true"][:, 0].astype("float32"), LONG.astype("float32")).numpy()
-    print(f"{'field':12}{'error, t < 4':>14}{'drift, t < 10':>15}{'drift, t < 100':>16}{'energy MSE':>12}  elsewhere")
-    for name, y in paths.items():
-        error = np.sqrt(np.mean((y - paths["true"])[:, LONG < 4] ** 2))
-        mse = np.mean((energy(y.astype("float64")) - energy(paths["true"])) ** 2)
-        cells = f"{error:14.4f}{drift(y[:, LONG < 10]):15.4f}{drift(y):16.4f}{mse:12.5f}"
+    return samples, paths
+
+
+def errors(y, true):
+    """Returns the error of paths for a while, the drift of their energy for a while and to the end, and its error."""
+    error = np.sqrt(np.mean((y - true)[:, LONG < 4] ** 2))
+    mse = np.mean((energy(y.astype("float64")) - energy(true)) ** 2)
+    return error, drift(y[:, LONG < 10]), drift(y), mse
+
+
+def spread(values):
+    """Writes the mean of some values and, if there are several, their standard deviation."""
+    mean = f"{np.mean(values):.4f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.4f}"
+
+
+def main():
+    """Runs the experiment with every seed, prints the table and draws the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="train for a few seconds only, with one seed")
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0, help="the first of the seeds, and the one of the picture")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("pendulum.png"))
+    options = parser.parse_args()
+    # Compiling takes longer than a quick run.
+    epochs, seeds, jit_compile = (3, 1, False) if options.quick else (options.epochs, options.seeds, True)
+
+    began = time.perf_counter()
+    runs = [experiment(options.seed + i, epochs, jit_compile) for i in range(seeds)]
+    print(f"{seeds} seed{'s' if seeds > 1 else ''}")
+    heads = ("error, t < 4", "drift, t < 10", "drift, t < 100", "energy MSE")
+    print(f"{'field':12}{''.join(f'{head:>18}' for head in heads)}  elsewhere")
+    for name in runs[0][1]:
+        results = np.transpose([errors(paths[name], paths["true"]) for _, paths in runs])
+        cells = "".join(f"{spread(values):>18}" for values in results)
         print(f"{name:12}{cells}{ELSEWHERE.get(name, 0):11.5f}")
     print("elsewhere: Greydanus et al. (2019), for a stronger pendulum that is learnt from noisy rates of change")
     print(f"{time.perf_counter() - began:.0f} seconds")
-    draw(options.out, samples, paths)
+    draw(options.out, *runs[0])
     print(f"picture: {options.out.resolve()}")
 
 

@@ -170,18 +170,10 @@ def draw(path, start, true, predicted, side):
     figure.savefig(path, dpi=120)
 
 
-def main():
-    """Samples the truth, trains both models, prints their errors and draws the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="train for a few seconds only")
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("switching.png"))
-    options = parser.parse_args()
-    epochs = 1 if options.quick else options.epochs
-
-    keras.utils.set_random_seed(options.seed)
-    rng = np.random.default_rng(options.seed)
+def experiment(seed, epochs, jit_compile):
+    """Trains both models. Returns the errors of each, the share of the right side, and what is drawn."""
+    keras.utils.set_random_seed(seed)
+    rng = np.random.default_rng(seed)
     start = rng.uniform(-1.5, 1.5, (TRAIN + TEST, 2)).astype("float32")
     truth = Switching(Regimes(MATRICES, SHIFTS), Side(keras.layers.Lambda(true_side)), LONG)
     true = model_of(truth).predict(start, batch_size=TRAIN, verbose=0)
@@ -197,25 +189,51 @@ def main():
         "neural event function": lambda times: Switching(field, side, times),
         "plain neural ODE": lambda times: Paths(plain, times),
     }
-    began, predicted = time.perf_counter(), {}
-    print(f"{'test error (MSE)':24}{'t < 3':>10}{'t < 9':>10}{'weights':>10}")
+    errors, predicted = {}, {}
     for name, layer in models.items():
         model = model_of(layer(TIMES[:WINDOW]))
         rate = keras.optimizers.schedules.CosineDecay(1e-2, epochs * len(windows) // BATCH)
-        model.compile(keras.optimizers.Adam(rate, clipnorm=1.0), finite_paths, jit_compile=not options.quick)
+        model.compile(keras.optimizers.Adam(rate, clipnorm=1.0), finite_paths, jit_compile=jit_compile)
         model.fit(windows[:, 0], windows[:, 1:], BATCH, epochs, verbose=0)
         longer = model_of(layer(LONG))
         longer.compile(jit_compile=True)  # in an XLA program, a path that fails is NaN and raises nothing
         predicted[name] = longer.predict(start[TRAIN:], batch_size=TEST, verbose=0)
         square = (predicted[name] - true[TRAIN:]) ** 2
-        short, long = np.nanmean(square[:, : len(TIMES)]), np.nanmean(square)
-        print(f"{name:24}{short:10.4f}{long:10.4f}{model.count_params():10d}")
-    print(f"variance of the paths: {np.var(true[TRAIN:]):.3f}; of the noise: {NOISE**2:.4f}")
+        errors[name] = np.nanmean(square[:, : len(TIMES)]), np.nanmean(square), model.count_params()
     flat = rng.uniform(-1.5, 1.5, (10_000, 2)).astype("float32")
     same = np.mean((ops.convert_to_numpy(side(flat)) > 0) == (true_side(flat) > 0))
-    print(f"share of the square that the learnt curve puts on the right side: {100 * max(same, 1 - same):.1f} %")
+    return errors, 100 * max(same, 1 - same), (start[TRAIN:], true[TRAIN:], predicted, side)
+
+
+def spread(values, digits):
+    """Writes the mean of some values and, if there are several, their standard deviation."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def main():
+    """Runs the experiment with every seed, prints the errors and draws the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="train for a few seconds only, with one seed")
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0, help="the first of the seeds, and the one of the picture")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("switching.png"))
+    options = parser.parse_args()
+    epochs, seeds = (1, 1) if options.quick else (options.epochs, options.seeds)
+
+    began = time.perf_counter()
+    runs = [experiment(options.seed + i, epochs, jit_compile=not options.quick) for i in range(seeds)]
+    all_errors, shares, pictures = zip(*runs, strict=True)
+    print(f"{seeds} seed{'s' if seeds > 1 else ''}")
+    print(f"{'test error (MSE)':24}{'t < 3':>18}{'t < 9':>18}{'weights':>10}")
+    for name in all_errors[0]:
+        short, long, weights = zip(*(errors[name] for errors in all_errors), strict=True)
+        print(f"{name:24}{spread(short, 4):>18}{spread(long, 4):>18}{weights[0]:10d}")
+    print(f"variance of the paths: {np.var(pictures[0][1]):.3f}; of the noise: {NOISE**2:.4f}")
+    print(f"share of the square that the learnt curve puts on the right side: {spread(shares, 1)} %")
     print(f"{time.perf_counter() - began:.0f} seconds")
-    draw(options.out, start[TRAIN:], true[TRAIN:], predicted, side)
+    draw(options.out, *pictures[0])
     print(f"picture: {options.out.resolve()}")
 
 

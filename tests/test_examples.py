@@ -1,6 +1,8 @@
 """Every example runs, prints its numbers and draws its picture."""
 
+import gzip
 import importlib.util
+import json
 import pathlib
 import re
 import runpy
@@ -17,6 +19,7 @@ NEEDS = {
     "japanese_vowels": "aeon",
     "hopper": "dm_control",
     "latent_hopper": "dm_control",
+    "mnist_1d": "mnist1d",
     "regularized_depth": "mnist1d",
 }
 
@@ -28,6 +31,12 @@ def parameters():
         missing = package is not None and importlib.util.find_spec(package) is None
         mark = pytest.mark.skipif(missing, reason=f"the data of {example.name} need {package}")
         yield pytest.param(example, id=example.stem, marks=mark)
+
+
+def example(name, monkeypatch):
+    """The names that an example defines. It may import from the examples beside it."""
+    monkeypatch.syspath_prepend(str(EXAMPLES[0].parent))
+    return runpy.run_path(str(EXAMPLES[0].parent / f"{name}.py"))
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +72,7 @@ def test_an_example_prints_its_numbers_and_draws_its_picture(example, tmp_path, 
 @pytest.mark.filterwarnings("default")
 def test_the_signals_of_mnist1d_are_generated_without_a_network(monkeypatch):
     pytest.importorskip("mnist1d")
-    load = runpy.run_path(str(EXAMPLES[0].parent / "regularized_depth.py"))["load"]
+    load = example("regularized_depth", monkeypatch)["load"]
 
     def refuse(*args, **kwargs):
         raise AssertionError("an example must not download anything")
@@ -74,3 +83,48 @@ def test_the_signals_of_mnist1d_are_generated_without_a_network(monkeypatch):
     assert x.shape == (4000, 40) and x_test.shape == (1000, 40)
     assert set(labels) == set(labels_test) == set(range(10))
     np.testing.assert_array_equal(load("MNIST-1D", validate=False)[0], x)
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_networks_for_images_have_the_sizes_of_the_paper(monkeypatch):
+    names = example("image_digits", monkeypatch)
+    # Counted by hand from the layers of the authors' example: 3x3 and 4x4 convolutions of 64 channels, with biases
+    # except in residual blocks; group normalizations; the time as a 65th channel.
+    stem = 9 * 64 + 64 + 2 * (16 * 64 * 64 + 64) + 2 * 128
+    head = 128 + 64 * 10 + 10
+    sizes = {kind: names["network"](kind, 64).count_params() for kind in names["KINDS"]}
+    assert sizes == {
+        "residual, 6 blocks": stem + 6 * (2 * 9 * 64 * 64 + 2 * 128) + head,
+        "residual, 1 block": stem + 2 * 9 * 64 * 64 + 2 * 128 + head,
+        "continuous": stem + 2 * (9 * 65 * 64 + 64) + 3 * 128 + head,
+    }
+    assert round(sizes["continuous"] / 1e6, 1) == 0.2 and round(sizes["residual, 6 blocks"] / 1e6, 1) == 0.6
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_readers_of_digits_and_clothes_return_what_is_in_the_files(monkeypatch, tmp_path):
+    names = example("image_digits", monkeypatch)
+    # Rank 3 of bytes, with the shape (2, 1, 3).
+    header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (2, 1, 3))
+    (tmp_path / "file.gz").write_bytes(gzip.compress(header + bytes([1, 2, 3, 4, 5, 255])))
+    assert names["read_idx"](tmp_path / "file.gz").tolist() == [[[1, 2, 3]], [[4, 5, 255]]]
+
+    for digit in range(10):
+        pixels = [digit / 10] * 784 + [0.0] * 784
+        (tmp_path / f"{digit}.json").write_text(json.dumps({"data": pixels[: 784 * (1 + digit % 2)]}))
+    pictures, labels = names["load_mnist"](tmp_path)
+    assert pictures.shape == (15, 28, 28, 1)
+    np.testing.assert_array_equal(labels, [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7, 8, 9, 9])
+    np.testing.assert_allclose(pictures[:, 0, 0, 0][labels == 7], [0.7, 0.0])
+
+
+@pytest.mark.filterwarnings("default")
+def test_balls_and_shells_have_the_radii_and_values_of_the_paper(monkeypatch):
+    points, values = example("augmented_spheres", monkeypatch)["ball_and_shell"](np.random.default_rng(0), 10, 300, 600)
+    radii = np.linalg.norm(points, axis=1)
+    assert points.shape == (900, 10) and values.shape == (900, 1)
+    assert np.all(values[:300] == -1) and np.all(values[300:] == 1)
+    assert radii[:300].max() < 0.5 and 1 < radii[300:].min() and radii[300:].max() < 1.5
+    # u ** (1 / 10) has the median 0.933.
+    assert np.median(radii[:300]) == pytest.approx(0.5 * 0.933, abs=0.01)
+    assert np.median(radii[300:]) == pytest.approx(1 + 0.5 * 0.933, abs=0.01)
