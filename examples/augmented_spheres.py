@@ -121,7 +121,7 @@ def main():
     """Trains all networks, prints the table and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="train for two epochs on a few points of the plane")
-    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--epochs", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0, help="the first of the seeds, and the one of the picture")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("augmented_spheres.png"))
