@@ -26,6 +26,7 @@ import time
 import keras
 import matplotlib
 import numpy as np
+import tensorflow as tf
 from matplotlib.collections import LineCollection
 
 import keras_node
@@ -36,8 +37,8 @@ import matplotlib.pyplot as plt
 MOMENTS, STEP, NOISE, BATCH = 100, 6 * np.pi / 999, 0.3, 100
 SCALE = 0.2  # factor from the units of the paper to the inputs of the networks
 TIMES = (STEP * np.arange(2 * MOMENTS)).astype("float32")
-SOLVER = keras_node.RungeKutta("tsit5", max_steps=100)
-QUICK = keras_node.RungeKutta("midpoint", num_steps=1)
+SOLVER = keras_node.RungeKutta("midpoint", num_steps=1)  # observations are near to each other
+UNITS, EPOCHS = 64, 500  # chosen with `--validate`, as are the learning rates
 PUBLISHED = {30: (0.164, 0.394), 50: (0.150, 0.320), 100: (0.135, 0.181)}
 
 
@@ -59,11 +60,13 @@ def observe(paths, points, rng):
     return TIMES[moments], values.astype("float32"), np.ones(values.shape, "float32")
 
 
-def latent_ode(solver=SOLVER, gradient="checkpointed"):
+def latent_ode():
     """Returns a model in which each spiral is a path of one field in four dimensions. The encoder finds its start."""
     dense = keras.layers.Dense
-    field = keras.Sequential([dense(32, activation="elu"), dense(32, activation="elu"), dense(4)])
-    return keras_node.LatentODE(4, vector_field=field, noise_scale=SCALE * NOISE, solver=solver, gradient=gradient)
+    field = keras.Sequential([dense(UNITS, activation="elu"), dense(UNITS, activation="elu"), dense(4)])
+    return keras_node.LatentODE(
+        4, units=UNITS, vector_field=field, noise_scale=SCALE * NOISE, solver=SOLVER, gradient="direct"
+    )
 
 
 class Forecaster(keras.Model):
@@ -71,7 +74,7 @@ class Forecaster(keras.Model):
 
     def __init__(self):
         super().__init__()
-        self.gru = keras.layers.GRU(40, return_sequences=True, return_state=True)
+        self.gru = keras.layers.GRU(78, return_sequences=True, return_state=True)
         self.readout = keras.layers.Dense(2)
 
     def call(self, inputs):
@@ -93,14 +96,31 @@ class Forecaster(keras.Model):
 
 
 NAMES = {latent_ode: "latent ODE", Forecaster: "recurrent network"}
+RATES = {keras_node.LatentODE: 2e-2, Forecaster: 1e-2}
+
+
+def partly_shown(times, values, mask):
+    """Hides some of the observations of each spiral: a random share, and all after a random moment.
+
+    All observations are the target. So the start of a path cannot be chosen to fit every one of them: what was not
+    shown must follow from what was, and this is what makes paths go on rightly after the last observation.
+    """
+    share, end = tf.random.uniform((), 0.3, 1.0), tf.random.uniform((), 0.3, 1.0) * TIMES[MOMENTS]
+    shown = (tf.random.uniform(tf.shape(times)) < share) & (times < end)
+    return (times, values, tf.cast(shown, mask.dtype)[:, None] * mask), (times, values, mask)
 
 
 def train(model, series, epochs, jit_compile):
     """Trains the model with Adam and a learning rate that decreases to zero."""
-    rate = keras.optimizers.schedules.CosineDecay(1e-2, epochs * len(series[0]) // BATCH)
-    loss = None if isinstance(model, keras_node.LatentODE) else "mse"  # the latent ODE has its own loss
+    batches = tf.data.Dataset.from_tensor_slices(series).cache().shuffle(len(series[0]))
+    if isinstance(model, keras_node.LatentODE):
+        loss, batches = None, batches.map(partly_shown)  # it has its own loss
+    else:
+        loss, batches = "mse", batches.map(lambda *series: (series, series[1][1:]))
+    rate = keras.optimizers.schedules.CosineDecay(RATES[type(model)], epochs * len(series[0]) // BATCH)
     model.compile(keras.optimizers.Adam(rate, clipnorm=1.0), loss=loss, jit_compile=jit_compile)
-    model.fit(series, None if loss is None else series[1][:, 1:], BATCH, epochs, verbose=0)
+    batches = batches.batch(BATCH, drop_remainder=True).prefetch(2)
+    model.fit(batches, epochs=epochs, shuffle=False, verbose=0)
 
 
 def extrapolate(model, series, times):
@@ -108,14 +128,22 @@ def extrapolate(model, series, times):
     return np.asarray(model.extrapolate(series, times)) / SCALE
 
 
-def run(kind, series, test, epochs, seed):
-    """Trains a model of one kind. Returns its predictions, its number of weights and the seconds that it took."""
+def run(kind, points, seed, options):
+    """Trains a model of one kind. Returns its errors, what is drawn, its number of weights and the seconds."""
+    count, epochs = (200, 2) if options.quick else (1000, options.epochs)
+    rng = np.random.default_rng((seed, points, options.validate))
+    paths, test_paths = spirals(count, MOMENTS, rng), spirals(200, 2 * MOMENTS, rng)
+    future = test_paths[:, MOMENTS:]
+    noisy = future + NOISE * rng.normal(size=future.shape)
+    series, test = observe(paths, points, rng), observe(test_paths, points, rng)
+
     keras.utils.set_random_seed(seed)
-    start, quick = time.perf_counter(), epochs <= 2  # compiling takes longer than two epochs
-    model = kind(QUICK, "direct") if quick and kind is latent_ode else kind()
-    train(model, series, epochs, jit_compile=not quick)
+    start = time.perf_counter()
+    model = kind()
+    train(model, series, epochs, jit_compile=not options.quick)  # compiling takes longer than a quick run
     prediction = extrapolate(model, test, TIMES if kind is latent_ode else TIMES[MOMENTS:])
-    return prediction, model.count_params(), time.perf_counter() - start
+    errors = [rmse(prediction[:, -MOMENTS:], target) for target in (future, noisy)]
+    return errors, (test_paths[:6], test[1][:6], prediction[:6]), model.count_params(), time.perf_counter() - start
 
 
 def rmse(prediction, target):
@@ -123,12 +151,18 @@ def rmse(prediction, target):
     return float(np.sqrt(np.mean((prediction - target) ** 2)))
 
 
-def draw(path, paths, series, latent, recurrent):
+def spread(values):
+    """Writes the mean of some values and, if there are several, their standard deviation."""
+    mean = f"{np.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.3f}"
+
+
+def draw(path, paths, observed, latent, recurrent):
     """Draws six of the spirals: the observations, and the paths that the models predict."""
     figure, panels = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
     for i, axes in enumerate(panels.flat):
         axes.plot(*paths[i].T, color="0.85", lw=7, solid_capstyle="round", label="true path")
-        axes.plot(*(series[1][i] / SCALE).T, "k.", ms=4, label="observed")
+        axes.plot(*(observed[i] / SCALE).T, "k.", ms=4, label="observed")
         axes.plot(*recurrent[i].T, color="k", lw=1, ls=":", label="recurrent network")
         pieces = np.stack([latent[i, :-1], latent[i, 1:]], axis=1)
         lines = axes.add_collection(LineCollection(pieces, array=TIMES[:-1], cmap="plasma", lw=2.5))
@@ -141,38 +175,38 @@ def draw(path, paths, series, latent, recurrent):
 
 
 def main():
-    """Trains both models for every number of points, prints the table and draws the picture."""
+    """Trains both models for every number of points and every seed, prints the table and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="train for a few seconds only")
-    parser.add_argument("--epochs", type=int, default=500)
+    parser.add_argument("--quick", action="store_true", help="train for a few seconds only, with one seed")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--points", type=int, nargs="+", default=list(PUBLISHED), choices=list(PUBLISHED))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="the first of the seeds, and the one of the picture")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
+    parser.add_argument("--validate", action="store_true", help="predict other spirals than those of the test")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("latent_spirals.png"))
     options = parser.parse_args()
-    count, epochs, numbers = (200, 2, [30]) if options.quick else (1000, options.epochs, options.points)
+    numbers, count = ([30], 1) if options.quick else (options.points, options.seeds)
+    seeds = range(options.seed, options.seed + count)
 
-    rng = np.random.default_rng(options.seed)
-    paths, test_paths = spirals(count, MOMENTS, rng), spirals(200, 2 * MOMENTS, rng)
-    future = test_paths[:, MOMENTS:]
-    noisy = future + NOISE * rng.normal(size=future.shape)
-    series = {points: (observe(paths, points, rng), observe(test_paths, points, rng)) for points in numbers}
-    jobs = [(kind, *series[points], epochs, options.seed) for points in numbers for kind in NAMES]
-    predictions = {}
-    print(f"{'points':8}{'':20}{'RMSE, true path':>16}{'noisy':>8}{'published':>11}{'weights':>9}{'seconds':>9}")
+    jobs = [(kind, points, seed, options) for points in numbers for kind in NAMES for seed in seeds]
+    pictures = {}
+    print(f"{count} seed{'s' if count > 1 else ''}, {options.epochs} epochs")
+    print(f"{'points':8}{'':19}{'RMSE, true path':>17}{'noisy':>15}{'published':>11}{'weights':>9}{'seconds':>9}")
     # Such small networks keep only one core busy. So two of them are trained at a time, each in a separate process.
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        results = (map if options.quick else pool.map)(run, *zip(*jobs, strict=True))
-        for (points, kind), (prediction, weights, seconds) in zip(
-            itertools.product(numbers, NAMES), results, strict=True
-        ):
-            predictions[kind] = prediction
-            errors = [rmse(prediction[:, -MOMENTS:], target) for target in (future, noisy)]
+        results = iter((map if options.quick else pool.map)(run, *zip(*jobs, strict=True)))
+        for points, kind in itertools.product(numbers, NAMES):
+            runs = list(itertools.islice(results, count))
+            errors, drawn, weights, seconds = zip(*runs, strict=True)
+            pictures[kind] = drawn[0]
+            true, noisy = (spread(values) for values in zip(*errors, strict=True))
             published = PUBLISHED[points][list(NAMES).index(kind)]
             print(
-                f"{points:<8}{NAMES[kind]:20}{errors[0]:16.3f}{errors[1]:8.3f}{published:11.3f}{weights:9,}{seconds:9.0f}",
+                f"{points:<8}{NAMES[kind]:19}{true:>17}{noisy:>15}{published:11.3f}{weights[0]:9,}"
+                f"{np.mean(seconds):9.0f}",
                 flush=True,
             )
-    draw(options.out, test_paths, series[numbers[-1]][1], *predictions.values())
+    draw(options.out, *pictures[latent_ode], pictures[Forecaster][-1])
     print(f"picture: {options.out.resolve()}")
 
 
