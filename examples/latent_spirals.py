@@ -38,7 +38,7 @@ MOMENTS, STEP, NOISE, BATCH = 100, 6 * np.pi / 999, 0.3, 100
 SCALE = 0.2  # factor from the units of the paper to the inputs of the networks
 TIMES = (STEP * np.arange(2 * MOMENTS)).astype("float32")
 SOLVER = keras_node.RungeKutta("midpoint", num_steps=1)  # observations are near to each other
-UNITS, EPOCHS = 64, 500  # chosen with `--validate`, as are the learning rates
+UNITS, EPOCHS = 64, 300  # chosen with `--validate`, as are the learning rates
 PUBLISHED = {30: (0.164, 0.394), 50: (0.150, 0.320), 100: (0.135, 0.181)}
 
 
