@@ -233,7 +233,7 @@ def main():
     rows = {}
     print(f"{count} seed{'s' if count > 1 else ''}")
     print("data set        training                 test NLL      difference  seconds  share  evaluations")
-    # TensorFlow keeps the graphs of models that are gone, a hundred megabytes each, so every run has a separate process.
+    # TensorFlow keeps the graphs of models that are gone, 100 megabytes each, so every run has a separate process.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
         for name in names:
