@@ -110,11 +110,12 @@ def partly_shown(times, values, mask):
     return (times, values, tf.cast(shown, mask.dtype)[:, None] * mask), (times, values, mask)
 
 
-def train(model, series, epochs, jit_compile):
+def train(model, series, epochs, show_all, jit_compile):
     """Trains the model with Adam and a learning rate that decreases to zero."""
     batches = tf.data.Dataset.from_tensor_slices(series).cache().shuffle(len(series[0]))
     if isinstance(model, keras_node.LatentODE):
-        loss, batches = None, batches.map(partly_shown)  # it has its own loss
+        loss = None  # it has its own
+        batches = batches.map((lambda *series: (series, series)) if show_all else partly_shown)
     else:
         loss, batches = "mse", batches.map(lambda *series: (series, series[1][1:]))
     rate = keras.optimizers.schedules.CosineDecay(RATES[type(model)], epochs * len(series[0]) // BATCH)
@@ -140,7 +141,9 @@ def run(kind, points, seed, options):
     keras.utils.set_random_seed(seed)
     start = time.perf_counter()
     model = kind()
-    train(model, series, epochs, jit_compile=not options.quick)  # compiling takes longer than a quick run
+    train(
+        model, series, epochs, options.show_all, jit_compile=not options.quick
+    )  # compiling takes longer than a quick run
     prediction = extrapolate(model, test, TIMES if kind is latent_ode else TIMES[MOMENTS:])
     errors = [rmse(prediction[:, -MOMENTS:], target) for target in (future, noisy)]
     return errors, (test_paths[:6], test[1][:6], prediction[:6]), model.count_params(), time.perf_counter() - start
@@ -183,6 +186,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="the first of the seeds, and the one of the picture")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds")
     parser.add_argument("--validate", action="store_true", help="predict other spirals than those of the test")
+    parser.add_argument("--show-all", action="store_true", help="show the encoder all observations in training")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("latent_spirals.png"))
     options = parser.parse_args()
     numbers, count = ([30], 1) if options.quick else (options.points, options.seeds)

@@ -16,6 +16,7 @@ import pytest
 EXAMPLES = sorted((pathlib.Path(__file__).parent.parent / "examples").glob("*.py"))
 EXAMPLES = [example for example in EXAMPLES if example.stem != "multi_worker"]  # test_multi_worker.py runs it
 NEEDS = {
+    "irregular_series": "aeon",
     "japanese_vowels": "aeon",
     "hopper": "dm_control",
     "latent_hopper": "dm_control",
@@ -124,7 +125,38 @@ def test_balls_and_shells_have_the_radii_and_values_of_the_paper(monkeypatch):
     radii = np.linalg.norm(points, axis=1)
     assert points.shape == (900, 10) and values.shape == (900, 1)
     assert np.all(values[:300] == -1) and np.all(values[300:] == 1)
-    assert radii[:300].max() < 0.5 and 1 < radii[300:].min() and radii[300:].max() < 1.5
+    assert radii[:300].max() < 0.5 and radii[300:].min() > 1 and radii[300:].max() < 1.5
     # u ** (1 / 10) has the median 0.933.
     assert np.median(radii[:300]) == pytest.approx(0.5 * 0.933, abs=0.01)
     assert np.median(radii[300:]) == pytest.approx(1 + 0.5 * 0.933, abs=0.01)
+
+
+@pytest.mark.filterwarnings("default")
+def test_dropped_values_are_marked_and_their_last_values_are_those_before(monkeypatch):
+    rng = np.random.default_rng(0)
+    series = rng.normal(size=(3, 12, 2)).astype("float32")
+    values, times, marks, before, since = example("irregular_series", monkeypatch)["drop"](series, 0.6, rng)
+    np.testing.assert_array_equal(times, np.tile(np.arange(12), (3, 1)))
+    np.testing.assert_array_equal(values, series * marks)
+    assert 0.25 < marks.mean() < 0.55 and np.all(marks.any(axis=1))
+    for n, channel in np.ndindex(3, 2):
+        last, at = 0.0, 0
+        for i in range(12):
+            assert before[n, i, channel] == last and since[n, i, channel] == i - at
+            if marks[n, i, channel]:
+                last, at = series[n, i, channel], i
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_cell_of_gru_d_is_a_gru_of_decayed_values_and_states(monkeypatch):
+    cell = example("irregular_series", monkeypatch)["GRUDCell"](3)
+    cell.build((None, 4))
+    cell.rate.assign([0.5])
+    cell.decay_of_state.set_weights([np.array([[0.1, 0.0, 0.3]]), np.array([0.0, 0.2, -0.1])])
+    h = np.array([[0.4, -0.2, 0.6], [0.1, 0.5, -0.3]], "float32")
+    # A value that was observed, and one that was not: two before, with the value 1.5.
+    inputs = np.array([[0.7, 1, 9.0, 1.0], [0.0, 0, 1.5, 2.0]], "float32")
+    output, _ = cell(inputs, [h])
+    decayed = h * np.exp(-np.array([[0.1, 0.2, 0.2], [0.2, 0.2, 0.5]]))
+    expected, _ = cell.cell(np.array([[0.7, 1], [1.5 * np.exp(-1), 0]], "float32"), [decayed.astype("float32")])
+    np.testing.assert_allclose(output, expected, rtol=1e-5)
