@@ -10,9 +10,18 @@ which shows that data and training compare, and two of ours:
 - A neural CDE, which reads the signal as a path in time. As for the GRU of the paper, the head sees its states at all
   times.
 
-WHAT CAME OUT
+What came out, as the mean and the standard deviation over three seeds:
 
-    python examples/mnist_1d.py            # TIME
+- The networks of the paper have the published accuracies within two of their standard deviations, except the CNN, which
+  has 92.6 ± 0.4 % instead of 94 %.
+- The ODE network has 94.3 ± 0.9 %, and the neural CDE 95.9 ± 1.0 %, as much as the paper's human reader. Both have
+  about three and four times as many weights as the CNN, and dropout, so the comparison is not of networks of one
+  size.
+
+The epochs of the neural CDE were chosen with `--validate`, which holds out a fifth of the training signals (95.0 % with
+two seeds); the ODE network has those of `regularized_depth.py`.
+
+    python examples/mnist_1d.py            # 11 minutes on one core
     python examples/mnist_1d.py --quick    # barely trained, in half a minute
 """
 
@@ -99,11 +108,12 @@ def draw(path, results, signals, labels):
     for kind, (weights, accuracies) in results.items():
         color = "tab:red" if kind in EPOCHS else "tab:blue"
         axes.errorbar(weights, np.mean(accuracies), np.std(accuracies), fmt="o", color=color, capsize=4)
-        axes.annotate(kind, (weights, np.mean(accuracies)), (7, -4), textcoords="offset points", va="top")
+        place = {"va": "bottom", "xytext": (9, 0)} if kind == "CNN" else {"va": "top", "xytext": (9, -2)}
+        axes.annotate(kind, (weights, np.mean(accuracies)), textcoords="offset points", **place)
         if kind in PUBLISHED:
             axes.plot(weights, PUBLISHED[kind], "o", mfc="none", mec="tab:blue", ms=9)
     axes.axhline(PUBLISHED["human"], color="0.6", lw=1, ls="--")
-    axes.text(weights, PUBLISHED["human"] + 0.5, "human", color="0.4", ha="right")
+    axes.text(350, PUBLISHED["human"] + 0.5, "human", color="0.4")
     axes.plot([], [], "o", mfc="none", mec="tab:blue", ms=9, label="published")
     axes.plot([], [], "o", color="tab:blue", label="the same networks here")
     axes.plot([], [], "o", color="tab:red", label="of continuous depth or time")
