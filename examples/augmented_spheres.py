@@ -11,9 +11,14 @@ Huber loss, Adam with a learning rate of 1e-3, batches of 64. Nothing was tuned.
 of the evaluations in two dimensions, and gives no numbers, so what can be compared is which network is better, by how
 much, and which is cheaper to solve. Here the loss is that of new points.
 
-WHAT CAME OUT
+What came out, as the mean and the standard deviation over three seeds:
 
-    python examples/augmented_spheres.py            # TIME
+- In the plane, the loss of the plain network is 0.0039 ± 0.0062 and jumps from epoch to epoch; that of the augmented
+  one is 0.00002 ± 0.00002. A solve takes 48 ± 4 evaluations and 24 ± 2. The plain network tears the ring open and
+  stretches it into a line, as the picture shows.
+- In ten dimensions the loss is 0.0022 ± 0.0006 and 0.0002 ± 0.0003, and a solve takes 58 ± 22 evaluations and 26.
+
+    python examples/augmented_spheres.py            # 7 minutes on one core
     python examples/augmented_spheres.py --quick    # barely trained, in 20 seconds
 """
 
