@@ -143,9 +143,8 @@ def run(kind, points, seed, options):
     keras.utils.set_random_seed(seed)
     start = time.perf_counter()
     model = kind()
-    train(
-        model, series, epochs, options.show_all, jit_compile=not options.quick
-    )  # compiling takes longer than a quick run
+    # Compiling takes longer than a quick run.
+    train(model, series, epochs, options.show_all, jit_compile=not options.quick)
     prediction = extrapolate(model, test, TIMES if kind is latent_ode else TIMES[MOMENTS:])
     errors = [rmse(prediction[:, -MOMENTS:], target) for target in (future, noisy)]
     return errors, (test_paths[:6], test[1][:6], prediction[:6]), model.count_params(), time.perf_counter() - start
