@@ -104,8 +104,8 @@ RATES = {keras_node.LatentODE: 2e-2, Forecaster: 1e-2}
 def partly_shown(times, values, mask):
     """Hides some of the observations of each spiral: a random share, and all after a random moment.
 
-    It takes a batch. All observations are the target. So the start of a path cannot be chosen to fit every one of them: what was not
-    shown must follow from what was, and this is what makes paths go on rightly after the last observation.
+    It takes a batch. All observations are the target. So the start of a path cannot be chosen to fit every one of them:
+    what was not shown must follow from what was, and this is what makes paths go on rightly after the last observation.
     """
     share, end = (tf.random.uniform((len(times), 1), 0.3, 1.0) for _ in range(2))
     shown = (tf.random.uniform(times.shape) < share) & (times < end * TIMES[MOMENTS])
