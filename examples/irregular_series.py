@@ -13,13 +13,12 @@ networks:
 - GRU-D (Che et al. 2018, arXiv:1606.01865): a missing value decays from the last one to the mean, and the state decays
   too, at rates that are learnt.
 
-All get marks of what was observed, have 32 units, and are trained in the same way. The learning rate and the number of
-epochs are the same for all, and were chosen with `--validate`, which holds out a quarter of the training series.
-
-WHAT CAME OUT
+All get marks of what was observed, have 32 units, and are trained in the same way, with the same learning rate and
+number of epochs. `--validate` holds out a quarter of the training series to choose them by; that is still to be done,
+and so is a full run, so there are no figures here yet.
 
     pip install aeon                                # the data
-    python examples/irregular_series.py             # TIME
+    python examples/irregular_series.py
     python examples/irregular_series.py --quick     # one data set, barely trained, in half a minute
 """
 
