@@ -5,7 +5,7 @@ happens: the solve looks for the moment (`keras_node.Event`), and the gradient o
 Two numbers are trained, the acceleration and the part of the velocity that is left, from 16 balls that were seen for
 two seconds. The picture continues to six seconds, where the balls have bounced many times.
 
-    python examples/bouncing_ball.py            # half a minute on two cores
+    python examples/bouncing_ball.py            # three minutes on one core
     python examples/bouncing_ball.py --quick    # in some seconds
 """
 

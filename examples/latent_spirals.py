@@ -42,7 +42,7 @@ TIMES = (STEP * np.arange(2 * MOMENTS)).astype("float32")
 # Seven steps for the time that is observed. The states at the observations are interpolated, so that an observation
 # more costs hardly anything.
 SOLVER = keras_node.RungeKutta("rk4", step_size=0.27, max_steps=16)
-LATENT_DIM, UNITS, EPOCHS = 4, 64, 500  # chosen with `--validate`, as are the learning rates
+LATENT_DIM, UNITS, EPOCHS = 3, 64, 500  # chosen with `--validate`, as are the learning rates
 PUBLISHED = {30: (0.164, 0.394), 50: (0.150, 0.320), 100: (0.135, 0.181)}
 
 
@@ -65,7 +65,7 @@ def observe(paths, points, rng):
 
 
 def latent_ode():
-    """Returns a model in which each spiral is a path of one field in four dimensions. The encoder finds its start."""
+    """Returns a model in which each spiral is a path of one field in three dimensions. The encoder finds its start."""
     dense = keras.layers.Dense
     field = keras.Sequential([dense(UNITS, activation="elu"), dense(UNITS, activation="elu"), dense(LATENT_DIM)])
     return keras_node.LatentODE(

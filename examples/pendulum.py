@@ -6,7 +6,7 @@ equations turn it into the rates of change (`keras_node.HamiltonianField`; after
 arXiv:1906.01563). Both are then solved for a far longer time than that of the training trajectories. The true energy of
 the solution shows how far they drift.
 
-    python examples/pendulum.py            # a minute on two cores
+    python examples/pendulum.py            # three minutes on one core
     python examples/pendulum.py --quick    # hardly any training, in a few seconds
 """
 

@@ -12,7 +12,7 @@ ordinary neural ODE, whose field must be smooth.
 The idea is that of Chen, Amos & Nickel (2021), "Learning Neural Event Functions for Ordinary Differential Equations",
 arXiv:2011.03902. Their data are not published, and this system is our own.
 
-    python examples/switching.py            # some minutes on two cores
+    python examples/switching.py            # six minutes on one core
     python examples/switching.py --quick    # hardly any training, in seconds
 """
 
