@@ -25,34 +25,31 @@ def test_the_python_in_the_readme_runs(tmp_path, monkeypatch):
     assert pathlib.Path("served/saved_model.pb").exists()
 
 
-def table_of_reproduced_results():
-    """The rows of the table, as lists of cells. A row without an experiment belongs to the one above."""
-    lines = (ROOT / "docs/reproduced-results.md").read_text().splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
-    return rows[1:]  # without the heads
+def reproduced_results():
+    """Yields the name of each example, its number of seeds and its time, and the rows of its table."""
+    for section in (ROOT / "docs/reproduced-results.md").read_text().split("\n## ")[1:]:
+        command = re.search(
+            r"`python examples/(\w+).py`, (\d+) seeds?, (.*): \[the example\]\(gallery/(\w+).md\)", section
+        )
+        if command is not None:
+            name, seeds, took, page = command.groups()
+            assert page == name
+            rows = [
+                [cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "|" in line
+            ]
+            yield name, int(seeds), took, rows[2:]  # without the heads
 
 
-def test_the_table_of_reproduced_results_repeats_what_was_recorded():
-    name, rows = None, table_of_reproduced_results()
-    assert len(rows) > 20
-    for experiment, measured, _, ours, seeds, command, took in rows:
-        if experiment:
-            (name,) = re.findall(r"\(gallery/(\w+)\.md\)", experiment)
-            assert command == f"`python examples/{name}.py`"
-            recorded = (ROOT / f"docs/gallery/{name}.txt").read_text()
-            assert f"took {took}" in recorded, name
-            assert re.search(rf"\b{seeds} seed", recorded) or seeds == "1", name
-        for figure in re.findall(r"[-\d.]+(?: ± [\d.]+)?", ours):
-            assert figure in recorded, (name, measured, figure)
-
-
-def test_published_figures_stand_in_the_table_as_in_the_examples():
-    rows, name, published = table_of_reproduced_results(), None, {}
-    for experiment, _, figure, *_ in rows:
-        if experiment:
-            (name,) = re.findall(r"\(gallery/(\w+)\.md\)", experiment)
-        published.setdefault(name, []).extend(re.findall(r"[\d.]+", figure))
-    for name, figures in published.items():
+def test_reproduced_results_are_those_that_were_recorded():
+    results = list(reproduced_results())
+    assert len(results) >= 9
+    for name, seeds, took, rows in results:
         recorded = (ROOT / f"docs/gallery/{name}.txt").read_text()
         source = (ROOT / f"examples/{name}.py").read_text()
-        assert all(figure in recorded or figure in source for figure in figures), name
+        assert f"took {took}" in recorded, name
+        assert seeds == 1 or f"{seeds} seeds" in recorded, name
+        assert len(rows) >= 2, name
+        for measured, published, ours in rows:
+            figures = re.findall(r"[-\d.]+(?: ± [\d.]+)?", ours)
+            assert figures and all(figure in recorded for figure in figures), (name, measured)
+            assert all(figure in recorded + source for figure in re.findall(r"[\d.]+", published)), (name, measured)
