@@ -1,6 +1,6 @@
 """Runs examples in full and keeps what they print and draw for the gallery.
 
-    python docs/gallery/record.py                   # all of them, about an hour on two cores
+    python docs/gallery/record.py                   # all of them, about five hours
     python docs/gallery/record.py digits spiral     # these
 
 Each run writes `NAME.txt`, what the example printed and how long it took, and `NAME.png`, its picture in 256 colours.
