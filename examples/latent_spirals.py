@@ -9,12 +9,17 @@ training steps.
 The error is measured in two ways: from the true path, and from points with new noise, for which no predictor can have
 an error below 0.3. The numbers of the paper, for spirals that were not published, must be of the first kind.
 
+What came out, as the mean and the standard deviation over five seeds: the latent ODE has an error of 0.147 ± 0.004 with
+30 observations (published 0.164), 0.130 ± 0.020 with 50 (0.150) and 0.100 ± 0.012 with 100 (0.135). The recurrent
+network has 1.19 ± 0.24, 0.62 ± 0.13 and 0.18 ± 0.05 (0.394, 0.320 and 0.181).
+
 The encoder is not what limits the prediction. If it is shown all observations in training (`--show-all`), the observed
 part of a path is found well, and yet a start that is fitted to the whole true path of that part predicts the rest no
 better than the encoder's: the loss does not say how paths go on. So the encoder is shown a part of the observations,
-and all of them are its target (see `partly_shown`).
+and all of them are its target (see `partly_shown`). With three latent dimensions instead of the paper's four, every
+seed learns; with four, one in a few does not.
 
-    python examples/latent_spirals.py            # a GRU and a latent ODE, 15 times each
+    python examples/latent_spirals.py            # 27 minutes on two cores that were busy with other work
     python examples/latent_spirals.py --quick    # hardly any training, in a few seconds
 """
 
