@@ -89,15 +89,13 @@ class GRUDCell(keras.layers.Layer):
         super().__init__(**kwargs)
         self.cell = keras.layers.GRUCell(units)
         # All decays start above zero: where the relu is flat, a rate would never be learnt.
-        self.decay_of_state = keras.layers.Dense(units, activation="relu", kernel_initializer=self.start())
+        self.start = keras.initializers.RandomUniform(0.01, 0.1)
+        self.decay_of_state = keras.layers.Dense(units, activation="relu", kernel_initializer=self.start)
         self.state_size = self.output_size = units
-
-    def start(self):
-        return keras.initializers.RandomUniform(0.01, 0.1)
 
     def build(self, shape):
         channels = shape[-1] // 4
-        self.rate = self.add_weight(shape=(channels,), initializer=self.start(), name="rate")
+        self.rate = self.add_weight(shape=(channels,), initializer=self.start, name="rate")
         self.bias = self.add_weight(shape=(channels,), initializer="zeros", name="bias")
         self.decay_of_state.build((None, channels))
         self.cell.build((None, 2 * channels))

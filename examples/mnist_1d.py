@@ -18,8 +18,8 @@ What came out, as the mean and the standard deviation over three seeds:
   about three and four times as many weights as the CNN, and dropout, so the comparison is not of networks of one
   size.
 
-The epochs of the neural CDE were chosen with `--validate`, which holds out a fifth of the training signals (95.0 % with
-two seeds); the ODE network has those of `regularized_depth.py`.
+The epochs of the neural CDE were checked with `--validate`, which holds out a fifth of the training signals (95.0 %
+with two seeds); the ODE network has those of `regularized_depth.py`.
 
     python examples/mnist_1d.py            # 11 minutes on one core
     python examples/mnist_1d.py --quick    # barely trained, in half a minute
@@ -46,7 +46,7 @@ KINDS = ("logistic", "MLP", "GRU", "CNN", "ODE network", "neural CDE")
 PUBLISHED = {"logistic": 32, "MLP": 68, "GRU": 91, "CNN": 94, "human": 96}  # in %
 
 
-# Chosen with `--validate`, which holds out a fifth of the training data.
+# Those of the neural CDE were checked with `--validate`, which holds out a fifth of the training data.
 EPOCHS = {"ODE network": 25, "neural CDE": 40}  # the others: 150, as published
 
 

@@ -12,6 +12,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 EXAMPLES = sorted((pathlib.Path(__file__).parent.parent / "examples").glob("*.py"))
 EXAMPLES = [example for example in EXAMPLES if example.stem != "multi_worker"]  # test_multi_worker.py runs it
@@ -160,3 +161,19 @@ def test_the_cell_of_gru_d_is_a_gru_of_decayed_values_and_states(monkeypatch):
     decayed = h * np.exp(-np.array([[0.1, 0.2, 0.2], [0.2, 0.2, 0.5]]))
     expected, _ = cell.cell(np.array([[0.7, 1], [1.5 * np.exp(-1), 0]], "float32"), [decayed.astype("float32")])
     np.testing.assert_allclose(output, expected, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("channels", [1, 6])
+def test_every_decay_of_gru_d_gets_a_gradient(channels, monkeypatch):
+    names = example("irregular_series", monkeypatch)
+    keras.utils.set_random_seed(0)
+    series = np.random.default_rng(0).normal(size=(20, 12, channels)).astype("float32")
+    inputs = names["drop"](series, 0.5, np.random.default_rng(1))
+    model = names["classifier"]("GRU-D", 12, channels, 2)
+    (cell,) = (layer.cell for layer in model.layers if isinstance(layer, keras.layers.RNN))
+    weights = [cell.rate, cell.bias, *cell.decay_of_state.trainable_variables]
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(model(inputs) ** 2)
+    for gradient in tape.gradient(loss, [weight.value for weight in weights]):
+        assert np.all(np.asarray(gradient) != 0)
