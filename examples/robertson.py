@@ -146,15 +146,25 @@ def train(problem, states, scale, solver, gradient, epochs, quick):
     return model.predict(x, verbose=0)[0], logs, clock.seconds
 
 
-def report(name, logs, seconds, published=""):
-    """Prints what came of a training."""
-    loss, evaluations = logs["loss"][-1], logs["ode_evaluations"][-1]
-    failed = max(logs["ode_failed"][-1], logs.get("ode_backward_failed", [0])[-1])
-    cells = f"{UPDATES * len(seconds):8,}{loss:10.5f}{evaluations:13.0f}{seconds[-1]:9.0f}"
-    print(f"{name:34}{cells}  {'a solve failed' if failed else published}", flush=True)
+def spread(values, digits):
+    """Writes the mean of some values and, if there are several, their standard deviation."""
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def draw(path, problem, states, scale, prediction, runs, pollution):
+def report(name, runs, published):
+    """Prints what came of the trainings with all seeds, if a solve failed in any of them with the number of those."""
+    last = [{key: values[-1] for key, values in logs.items()} for logs, _ in runs]
+    failures = sum(max(logs["ode_failed"], logs.get("ode_backward_failed", 0)) > 0 for logs in last)
+    updates = UPDATES * np.mean([len(seconds) for _, seconds in runs])
+    loss = spread([logs["loss"] for logs in last], 5)
+    evaluations = spread([logs["ode_evaluations"] for logs in last], 0)
+    cells = f"{updates:8,.0f}{loss:>20}{evaluations:>13}{np.mean([seconds[-1] for _, seconds in runs]):9.0f}"
+    verdict = f"a solve failed in {failures} of {len(runs)} trainings" if failures else published
+    print(f"{name:34}{cells}  {verdict}", flush=True)
+
+
+def draw(path, problem, states, scale, prediction, curves, pollution):
     """Draws the concentrations with what was learnt, and how the loss fell."""
     figure, axes = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
     for axis, substance, y, learnt in zip(axes[0], "ABC", states.T, prediction.T * scale[:, None], strict=True):
@@ -162,9 +172,11 @@ def draw(path, problem, states, scale, prediction, runs, pollution):
         axis.semilogx(problem.times[1:], learnt[1:], color="k", label="learnt, esdirk43")
         axis.set(title=f"Robertson's substance {substance}", xlabel="seconds")
     axes[0, 0].legend()
-    for name, (logs, seconds) in runs.items():
-        axes[1, 0].semilogy(seconds, logs["loss"], ".-", label=name)
-        axes[1, 1].semilogy(np.arange(len(seconds)) + 1, logs["ode_evaluations"], ".-", label=name)
+    for i, (name, runs) in enumerate(curves.items()):
+        for seed, (logs, seconds) in enumerate(runs):
+            style = {"color": f"C{i}", "label": None if seed else name, "lw": 0.8}
+            axes[1, 0].semilogy(seconds, logs["loss"], ".-", **style)
+            axes[1, 1].semilogy(np.arange(len(seconds)) + 1, logs["ode_evaluations"], ".-", **style)
     axes[1, 0].set(title="Loss while it learns", xlabel="seconds of training")
     axes[1, 1].set(title="Evaluations of a solve", xlabel="thousands of updates")
     axes[1, 0].legend()
@@ -181,7 +193,7 @@ def main():
     """Learns both problems, the first one with explicit solves as well, prints a table and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="train for a few seconds only")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("robertson.png"))
     options = parser.parse_args()
 
@@ -192,22 +204,27 @@ def main():
         "tsit5, checkpointed": (explicit, "checkpointed"),
         "tsit5, backsolve": (explicit, "backsolve"),
     }
-    print(f"{'':34}{'updates':>8}{'loss':>10}{'evaluations':>13}{'seconds':>9}  published")
-    runs, results = {}, {}
+    seeds = 1 if options.quick else options.seeds
+    print(f"{seeds} seed{'s' if seeds > 1 else ''}")
+    print(f"{'':34}{'updates':>8}{'loss':>20}{'evaluations':>13}{'seconds':>9}  published")
+    curves, results = {}, {}
     for problem_name, problem in PROBLEMS.items():
         states, scale = data(problem)
         for name, (solver, gradient) in trials.items():
             if name != "esdirk43" and (problem_name != "Robertson" or options.quick):
                 continue
-            keras.utils.set_random_seed(options.seed)
-            epochs = 2 if options.quick else problem.epochs
-            prediction, logs, seconds = train(problem, states, scale, solver, gradient, epochs, options.quick)
-            report(f"{problem_name}, {name}", logs, seconds, problem.published)
+            runs = []
+            for seed in range(seeds):
+                keras.utils.set_random_seed(seed)
+                epochs = 2 if options.quick else problem.epochs
+                prediction, *run = train(problem, states, scale, solver, gradient, epochs, options.quick)
+                results.setdefault(problem_name, (problem, states, scale, prediction))
+                runs.append(run)
+            report(f"{problem_name}, {name}", runs, problem.published)
             if problem_name == "Robertson":
-                runs[name] = logs, seconds
-            results.setdefault(problem_name, (problem, states, scale, prediction))
+                curves[name] = runs
     print("published: Kim et al. (2021), read off their curves, after as many updates")
-    draw(options.out, *results["Robertson"], runs, results["pollution"])
+    draw(options.out, *results["Robertson"], curves, results["pollution"])
     print(f"picture: {options.out.resolve()}")
 
 
