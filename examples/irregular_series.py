@@ -49,6 +49,7 @@ ELSEWHERE = {
     "GRU-D": (94.2, 90.2, 91.9),
 }
 EPOCHS = {"BasicMotions": 100, "ItalyPowerDemand": 100}
+LEARNING_RATES = dict.fromkeys(KINDS, 1e-2)
 SOLVER = keras_node.RungeKutta("midpoint", num_steps=1)
 
 
@@ -64,21 +65,29 @@ def load(name, part):
     return series, np.unique([row[-1] for row in rows], return_inverse=True)[1]
 
 
-def drop(series, rate, rng):
-    """Drops values. Returns the rest with zeros for what is missing, the times, and the marks of what was observed.
+def inputs(series, marks, mean, deviation):
+    """Returns scaled values, zero where they are missing, the times, and the marks of what was observed.
 
     In addition, what GRU-D gets: the last value of each channel before each moment, and the time since then.
     """
     number, moments, _ = series.shape
-    marks = rng.random(series.shape) >= rate
-    marks[:, 0] |= ~marks.any(axis=1)  # at least one value of each channel
+    values = np.where(marks, (series - mean) / deviation, 0)
     times = np.tile(np.arange(moments, dtype="float32"), (number, 1))
     now = np.where(marks, np.arange(moments)[:, None], -1)
     last = np.pad(np.maximum.accumulate(now, axis=1)[:, :-1], [(0, 0), (1, 0), (0, 0)], constant_values=-1)
-    before = np.where(last < 0, 0, np.take_along_axis(series, np.maximum(last, 0), axis=1))
+    before = np.where(last < 0, 0, np.take_along_axis(values, np.maximum(last, 0), axis=1))
     since = np.arange(moments)[:, None] - np.maximum(last, 0)
-    marks = marks.astype("float32")
-    return [a.astype("float32") for a in (series * marks, times, marks, before, since)]
+    return [a.astype("float32") for a in (values, times, marks, before, since)]
+
+
+def drop(parts, rate, rng):
+    """Drops values of the series of both parts. Returns the inputs for each, scaled by what is left for training."""
+    marks = [rng.random(part.shape) >= rate for part in parts]
+    for observed in marks:
+        observed[:, 0] |= ~observed.any(axis=1)  # at least one value of each channel
+    left = np.where(marks[0], parts[0], np.nan)
+    mean, deviation = np.nanmean(left, (0, 1)), np.nanstd(left, (0, 1))
+    return [inputs(part, observed, mean, deviation) for part, observed in zip(parts, marks, strict=True)]
 
 
 @keras.saving.register_keras_serializable(package="irregular_series")
@@ -138,16 +147,16 @@ def classifier(kind, moments, channels, classes):
 def train(kind, data, epochs, seed, jit_compile):
     """Returns the accuracy in % of a trained network, its number of weights, and the seconds."""
     keras.utils.set_random_seed(seed)
-    inputs, classes, test_inputs, test_classes = data
-    model = classifier(kind, *inputs[0].shape[1:], int(max(classes)) + 1)
-    rate = keras.optimizers.schedules.CosineDecay(1e-2, epochs * len(classes) // BATCH)
+    series, test_series, classes, test_classes = data
+    model = classifier(kind, *series[0].shape[1:], int(max(classes)) + 1)
+    rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATES[kind], epochs * len(classes) // BATCH)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     optimizer = keras.optimizers.AdamW(rate, weight_decay=0.01, clipnorm=1.0)
     model.compile(optimizer, loss, metrics=["accuracy"], jit_compile=jit_compile)
     start = time.perf_counter()
-    model.fit(inputs, classes, BATCH, epochs, verbose=0)
+    model.fit(series, classes, BATCH, epochs, verbose=0)
     seconds = time.perf_counter() - start
-    accuracy = model.evaluate(test_inputs, test_classes, len(test_classes), verbose=0, return_dict=True)["accuracy"]
+    accuracy = model.evaluate(test_series, test_classes, len(test_classes), verbose=0, return_dict=True)["accuracy"]
     return 100 * accuracy, model.count_params(), seconds
 
 
@@ -166,7 +175,7 @@ def draw(path, results):
         for i, (kind, marker) in enumerate(zip(KINDS, "os^v", strict=True)):
             runs = np.array([results[name, rate, kind] for rate in rates])
             at = 100 * np.array(rates) + i - 1.5
-            axes.errorbar(at, runs.mean(axis=1), runs.std(axis=1), marker=marker, capsize=4, label=kind)
+            axes.errorbar(at, runs.mean(axis=1), runs.std(axis=1, ddof=1), marker=marker, capsize=4, label=kind)
         axes.set(title=name, xlabel="values dropped, %", ylabel="test accuracy, %", xticks=[100 * r for r in rates])
         axes.grid(alpha=0.3)
     panels[0, 0].legend(loc="lower left", frameon=False)
@@ -194,18 +203,14 @@ def main():
         epochs = 2 if options.quick else EPOCHS[name]
         series, classes = load(name, "TRAIN")
         test_series, test_classes = load(name, "TEST")
-        mean, deviation = series.mean((0, 1)), series.std((0, 1))
-        series, test_series = (series - mean) / deviation, (test_series - mean) / deviation
-        if options.validate:
-            series, test_series, classes, test_classes = train_test_split(
-                series, classes, test_size=0.25, stratify=classes, random_state=0
-            )
+        parts = series, test_series, classes, test_classes
         for kind in KINDS:
             seconds = []
             for rate in rates:
                 for seed in range(options.seed, options.seed + seeds):
-                    rng = np.random.default_rng(seed)
-                    data = drop(series, rate, rng), classes, drop(test_series, rate, rng), test_classes
+                    if options.validate:  # other series are held out with every seed
+                        parts = train_test_split(series, classes, test_size=0.25, stratify=classes, random_state=seed)
+                    data = *drop(parts[:2], rate, np.random.default_rng(seed)), *parts[2:]
                     accuracy, weights, took = train(kind, data, epochs, seed, jit_compile=not options.quick)
                     results.setdefault((name, rate, kind), []).append(accuracy)
                     seconds.append(took)

@@ -135,17 +135,49 @@ def test_balls_and_shells_have_the_radii_and_values_of_the_paper(monkeypatch):
 @pytest.mark.filterwarnings("default")
 def test_dropped_values_are_marked_and_their_last_values_are_those_before(monkeypatch):
     rng = np.random.default_rng(0)
-    series = rng.normal(size=(3, 12, 2)).astype("float32")
-    values, times, marks, before, since = example("irregular_series", monkeypatch)["drop"](series, 0.6, rng)
-    np.testing.assert_array_equal(times, np.tile(np.arange(12), (3, 1)))
-    np.testing.assert_array_equal(values, series * marks)
-    assert 0.25 < marks.mean() < 0.55 and np.all(marks.any(axis=1))
-    for n, channel in np.ndindex(3, 2):
-        last, at = 0.0, 0
-        for i in range(12):
-            assert before[n, i, channel] == last and since[n, i, channel] == i - at
-            if marks[n, i, channel]:
-                last, at = series[n, i, channel], i
+    parts = [3 + 5 * rng.normal(size=(n, 12, 2)) for n in (3, 4)]
+    training, test = example("irregular_series", monkeypatch)["drop"](parts, 0.6, rng)
+    seen = training[2].astype(bool)
+    # The scale is that of the values that are left for training.
+    mean, deviation = (
+        np.array([f(parts[0][..., c][seen[..., c]]) for c in range(2)], "float32") for f in (np.mean, np.std)
+    )
+    for series, (values, times, marks, before, since) in zip(parts, (training, test), strict=True):
+        np.testing.assert_array_equal(times, np.tile(np.arange(12), (len(series), 1)))
+        np.testing.assert_allclose(values, (series - mean) / deviation * marks, rtol=1e-4, atol=1e-6)
+        assert 0.25 < marks.mean() < 0.55 and np.all(marks.any(axis=1))
+        for n, channel in np.ndindex(len(series), 2):
+            last, at = 0.0, 0
+            for i in range(12):
+                assert before[n, i, channel] == last and since[n, i, channel] == i - at
+                if marks[n, i, channel]:
+                    last, at = values[n, i, channel], i
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_hopper_is_predicted_from_what_was_observed_before(monkeypatch):
+    names = example("hopper", monkeypatch)
+    task = names["TASKS"]["extrapolation"]
+    rng = np.random.default_rng(0)
+    falls = rng.normal(size=(3, 200, 14))
+    seen = names["observed"](3, task, [0.1, 0.5, 0.02], rng)
+    np.testing.assert_array_equal(seen.sum(axis=1), [7, 33, 1])
+    assert not seen[:, 66:].any()
+    values, waits = names["hide"](falls, seen)
+    guesses = names["repeat"](falls, seen, np.full(14, 9.0))
+    for n in range(3):
+        last, at = np.full(14, 9.0), 0
+        for i in range(200):
+            np.testing.assert_allclose(waits[n, i, 0], 0.3 * (i - at), rtol=1e-5)
+            if i:
+                np.testing.assert_array_equal(guesses[n, i - 1], last)
+            expected = np.append(falls[n, i], np.ones(14)) if seen[n, i] else np.zeros(28)
+            np.testing.assert_allclose(values[n, i], expected, rtol=1e-6)
+            if seen[n, i]:
+                last, at = falls[n, i], i
+    # Only what is never observed counts, and the first prediction is that of the second moment.
+    off = falls[:, 1:] + np.where(np.arange(1, 200) < 66, 5.0, 0.1)[:, None]
+    np.testing.assert_allclose(names["error"](off, falls, task), 1.0)
 
 
 @pytest.mark.filterwarnings("default")
@@ -169,7 +201,7 @@ def test_every_decay_of_gru_d_gets_a_gradient(channels, monkeypatch):
     names = example("irregular_series", monkeypatch)
     keras.utils.set_random_seed(0)
     series = np.random.default_rng(0).normal(size=(20, 12, channels)).astype("float32")
-    inputs = names["drop"](series, 0.5, np.random.default_rng(1))
+    inputs, _ = names["drop"]([series, series[:1]], 0.5, np.random.default_rng(1))
     model = names["classifier"]("GRU-D", 12, channels, 2)
     (cell,) = (layer.cell for layer in model.layers if isinstance(layer, keras.layers.RNN))
     weights = [cell.rate, cell.bias, *cell.decay_of_state.trainable_variables]
