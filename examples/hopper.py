@@ -39,7 +39,7 @@ import keras_node
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-FALL, STEP, CHANNELS, UNITS, BATCH = 200, 0.3, 14, 32, 50
+FALL, STEP, CHANNELS, UNITS, BATCH = 200, 0.03, 14, 32, 50
 SHARES = (0.1, 0.2, 0.3, 0.5)
 KINDS = ("ODE-RNN", "RNN", "RNN that waits")
 EPOCHS = 15
@@ -150,7 +150,7 @@ def predictor(kind, task):
 def train(model, falls, task, epochs, seed, jit_compile):
     """Trains the model, with other moments of the falls observed in every epoch."""
     rng = np.random.default_rng(seed)
-    rate = keras.optimizers.schedules.CosineDecay(1e-2, epochs * (len(falls) // BATCH))
+    rate = keras.optimizers.schedules.CosineDecay(5e-3, epochs * (len(falls) // BATCH))
     model.compile(keras.optimizers.Adam(rate, clipnorm=1.0), "mse", jit_compile=jit_compile)
     for _ in range(epochs):
         paths = cut(falls, task, rng)

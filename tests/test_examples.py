@@ -168,7 +168,7 @@ def test_the_hopper_is_predicted_from_what_was_observed_before(monkeypatch):
     for n in range(3):
         last, at = np.full(14, 9.0), 0
         for i in range(200):
-            np.testing.assert_allclose(waits[n, i, 0], 0.3 * (i - at), rtol=1e-5)
+            np.testing.assert_allclose(waits[n, i, 0], 0.03 * (i - at), rtol=1e-5)
             if i:
                 np.testing.assert_array_equal(guesses[n, i - 1], last)
             expected = np.append(falls[n, i], np.ones(14)) if seen[n, i] else np.zeros(28)
