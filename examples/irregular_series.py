@@ -13,12 +13,12 @@ networks:
 - GRU-D (Che et al. 2018, arXiv:1606.01865): a missing value decays from the last one to the mean, and the state decays
   too, at rates that are learnt.
 
-All get marks of what was observed, have 32 units, and are trained in the same way, with the same learning rate and
-number of epochs. `--validate` holds out a quarter of the training series to choose them by; that is still to be done,
-and so is a full run, so there are no figures here yet.
+All have 32 units and are trained in the same way. In every epoch more values are hidden at random: without that, the
+networks learn the few series by heart. The learning rates, one for each network, and the epochs were chosen by their
+mean accuracy on a quarter of the training series, which `--validate` holds out.
 
     pip install aeon                                # the data
-    python examples/irregular_series.py
+    python examples/irregular_series.py             # a quarter of an hour on one core
     python examples/irregular_series.py --quick     # one data set, barely trained, in half a minute
 """
 
@@ -48,8 +48,8 @@ ELSEWHERE = {
     "GRU": (93.6, 91.3, 90.4),
     "GRU-D": (94.2, 90.2, 91.9),
 }
-EPOCHS = {"BasicMotions": 100, "ItalyPowerDemand": 100}
-LEARNING_RATES = dict.fromkeys(KINDS, 1e-2)
+EPOCHS = {"BasicMotions": 300, "ItalyPowerDemand": 400}
+LEARNING_RATES = {"ODE-RNN": 3e-3, "neural CDE": 1e-2, "GRU": 1e-2, "GRU-D": 1e-2}
 SOLVER = keras_node.RungeKutta("midpoint", num_steps=1)
 
 

@@ -134,24 +134,31 @@ def test_balls_and_shells_have_the_radii_and_values_of_the_paper(monkeypatch):
 
 @pytest.mark.filterwarnings("default")
 def test_dropped_values_are_marked_and_their_last_values_are_those_before(monkeypatch):
+    names = example("irregular_series", monkeypatch)
     rng = np.random.default_rng(0)
-    parts = [3 + 5 * rng.normal(size=(n, 12, 2)) for n in (3, 4)]
-    training, test = example("irregular_series", monkeypatch)["drop"](parts, 0.6, rng)
-    seen = training[2].astype(bool)
-    # The scale is that of the values that are left for training.
-    mean, deviation = (
-        np.array([f(parts[0][..., c][seen[..., c]]) for c in range(2)], "float32") for f in (np.mean, np.std)
-    )
-    for series, (values, times, marks, before, since) in zip(parts, (training, test), strict=True):
-        np.testing.assert_array_equal(times, np.tile(np.arange(12), (len(series), 1)))
-        np.testing.assert_allclose(values, (series - mean) / deviation * marks, rtol=1e-4, atol=1e-6)
-        assert 0.25 < marks.mean() < 0.55 and np.all(marks.any(axis=1))
-        for n, channel in np.ndindex(len(series), 2):
-            last, at = 0.0, 0
-            for i in range(12):
-                assert before[n, i, channel] == last and since[n, i, channel] == i - at
-                if marks[n, i, channel]:
-                    last, at = values[n, i, channel], i
+    whole = 3 + 5 * rng.normal(size=(30, 12, 2))
+    series = names["drop"](whole, 0.6, rng)
+    seen = ~np.isnan(series)
+    assert 0.3 < seen.mean() < 0.5 and np.all(seen.any(axis=1))
+    np.testing.assert_array_equal(series[seen], whole[seen])
+    # More can be dropped, another share of each series, but never the last value of a channel.
+    fewer = names["drop"](series, np.linspace(0, 1, 30)[:, None, None], rng)
+    np.testing.assert_array_equal(fewer[0], series[0])
+    assert not np.any(~np.isnan(fewer) & ~seen) and np.all((~np.isnan(fewer)).any(axis=1))
+    first, second = names["scaled"]([series, whole])
+    np.testing.assert_allclose([np.nanmean(first, (0, 1)), np.nanvar(first, (0, 1))], [[0, 0], [1, 1]], atol=1e-6)
+    np.testing.assert_allclose(second[seen], first[seen])
+
+    values, times, marks, before, since = names["inputs"](first)
+    np.testing.assert_array_equal(times, np.tile(np.arange(12), (30, 1)))
+    np.testing.assert_array_equal(marks, seen)
+    np.testing.assert_allclose(values, np.where(seen, first, 0), rtol=1e-6)
+    for n, channel in np.ndindex(3, 2):
+        last, at = 0.0, 0
+        for i in range(12):
+            assert before[n, i, channel] == last and since[n, i, channel] == i - at
+            if marks[n, i, channel]:
+                last, at = values[n, i, channel], i
 
 
 @pytest.mark.filterwarnings("default")
@@ -200,8 +207,8 @@ def test_the_cell_of_gru_d_is_a_gru_of_decayed_values_and_states(monkeypatch):
 def test_every_decay_of_gru_d_gets_a_gradient(channels, monkeypatch):
     names = example("irregular_series", monkeypatch)
     keras.utils.set_random_seed(0)
-    series = np.random.default_rng(0).normal(size=(20, 12, channels)).astype("float32")
-    inputs, _ = names["drop"]([series, series[:1]], 0.5, np.random.default_rng(1))
+    rng = np.random.default_rng(0)
+    inputs = names["inputs"](names["drop"](rng.normal(size=(20, 12, channels)), 0.5, rng))
     model = names["classifier"]("GRU-D", 12, channels, 2)
     (cell,) = (layer.cell for layer in model.layers if isinstance(layer, keras.layers.RNN))
     weights = [cell.rate, cell.bias, *cell.decay_of_state.trainable_variables]
