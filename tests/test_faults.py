@@ -189,11 +189,15 @@ def repeated_calls():
 @pytest.mark.skipif(not hasattr(threading, "get_native_id"), reason="needs /proc")
 def test_memory_stays_flat_over_many_calls():
     for name, call in repeated_calls().items():
-        rounds = [growth(call, calls=15) for _ in range(3)]
-        assert all(graphs <= 0 for _, graphs in rounds), name
-        # A solve's graph, or the states of a tape, would be a megabyte for every few calls, in every round. What other
-        # threads of this process take and give back is not.
-        assert min(memory for memory, _ in rounds) < 20 * 2**20, name
+        for _ in range(3):
+            memory, graphs = growth(call, calls=15)
+            assert graphs <= 0, name
+            # A solve's graph, or the states of a tape, would be a megabyte for every few calls, in every round. What
+            # other threads of this process take and give back is not, so that one round without growth is enough.
+            if memory < 20 * 2**20:
+                break
+        else:
+            pytest.fail(f"{name} takes more memory with every call")
 
 
 def test_eight_threads_predict_what_one_does():
