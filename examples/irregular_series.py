@@ -85,7 +85,8 @@ def inputs(series):
     """
     number, moments, _ = series.shape
     marks, values = ~np.isnan(series), np.nan_to_num(series)
-    times = np.tile(np.arange(moments, dtype="float32"), (number, 1))
+    # In moments, times would be far larger than the values, and the rates of change that must be learnt far smaller.
+    times = np.tile(np.linspace(0, 3, moments, endpoint=False, dtype="float32"), (number, 1))
     now = np.where(marks, np.arange(moments)[:, None], -1)
     last = np.pad(np.maximum.accumulate(now, axis=1)[:, :-1], [(0, 0), (1, 0), (0, 0)], constant_values=-1)
     before = np.where(last < 0, 0, np.take_along_axis(values, np.maximum(last, 0), axis=1))
