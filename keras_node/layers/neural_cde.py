@@ -54,7 +54,7 @@ class NeuralCDE(SolvingLayer):
         times: the times of the observations, `(batch, T)`, in any unit. They must not decrease from one observation to
             the next. Only their differences matter, because time is counted from the first observation of each sample.
             The field does not see `t`. It sees its differences as the first channel of `dX`, so choose a unit in which
-            typical intervals are near 1.
+            a series lasts a few units: then time varies as much as values that were scaled to a variance of 1.
         mask: boolean, `(batch, T)` or `(batch, T, channels)`; false where there is no observation. By default the mask
             that a layer such as `Masking` gave to `x`.
         training: Python boolean, passed to the field.
