@@ -12,9 +12,9 @@ ones is odd.
 Both are trained in the same way, on streams that grow from 8 to 31 bits, but the ODE-RNN for a quarter of the epochs:
 as published, it stays at chance (with 32 units it did so for all epochs). It lacks an update at events, not an LSTM:
 `keras_node.ODERNN(keras.layers.SimpleRNNCell(32), field)` gets 98 % of streams of 8 bits right. How close the ODE-LSTM
-comes to the published figure depends on the seed: with seed 0 it reaches 98.25 %.
+comes to the published figure depends on the seed: of three, one reached it, and one stayed at 91 %.
 
-    python examples/event_xor.py            # a quarter of an hour on one core
+    python examples/event_xor.py            # 20 minutes on one core
     python examples/event_xor.py --quick    # hardly any training, in a few seconds
 """
 

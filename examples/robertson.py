@@ -7,10 +7,11 @@ ordinary differential equations", arXiv:2103.15341; here the learning rate falls
 pollution model are learnt in the same way.
 
 The data come from an implicit method: an explicit one would need about 70 million steps. The learnt field is less
-stiff than the true one, because the loss forgives small errors of fast reactions. So an explicit method learns it too,
-if its gradient is that of the discrete solution. The adjoint method, which solves backward in time, fails on the way.
+stiff than the true one, because the loss forgives small errors of fast reactions. So an explicit method can learn it
+too, if its gradient is that of the discrete solution, but it did so with one seed of three only. The adjoint method,
+which solves backward in time, fails on the way.
 
-    python examples/robertson.py            # under twenty minutes on two cores
+    python examples/robertson.py            # 17 minutes on one core
     python examples/robertson.py --quick    # hardly any training, in seconds
 """
 
