@@ -14,9 +14,9 @@ have a GRU cell of 32 units:
 - RNN, as in the code of the paper: the cell is called at every moment, with zeros and marks if nothing was observed.
 - RNN that waits: the cell is called at observations only. Cell and decoder see the time since the last observation.
 
-Beside them stands the error of a prediction that repeats the last observation, or, before the first one, the mean. It
-is below the published errors. The ODE-RNN is the best of the networks, but on interpolation not by much: a plain RNN with
-good inputs can be strong, so try it too.
+Beside them stands the error of a prediction that repeats the last observation, or, before the first one, the mean. This
+is below the published errors. The ODE-RNN is the best of the networks, but on interpolation not by much: a plain RNN
+with good inputs can be strong, so try it too.
 
 The class `Observing` shows how to handle missing values: add marks next to the channels, and do not update the state if
 nothing was observed.

@@ -16,7 +16,7 @@ better than all models, the published ones included: neighbouring moments are 5 
 bends in the gaps. What a model is needed for is extrapolation, where the last observation is all that a line has.
 
     pip install dm-control mujoco==3.17.0
-    python examples/latent_hopper.py            # 75 minutes on one core
+    python examples/latent_hopper.py            # 85 minutes on one core
     python examples/latent_hopper.py --quick    # half a minute
 """
 
