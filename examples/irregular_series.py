@@ -18,7 +18,7 @@ networks learn the few series by heart. The learning rates, one for each network
 mean accuracy on a quarter of the training series, which `--validate` holds out.
 
     pip install aeon                                # the data
-    python examples/irregular_series.py             # a quarter of an hour on one core
+    python examples/irregular_series.py             # ten minutes on one core
     python examples/irregular_series.py --quick     # one data set, barely trained, in half a minute
 """
 
