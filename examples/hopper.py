@@ -96,6 +96,13 @@ def observed(count, task, share, rng):
     return np.pad(seen, [(0, 0), (0, task.moments - task.read)])
 
 
+def observed_test(falls, task):
+    """Returns the paths of the test, and for each share which of their moments are observed."""
+    rng = np.random.default_rng(1)
+    paths = cut(falls, task, rng)
+    return paths, {share: observed(len(paths), task, share, rng) for share in SHARES}
+
+
 def hide(paths, seen):
     """Returns values with marks, and times since the last observation, or since the start."""
     marks = np.broadcast_to(seen[..., None], paths.shape)
@@ -213,9 +220,7 @@ def main():
     curves, pictures = {}, {}
     print(f"mean square error times 100, {seeds} seed{'s' if seeds > 1 else ''}")
     for task_name, task in TASKS.items():
-        rng = np.random.default_rng(1)
-        paths = cut(test, task, rng)
-        seen = {share: observed(len(paths), task, share, rng) for share in SHARES}
+        paths, seen = observed_test(test, task)
         heads = "".join(f"{f'{share:.0%} observed':>18}" for share in SHARES)
         print(f"{task_name:18}{heads}   weights  s a training")
         lines, drawn = curves.setdefault(task_name, {}), {}

@@ -27,7 +27,7 @@ import time
 import keras
 import matplotlib
 import numpy as np
-from hopper import CHANNELS, FALL, SHARES, TASKS, cut, observed, simulate, spread
+from hopper import CHANNELS, FALL, SHARES, STEP, TASKS, cut, observed, observed_test, simulate, spread
 from keras.layers import Dense
 
 import keras_node
@@ -36,7 +36,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 LATENT_DIM, UNITS, ENCODER_UNITS, BATCH, EPOCHS = 15, 100, 60, 50, 60
-TIMES = np.arange(FALL, dtype="float32") * 0.03
+TIMES = STEP * np.arange(FALL, dtype="float32")
 # Rubanova et al. (2019), table 3: the latent ODE with an ODE-RNN as its encoder, mean squares times 100.
 PUBLISHED = {
     "interpolation": (0.360, 0.295, 0.300, 0.285),
@@ -183,9 +183,7 @@ def main():
     pictures = {}
     print(f"mean square error times 100, {seeds} seed{'s' if seeds > 1 else ''}")
     for task_name, task in TASKS.items():
-        rng = np.random.default_rng(1)
-        paths = cut(test, task, rng)
-        seen = {share: observed(len(paths), task, share, rng) for share in SHARES}
+        paths, seen = observed_test(test, task)
         heads = "".join(f"{f'{share:.0%} observed':>18}" for share in SHARES)
         print(f"{task_name:16}{heads}   weights  s a training")
         drawn = {}

@@ -182,9 +182,27 @@ def test_the_hopper_is_predicted_from_what_was_observed_before(monkeypatch):
             np.testing.assert_allclose(values[n, i], expected, rtol=1e-6)
             if seen[n, i]:
                 last, at = falls[n, i], i
+    # The encoder of the other example reads the same observations, one after the other.
+    others = example("latent_hopper", monkeypatch)
+    times, observations, mask = others["show"](falls, seen, 33)
+    lines = others["lines"](falls, seen)
+    for n in range(3):
+        (moments,) = np.nonzero(seen[n])
+        count = len(moments)
+        assert mask[n, :count].all() and not mask[n, count:].any() and not observations[n, count:].any()
+        np.testing.assert_allclose(times[n, :count], 0.03 * moments, rtol=1e-6)
+        np.testing.assert_array_equal(observations[n, :count], falls[n, moments])
+        np.testing.assert_allclose(lines[n, moments], falls[n, moments])
+        np.testing.assert_array_equal(lines[n, moments[-1] :], np.tile(falls[n, moments[-1]], (200 - moments[-1], 1)))
+        if count > 1:
+            between = (moments[0] + moments[1]) // 2
+            share = (between - moments[0]) / (moments[1] - moments[0])
+            expected = (1 - share) * falls[n, moments[0]] + share * falls[n, moments[1]]
+            np.testing.assert_allclose(lines[n, between], expected)
     # Only what is never observed counts, and the first prediction is that of the second moment.
     off = falls[:, 1:] + np.where(np.arange(1, 200) < 66, 5.0, 0.1)[:, None]
     np.testing.assert_allclose(names["error"](off, falls, task), 1.0)
+    np.testing.assert_allclose(others["error"](np.concatenate([falls[:, :1], off], axis=1), falls, task), 1.0)
 
 
 @pytest.mark.filterwarnings("default")
