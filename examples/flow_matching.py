@@ -197,11 +197,9 @@ def draw_pictures(path, rows):
 
 
 def quickly(trainings):
-    """Returns three trainings of a few steps, without compiling, which takes longer."""
+    """Returns two trainings of a few steps, without compiling, which takes longer."""
     few = {"steps": 10, "batch": 32, "jit_compile": False, "steps_per_execution": 10}
-    return {
-        label: dataclasses.replace(trainings[label], **few) for label in ("likelihood", "independent", "fine-tuned")
-    }
+    return {label: dataclasses.replace(trainings[label], **few) for label in ("likelihood", "independent")}
 
 
 def run(name, seed, options):

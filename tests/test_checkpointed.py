@@ -38,17 +38,27 @@ def test_it_is_the_gradient_of_the_discrete_solution(ts, options, num_checkpoint
     ("ts", "per_sample", "mode"), [([0.0, 0.5, 0.51, 1.2], False, "eager"), (OWN, True, "graph"), (OWN, False, "xla")]
 )
 def test_further_stages_of_dense_output_are_differentiated(ts, per_sample, mode):
-    # The dense output of this method evaluates the field where a time falls into a step.
-    solver = keras_node.RungeKutta("dopri8", rtol=1e-5, max_steps=64, per_sample=per_sample)
-    inputs = [Y0, MATRIX, tf.constant(ts, tf.float64)]
+    # The dense output of this method evaluates the field where a time falls into a step. It has many stages, so the
+    # state is one tensor, and the field is short.
+    solver = keras_node.RungeKutta("dopri8", rtol=1e-6, max_steps=64, per_sample=per_sample)
+
+    def gradients_of(y0, matrix, ts, gradient, solver=solver):
+        with tf.GradientTape() as tape:
+            tape.watch([y0, matrix, ts])
+            field = lambda t, y, matrix: tf.tanh(y @ matrix) * tf.sin(4 * t)  # noqa: E731
+            ys = keras_node.odeint(field, y0, ts, args=matrix, gradient=gradient, solver=solver).ys
+            value = tf.reduce_sum(ys**2 * tf.reshape(tf.range(1, 7, dtype=ys.dtype), (3, 2)))
+        return tape.gradient(value, [y0, matrix, ts])
+
+    inputs = [Y0["a"], MATRIX, tf.constant(ts, tf.float64)]
     compute = gradients_of if mode == "eager" else tf.function(gradients_of, jit_compile=mode == "xla")
-    computed = compute(inputs, "checkpointed", solver)
-    for a, b in zip(computed, gradients_of(inputs, "direct", solver), strict=True):
+    computed = compute(*inputs, "checkpointed")
+    for a, b in zip(computed, gradients_of(*inputs, "direct"), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
     if mode != "eager":  # the others equal the same gradient, which is compared once with that of another method
         return
     tight = keras_node.RungeKutta("dopri5", rtol=1e-10, atol=1e-12)
-    exact = tf.function(gradients_of)(inputs, "backsolve", tight)
+    exact = tf.function(gradients_of)(*inputs, "backsolve", tight)
     for a, b in zip(computed, exact, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
 

@@ -63,7 +63,7 @@ def test_fit_trains_the_weights_of_an_event_function():
 
 def bouncing_layer(level, rebound):
     event = Event(level, direction=-1, reset=rebound)
-    solver = keras_node.RungeKutta(max_steps=64)
+    solver = keras_node.RungeKutta("heun", max_steps=64)  # exact for a parabola
     return keras_node.ODELayer(fall, t1=2.0, event=event, max_events=3, return_events=True, solver=solver)
 
 

@@ -9,8 +9,8 @@ import keras_node
 
 SOLVERS = {
     "adaptive": keras_node.RungeKutta("bosh3", rtol=1e-6, atol=1e-7),
-    "fixed": keras_node.RungeKutta("rk4", num_steps=4),
-    "implicit": keras_node.RungeKutta("kvaerno3", rtol=1e-6, atol=1e-7),
+    "fixed": keras_node.RungeKutta("midpoint", num_steps=4),
+    "implicit": keras_node.RungeKutta("trbdf2", rtol=1e-5, atol=1e-6),
 }
 BUILTINS = {"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]}
 X = np.random.default_rng(0).normal(size=(3, 4)).astype("float32")

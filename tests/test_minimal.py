@@ -17,7 +17,7 @@ def field(units=4):
 
 def model():
     x, times = keras.Input((5, 3), name="x"), keras.Input((5,), name="times")
-    series = keras_node.ODERNN(keras.layers.GRUCell(4), field(), solver="rk4")(x, times)
+    series = keras_node.ODERNN(keras.layers.GRUCell(4), field(), solver="midpoint")(x, times)
     depth = keras_node.ODELayer(field(), solver="bosh3", gradient="checkpointed")(series)
     return keras.Model([x, times], keras.layers.Dense(1)(depth))
 
@@ -48,7 +48,7 @@ def test_gradients_through_xla_and_dropout_are_those_of_direct():
         @tf.function(jit_compile=gradient != "direct")
         def run(gradient=gradient):
             with tf.GradientTape() as tape:
-                options = {"solver": keras_node.RungeKutta("rk4", num_steps=20), "training": True}
+                options = {"solver": keras_node.RungeKutta("bosh3", num_steps=20), "training": True}
                 ys = keras_node.odeint(net, X[:, 0], [0.0, 1.0], gradient=gradient, **options).ys
                 loss = tf.reduce_sum(ys[-1] ** 2)
             return tape.gradient(loss, [v.value for v in net.trainable_variables])
@@ -63,10 +63,10 @@ def test_gradients_through_xla_and_dropout_are_those_of_direct():
 
 
 def test_models_without_targets_train():
-    flow = keras_node.ContinuousFlow(2, keras.layers.Dense(2, activation="tanh"), solver="rk4")
+    flow = keras_node.ContinuousFlow(2, keras.layers.Dense(2, activation="tanh"), solver="midpoint")
     flow.compile("adam", jit_compile=False)
     assert np.isfinite(flow.fit(X[:, 0, :2], verbose=0).history["loss"]).all()
-    latent = keras_node.LatentODE(2)
+    latent = keras_node.LatentODE(2, solver="midpoint")
     latent.compile("adam", jit_compile=False)
     assert np.isfinite(latent.fit((TIMES, X, np.ones((16, 5, 3), bool)), verbose=0).history["loss"]).all()
     cde = keras_node.NeuralCDE(4)
@@ -77,7 +77,7 @@ def test_dynamics_are_learnt_saved_and_forecast(tmp_path):
     times = np.linspace(0, 1, 9)
     values = np.exp(-0.7 * times)[None, :, None] * RNG.uniform(0.5, 2, (4, 1, 2))
     dynamics = keras_node.DynamicsModel(
-        units=4, window=4, initial_states="trained", continuity=1.0, solver="rk4", gradient="reversible"
+        units=4, window=4, initial_states="trained", continuity=1.0, solver="midpoint", gradient="reversible"
     )
     dynamics.compile("adam")
     dynamics.fit((times, values), verbose=0, callbacks=[keras_node.GrowingHorizon(2, 4, 1)])
@@ -89,7 +89,9 @@ def test_dynamics_are_learnt_saved_and_forecast(tmp_path):
 
 
 def test_flow_matching_optimal_transport_and_penalties_on_paths():
-    flow = keras_node.ContinuousFlow(2, solver="rk4", objective="flow_matching", coupling="optimal_transport", seed=0)
+    flow = keras_node.ContinuousFlow(
+        2, solver="midpoint", objective="flow_matching", coupling="optimal_transport", seed=0
+    )
     flow.compile("adam")
     assert np.isfinite(flow.fit(X[:, 0, :2], verbose=0).history["loss"][0])
     layer = keras_node.ODELayer(field(3), solver="bosh3", kinetic_energy=0.1, local_error=0.1)

@@ -21,6 +21,7 @@ TIGHT = keras_node.RungeKutta("dopri5", rtol=1e-7, atol=1e-9)
 
 @pytest.fixture(autouse=True)
 def _close():
+    plt.close("all")  # an example in a docstring leaves one
     yield
     plt.close("all")
 
