@@ -19,6 +19,7 @@ def _memory_of_a_module():
     """Returns the memory of graphs and compiled programs to the machine. Two workers need all of it."""
     yield
     gc.collect()
+    gc.freeze()  # what is left stays, and to look at it again after every module takes a second or two
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

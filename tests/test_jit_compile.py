@@ -182,6 +182,13 @@ class Inside(keras.layers.Layer):
         return tf.cond(tf.reduce_sum(y) > 0, lambda: self.layer(y), lambda: -self.layer(y))
 
 
+def auto_compiles(field, shape, **options):
+    layer = keras_node.ODELayer(field, solver="bosh3", **options)
+    layer.build((None, *shape))  # otherwise the function is traced twice
+    function = tf.function(lambda x: layer(x, training=True))
+    return bool(compiled_functions(function.get_concrete_function(tf.ones((2, *shape)))))
+
+
 @pytest.mark.parametrize(
     ("shape", "field"),
     [
@@ -194,18 +201,21 @@ class Inside(keras.layers.Layer):
         ((4, 4, 3), lambda: Inside(keras.layers.Conv2D(3, 3, padding="same"))),
     ],
 )
-def test_auto_leaves_convolutions_to_tensorflow_on_a_cpu(shape, field, monkeypatch):
-    def compiles(field, **options):
-        layer = keras_node.ODELayer(field, solver="bosh3", **options)
-        function = tf.function(lambda x: layer(x, training=True))
-        return bool(compiled_functions(function.get_concrete_function(tf.ones((2, *shape)))))
+def test_auto_leaves_convolutions_to_tensorflow_on_a_cpu(shape, field):
+    assert not auto_compiles(field(), shape)
 
-    assert not compiles(field())
-    assert compiles(field(), jit_compile=True)
-    assert compiles(keras.layers.Dense(3))
+
+def test_other_fields_and_a_convolution_on_a_gpu_or_by_request_are_compiled(monkeypatch):
+    shape = (4, 4, 3)
+
+    def convolution():
+        return keras.layers.Conv2D(3, 3, padding="same")
+
+    assert auto_compiles(keras.layers.Dense(3), shape)
+    assert auto_compiles(convolution(), shape, jit_compile=True)
     gpu = tf.config.LogicalDevice("/device:GPU:0", "GPU")
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda device_type=None: [gpu])
-    assert compiles(field())
+    assert auto_compiles(convolution(), shape)
 
 
 def test_auto_sees_convolutions_in_the_field_of_a_recurrent_layer():
