@@ -29,7 +29,8 @@ def decay_solution(t, y0=1.0, t0=0.0):
     return y0 * np.exp(t0**2 - np.asarray(t) ** 2)
 
 
-@pytest.mark.parametrize("method", [name for name, tableau in TABLEAUS.items() if not tableau.symplectic])
+# The same of implicit methods is in test_stiff.py, of symplectic ones in test_symplectic.py.
+@pytest.mark.parametrize("method", [name for name, t in TABLEAUS.items() if not (t.implicit or t.symplectic)])
 def test_the_error_falls_with_the_order_of_the_method(method):
     order = TABLEAUS[method].order
     counts = [4, 6, 8, 12] if order >= 8 else [16, 24, 32]
@@ -62,8 +63,8 @@ def test_adaptive_steps_keep_the_error_near_the_tolerance(method, problem, rtol)
 def test_more_times_cost_no_more_evaluations(method):
     solver = keras_node.RungeKutta(method, rtol=1e-4)
     y0 = tf.constant([0.5, 1.0], tf.float64)
-    few = keras_node.odeint(pendulum, y0, [0.0, 5.0], solver=solver)
-    many = keras_node.odeint(pendulum, y0, np.linspace(0, 5, 50), solver=solver)
+    few = keras_node.odeint(pendulum, y0, [0.0, 2.0], solver=solver)
+    many = keras_node.odeint(pendulum, y0, np.linspace(0, 2, 50), solver=solver)
     assert int(few.stats.num_evaluations) == int(many.stats.num_evaluations)
     np.testing.assert_array_equal(few.ys[-1], many.ys[-1])
 

@@ -138,8 +138,22 @@ def relative_error(actual, expected):
     return np.max(np.abs(np.asarray(actual) - expected) / np.abs(expected))
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
-@pytest.mark.parametrize("method", ["kvaerno3", "esdirk43", "esdirk54"])
+@pytest.mark.parametrize(
+    ("method", "problem"),
+    [
+        ("kvaerno3", "robertson 40"),
+        ("esdirk43", "robertson 40"),
+        ("kvaerno3", "robertson 1e11"),
+        ("esdirk54", "robertson 1e11"),
+        ("esdirk43", "hires"),
+        ("esdirk54", "hires"),
+        ("kvaerno3", "van der pol"),
+        ("esdirk54", "van der pol"),
+        ("esdirk43", "oregonator"),
+        ("esdirk54", "oregonator"),
+        ("kvaerno3", "pollution"),
+    ],
+)
 def test_reference_digits(method, problem):
     field, y0, t1, expected, atol = PROBLEMS[problem]
     rtol = 1e-5 if method == "kvaerno3" else 1e-6
@@ -431,7 +445,9 @@ def test_one_bad_sample_fails_alone():
         return tf.where(y > 5, np.nan, y)
 
     y0 = tf.constant([[1.0], [4.0]], tf.float64)
-    solution = keras_node.odeint(field, y0, [0.0, 1.0], solver=RungeKutta("kvaerno3", per_sample=True), throw=False)
+    solver = RungeKutta("kvaerno3", per_sample=True)
+    solve = tf.function(lambda y0: keras_node.odeint(field, y0, [0.0, 1.0], solver=solver, throw=False))
+    solution = solve(y0)
     assert list(solution.status.numpy()) == [Status.SUCCESS, Status.NON_FINITE]
     np.testing.assert_allclose(solution.ys[-1, 0], [np.e], rtol=2e-3)
     assert np.isnan(solution.ys[-1, 1])
