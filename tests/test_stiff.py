@@ -442,7 +442,7 @@ def test_newtons_method_that_fails_makes_the_step_shorter_or_ends_the_solve():
 
 def test_one_bad_sample_fails_alone():
     def field(t, y):
-        return tf.where(y > 5, np.nan, y)
+        return tf.where(y > 5, tf.constant(np.nan, y.dtype), y)
 
     y0 = tf.constant([[1.0], [4.0]], tf.float64)
     solver = RungeKutta("kvaerno3", per_sample=True)
