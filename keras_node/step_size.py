@@ -96,7 +96,7 @@ def first_step_size(
     steepest = tf.maximum(d1, d2)
     h1 = tf.where(
         steepest <= 1e-15,
-        tf.maximum(tf.constant(1e-6, h0.dtype), h0 * 1e-3),
+        tf.constant(1e-6, h0.dtype),  # not less than `h0 * 1e-3`, since `d1` is below 1e-5
         (0.01 / tf.maximum(steepest, 1e-15)) ** (1.0 / controller.error_order),
     )
     h = tf.minimum(tf.minimum(100 * h0, h1), longest)

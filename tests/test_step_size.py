@@ -1,6 +1,7 @@
 """Every option of a solver does what its documentation says: the formulas again in NumPy, and SciPy's first step."""
 
 import dataclasses
+import functools
 import math
 
 import keras
@@ -11,6 +12,7 @@ from scipy.integrate import RK23
 
 import keras_node
 from keras_node import RungeKutta, Status, odeint
+from keras_node.step_size import first_step_size, rms_norm
 
 BASE = RungeKutta("heun", rtol=1e-2, atol=1e-3, first_step=2.0)
 END = 2.0
@@ -101,6 +103,60 @@ def test_the_first_step_is_that_of_scipy():
             solution = odeint(lambda t, y: field(t, y, tf), tf.constant(Y0), ts, solver=solver, throw=False)
             assert int(solution.status) == status
     assert ends[0] > 5 * ends[1] > 1e-4
+
+
+def first_step_by_hand(rate, y0, end, tolerance, order):
+    """The algorithm of Hairer, Norsett & Wanner, II.4, for a state of one number."""
+    scale = tolerance + tolerance * abs(y0)
+    d0, d1 = abs(y0) / scale, abs(rate(0.0, y0)) / scale
+    h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+    h0 = min(h0, end)
+    d2 = abs(rate(h0, y0 + h0 * rate(0.0, y0)) - rate(0.0, y0)) / scale / h0
+    h1 = max(1e-6, 1e-3 * h0) if max(d1, d2) <= 1e-15 else (0.01 / max(d1, d2)) ** (1 / order)
+    h = min(100 * h0, h1, end)
+    return h if np.isfinite(h) else h0
+
+
+@pytest.mark.parametrize(
+    ("rate", "y0", "end"),
+    [
+        (lambda t, y: -3 * y + t, 2.0, 5.0),
+        (lambda t, y: 100.0 + 0 * y, 0.01, 5.0),  # a hundred trial steps are shorter than the others
+        (lambda t, y: 100.0 + 0 * y, 0.01, 1e-5),  # the solve is
+        (lambda t, y: 1e-3 * (1 + t**2) + 0 * y, 50.0, 2.0),  # the trial step is longer than the solve
+        (lambda t, y: 1e-3 + 0 * y, 0.0, 5.0),
+        (lambda t, y: 1e-3 + 0 * y, 1.5e-8, 5.0),
+        (lambda t, y: 1.5e-8 + 0 * y, 1e-3, 1e6),
+        (lambda t, y: 1.5e-18 + 0 * y, 1e-3, 1e6),
+        (lambda t, y: 0 * y, 1e-3, 1e6),
+        (lambda t, y: 1.0 / np.float64(t == 0) + 0 * y, 2.0, 5.0),  # the trial step leaves the domain
+    ],
+)
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_the_first_step_is_chosen_by_the_textbook(rate, y0, end):
+    controller = RungeKutta("bosh3", rtol=1e-3, atol=1e-3).controller
+
+    def rate_of_change(t, y):
+        return tf.constant([rate(t.numpy(), y.numpy().item())], tf.float64)
+
+    y = tf.constant([y0], tf.float64)
+    k1 = rate_of_change(tf.constant(0.0, tf.float64), y)
+    norm = functools.partial(rms_norm, per_sample=False)
+    chosen = first_step_size(rate_of_change, y, k1, tf.constant(end, tf.float64), controller, norm)
+    np.testing.assert_allclose(chosen, first_step_by_hand(rate, y0, end, 1e-3, controller.error_order), rtol=1e-12)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("shapes", [[(3, 2), (3,)], [(1, 1)], [(2, 0)]], ids=str)
+def test_the_norm_is_the_root_of_the_mean_square(shapes, known):
+    rng = np.random.default_rng(0)
+    x = [rng.normal(size=shape) for shape in shapes]
+    specs = [tf.TensorSpec(shape if known else [None] * len(shape), tf.float64) for shape in shapes]
+    norms = tf.function(lambda x: [rms_norm(x, per_sample) for per_sample in (False, True)], input_signature=[specs])
+    rows = np.concatenate([leaf.reshape(len(leaf), -1) for leaf in x], axis=1)
+    expected = [np.sqrt(np.mean(rows**2)), np.sqrt(np.mean(rows**2, axis=1))] if rows.size else [0.0, [0.0] * len(rows)]
+    for computed, wanted in zip(norms([tf.constant(leaf) for leaf in x]), expected, strict=True):
+        np.testing.assert_allclose(computed, wanted, rtol=1e-14)
 
 
 def test_an_infinite_first_step_attempts_the_whole_way():
