@@ -473,7 +473,7 @@ def test_the_gradient_of_times_that_are_given():
                 ts,
                 event=event,
                 gradient=gradient,
-                solver=keras_node.RungeKutta("dopri5", rtol=1e-9, atol=1e-11),
+                solver=TIGHT,
             )
             total = tf.reduce_sum(solution.ys) + 3 * solution.events.ts[0, 0]
         by_time = tape.gradient(total, ts)
