@@ -287,11 +287,20 @@ def test_samples_stop_at_their_own_events(per_sample):
 def test_an_event_that_never_comes_changes_nothing():
     y0 = f64([[1.0, 0.0], [2.0, 1.0]])
     event = Event(lambda t, y: first(y) - 5)
-    plain = keras_node.odeint(oscillator, y0, [0.0, 1.0, 3.0])
-    watched = keras_node.odeint(oscillator, y0, [0.0, 1.0, 3.0], event=event)
-    np.testing.assert_allclose(watched.ys, plain.ys, rtol=1e-12)
-    np.testing.assert_array_equal(watched.stats.num_evaluations, [plain.stats.num_evaluations] * 2)
-    assert np.isnan(watched.events.ts).all()
+    for ts in ([0.0, 1.0, 3.0], [0.0, 0.5]):
+        plain = keras_node.odeint(oscillator, y0, ts)
+        watched = keras_node.odeint(oscillator, y0, ts, event=event)
+        np.testing.assert_allclose(watched.ys, plain.ys, rtol=1e-12)
+        np.testing.assert_array_equal(watched.stats.num_evaluations, [plain.stats.num_evaluations] * 2)
+        assert np.isnan(watched.events.ts).all()
+
+
+def test_constant_implicit_steps_find_events():
+    y0 = f64([[2.0], [3.0]])
+    event = Event(lambda t, y: first(y) - 1)
+    solver = keras_node.RungeKutta("trbdf2", num_steps=20)
+    solution = keras_node.odeint(lambda y: -y, y0, [0.0, 3.0], event=event, solver=solver)
+    np.testing.assert_allclose(solution.events.ts, [np.log([2.0, 3.0])], rtol=2e-3)
 
 
 def test_samples_do_not_depend_on_each_other():

@@ -82,6 +82,39 @@ def test_an_explosion_ends_with_a_status(per_sample, dtype):
         np.testing.assert_allclose(dy0[0], 1 / 0.81, rtol=1e-2)
 
 
+@pytest.mark.parametrize(("mode", "dtype", "per_sample"), [("eager", "float64", False), ("xla", "float32", True)])
+def test_a_step_that_rounding_keeps_from_becoming_shorter_ends_the_solve(mode, dtype, per_sample):
+    # At the pole, steps are one rounding error long, are rejected, and the next would be as long again.
+    solver = RungeKutta("tsit5", max_steps=5000, per_sample=per_sample)
+    solution, _ = solve(
+        lambda t, y: 1 / (1 - t) ** 2 + 0 * y, np.ones((1, 1), dtype), [0.0, 2.0], solver=solver, mode=mode
+    )
+    assert np.all(solution.status == Status.STEP_SIZE_UNDERFLOW)
+    assert np.max(solution.stats.num_rejected) < 200
+
+
+def test_an_adjoint_that_fails_for_a_sample_spoils_what_all_samples_share():
+    few = keras_node.BacksolveAdjoint(solver=RungeKutta("dopri5", per_sample=True, max_steps=8))
+    y0, rate = tf.ones((2, 1), tf.float64), tf.constant(1.0, tf.float64)
+    speeds = tf.constant([[0.1], [50.0]], tf.float64)
+    with tf.GradientTape() as tape:
+        tape.watch([y0, rate])
+        solution = keras_node.odeint(
+            lambda t, y, rate: -rate * speeds * y,
+            y0,
+            [0.0, 1.0],
+            args=rate,
+            solver=RungeKutta("dopri5", per_sample=True),
+            gradient=few,
+            throw=False,
+        )
+        y1 = solution.ys[-1]
+    assert np.all(solution.status == Status.SUCCESS)
+    dy0, drate = tape.gradient(y1, [y0, rate])
+    np.testing.assert_allclose(dy0[0], np.exp(-0.1), rtol=1e-3)
+    assert np.isnan(dy0[1]) and np.isnan(drate)
+
+
 def test_a_field_that_is_not_lipschitz_is_solved_to_its_edge():
     # From above, y = (sqrt(y0) - t / 2)^2 until it is zero at t = 2, where solutions are not unique.
     field, options = lambda y: -tf.sqrt(tf.abs(y)), {"gradient": "checkpointed", "mode": "graph"}

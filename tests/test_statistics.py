@@ -64,12 +64,35 @@ def test_the_solves_of_a_recurrent_layer_attempt_the_whole_interval_first(layer,
     else:
         rnn = keras_node.NeuralCDE(3, keras.layers.Dense(3 * 4), gradient=gradient, track_stats=True)
         expected = 7
+    rnn.build((8, 4, 3))
     tf.function(rnn)(np.full((8, 4, 3), 0.1, "float32"), 1e-2 * TIMES, training=True)
     evaluations = next(float(m.result()) for m in rnn.metrics if m.name.endswith("evaluations"))
     if gradient == "direct":  # tries a first step
         assert evaluations >= expected + 1
     else:
         assert evaluations == expected
+
+
+def test_evaluations_after_jumps_of_the_adjoint_are_counted():
+    calls = []
+
+    class Counted(keras.layers.Layer):
+        def build(self, shape):
+            self.rate = self.add_weight(shape=(), name="rate")
+
+        def call(self, y):
+            calls.append(1)
+            return -self.rate * y
+
+    # The method evaluates the field once more where the cotangent of a state is added.
+    layer = keras_node.ODELayer(Counted(), solver="bosh3", gradient="backsolve", track_stats=True, name="ode")
+    layer.build((2, 1))
+    with tf.GradientTape() as tape:
+        value = tf.reduce_sum(layer(tf.ones((2, 1)), ts=[0.0, 0.3, 0.7, 1.0], training=True))
+    calls.clear()
+    tape.gradient(value, layer.trainable_variables[0].value)
+    (counted,) = (float(m.result()) for m in layer.metrics if m.name == "ode_backward_evaluations")
+    assert counted == len(calls)
 
 
 def test_off_it_leaves_no_trace():
