@@ -91,6 +91,10 @@ def test_a_step_that_rounding_keeps_from_becoming_shorter_ends_the_solve(mode, d
     )
     assert np.all(solution.status == Status.STEP_SIZE_UNDERFLOW)
     assert np.max(solution.stats.num_rejected) < 200
+    # Here each attempt is a fifth as long as the one before, until it is too short to move the time.
+    solution, _ = solve(lambda t, y: tf.where(t < 0.5, y, y * np.nan), np.ones((1, 1), dtype), solver=solver, mode=mode)
+    assert np.all(solution.status == Status.NON_FINITE)
+    assert np.max(solution.stats.num_rejected) < 200
 
 
 def test_an_adjoint_that_fails_for_a_sample_spoils_what_all_samples_share():

@@ -73,22 +73,34 @@ def test_the_solves_of_a_recurrent_layer_attempt_the_whole_interval_first(layer,
         assert evaluations == expected
 
 
-def test_evaluations_after_jumps_of_the_adjoint_are_counted():
+@pytest.mark.parametrize("ts", [None, [0.3, 0.7, 1.0]])
+@pytest.mark.parametrize(
+    ("gradient", "solver"),
+    [
+        ("backsolve", "bosh3"),  # evaluates the field once more where the cotangent of a state is added
+        ("checkpointed", "bosh3"),
+        (keras_node.CheckpointedAdjoint(2), "heun"),
+        (keras_node.CheckpointedAdjoint(2), "dopri8"),  # has further stages where a time falls into a step
+        ("checkpointed", keras_node.RungeKutta("rk4", num_steps=5)),
+        ("checkpointed", "trbdf2"),
+        ("reversible", "bosh3"),
+    ],
+)
+def test_the_evaluations_of_a_gradient_are_counted(gradient, solver, ts):
     calls = []
 
     class Counted(keras.layers.Layer):
         def build(self, shape):
-            self.rate = self.add_weight(shape=(), name="rate")
+            self.rate = self.add_weight(shape=(), initializer="ones", name="rate")
 
         def call(self, y):
             calls.append(1)
             return -self.rate * y
 
-    # The method evaluates the field once more where the cotangent of a state is added.
-    layer = keras_node.ODELayer(Counted(), solver="bosh3", gradient="backsolve", track_stats=True, name="ode")
+    layer = keras_node.ODELayer(Counted(), solver=solver, gradient=gradient, track_stats=True, name="ode")
     layer.build((2, 1))
     with tf.GradientTape() as tape:
-        value = tf.reduce_sum(layer(tf.ones((2, 1)), ts=[0.0, 0.3, 0.7, 1.0], training=True))
+        value = tf.reduce_sum(layer(tf.ones((2, 1)), ts=ts, training=True))
     calls.clear()
     tape.gradient(value, layer.trainable_variables[0].value)
     (counted,) = (float(m.result()) for m in layer.metrics if m.name == "ode_backward_evaluations")
