@@ -362,3 +362,19 @@ def test_the_full_norm_needs_no_parameters():
         solver = keras_node.RungeKutta("tsit5", rtol=1e-8, atol=1e-10)
         y1 = keras_node.odeint(lambda y: -y, y0, [0.0, 1.0], gradient=gradient, solver=solver).ys[-1]
     np.testing.assert_allclose(tape.gradient(y1, y0), [np.exp(-1)] * 2, rtol=1e-6)
+
+
+def test_the_adjoint_of_a_sample_does_not_depend_on_the_others():
+    rates, y0 = tf.constant([[1.0], [30.0]], tf.float64), tf.ones((2, 1), tf.float64)
+    solver = keras_node.RungeKutta("tsit5", per_sample=True)
+
+    def gradient_of(y0, rates):
+        with tf.GradientTape() as tape:
+            tape.watch(y0)
+            y1 = keras_node.odeint(lambda t, y, k: -k * tf.sin(y), y0, [0.0, 1.0], args=rates, solver=solver).ys[-1]
+        return tape.gradient(y1, y0)
+
+    together = gradient_of(y0, rates)
+    for i in range(2):
+        alone = gradient_of(y0[i : i + 1], rates[i : i + 1])
+        np.testing.assert_allclose(together[i], alone[0], rtol=1e-12)
