@@ -16,7 +16,8 @@ class Status(enum.IntEnum):
     - `SUCCESS` (0): the solve reached the last time.
     - `MAX_STEPS` (1): the solve attempted as many steps as the solver allows.
     - `NON_FINITE` (2): a NaN or infinite value appeared in the state.
-    - `STEP_SIZE_UNDERFLOW` (3): the next step would have been too short to move the time.
+    - `STEP_SIZE_UNDERFLOW` (3): the next step would have been too short to move the time, or a step was rejected that
+      rounding kept from becoming shorter.
     - `BAD_TIMES` (4): the times are not finite or not monotonic. Times that are known before the solve raise a
       `ValueError` instead.
     - `NO_CONVERGENCE` (5): Newton's method did not converge at a stage of an implicit method, with constant steps, or
