@@ -1,7 +1,7 @@
 """Changes one sign, comparison, constant or extremum of the numerics at a time, and prints what no test notices.
 
     pip install coverage
-    python benchmarks/mutations.py record                 # which test runs which line, about 40 minutes
+    python benchmarks/mutations.py record                 # which test runs which line: all tests, on one core
     python benchmarks/mutations.py try --sample 20        # 20 changes at random; all of them without --sample
 
 The script changes a copy of the package, and no file of the project. For every change it runs tests that reach the

@@ -195,7 +195,6 @@ def integrate(
             converged = where_running(s, ~failed | ~is_number, s.converged)
             finite = (finite | failed) & is_number
             num_iterations = tf.add(num_iterations, where_running(s, step.convergence.num_iterations, 0))
-        good = accept
         detected = s.detected
         if detector is not None:
             # The last step to an event is a part of a step that was accepted.
@@ -237,10 +236,10 @@ def integrate(
 
         running = s.running & on_the_way(following, reading)
         if solver.adaptive:
-            # Time must move, and a step that was bad must become shorter, which rounding may prevent. Otherwise the
-            # loop would attempt the same step forever.
+            # Time must move, and a rejected step must become shorter, which rounding may prevent. Otherwise the loop
+            # would attempt the same step forever.
             next_end = tf.add(reading, step_size)
-            running = running & (next_end > reading) & (good | (next_end < end))
+            running = running & (next_end > reading) & (decision.accept | (next_end < end))
         elif tableau.implicit:
             running = running & (accept if detector is None else accept | detected.landing)
         if detector is not None:

@@ -193,7 +193,7 @@ def test_the_gradient_of_resets_equals_finite_differences():
 
 def test_the_second_derivative_of_resets_equals_finite_differences():
     solver, weights = keras_node.RungeKutta("dopri5", step_size=0.15), np.array([1.0, 2.0, -1.0])
-    t1 = 2.0  # after the second event of one sample
+    t1 = 2.5  # some steps after the event of each sample
     computed = tf.function(lambda p: Switching.gradient(p, "backsolve", solver, t1))
     expected = central_differences(lambda p: weights @ computed(p).numpy(), Switching.parameters)
     for gradient in ("backsolve", "checkpointed", "direct"):

@@ -38,8 +38,8 @@ def hessian_products(inputs, vectors, gradient, solver):
 @pytest.mark.parametrize(
     ("ts", "per_sample", "mode"),
     [
-        (SHARED, False, "eager"),
-        (SHARED[[0, 2]], False, "xla"),
+        (SHARED[[0, 2]], False, "eager"),
+        (SHARED, False, "xla"),
         (SHARED[::-1], True, "graph"),
         (OWN, False, "eager"),
     ],
@@ -47,6 +47,8 @@ def hessian_products(inputs, vectors, gradient, solver):
 )
 @pytest.mark.parametrize("gradient", GRADIENTS)
 def test_hessian_vector_products_equal_finite_differences(gradient, ts, per_sample, mode):
+    if gradient == "direct" and mode == "xla":
+        ts = ts[[0, 2]]  # XLA does not differentiate a loop in a loop twice
     # Those of the discrete solution are compared on few steps; the adjoint's, on next to the exact solution.
     solver = keras_node.RungeKutta("heun", num_steps=2, per_sample=per_sample)
     reference = "direct"
