@@ -60,6 +60,8 @@ class Problem(NamedTuple):
             boolean tensor decides it anew each time the graph runs.
         on_backward: a function that the gradient calls with the `Stats` and the status of its own solve, and with
             whether a failure of it is excused.
+        backward_status: a zero on which nothing depends. Its gradient is the status of the gradient's own solve, or 0
+            if a failure is excused: a computation of gradients can return nothing else. `()` if nobody asks for it.
         detector: looks for events, at which samples stop; `None` for a solve to the last time.
         is_phase: whether this is a part of a longer solve. Then `ts` that equal the first or the last one may lie
             outside of this part, and have no loss.
@@ -76,6 +78,7 @@ class Problem(NamedTuple):
     times_vary: bool
     jit_compile: bool | tf.Tensor
     on_backward: Callable[[Stats, tf.Tensor, tf.Tensor], None] | None = None
+    backward_status: Nest = ()
     detector: EventDetector | None = None
     is_phase: bool = False
     coupling: float | None = None

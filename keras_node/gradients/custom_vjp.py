@@ -44,7 +44,7 @@ def solve_with_gradient(
     """
     field = problem.vector_field
 
-    def run(y0: Nest, ts: tf.Tensor, params: list[tf.Tensor]) -> tuple[Nest, Nest, Nest]:
+    def run(y0: Nest, ts: tf.Tensor, params: list[tf.Tensor], _: Nest) -> tuple[Nest, Nest, Nest]:
         trajectory, memory = forward(problem._replace(y0=y0, ts=ts, params=params))
         return trajectory.ys, (trajectory.stats, trajectory.status, trajectory.stop), (memory, trajectory.stop)
 
@@ -54,9 +54,10 @@ def solve_with_gradient(
         y0: Nest,
         ts: tf.Tensor,
         params: list[tf.Tensor],
+        backward_status: Nest,
         ys: Nest,
         dys: Nest,
-    ) -> tuple[Gradients, list[tf.Tensor], Nest]:
+    ) -> tuple[tuple, list[tf.Tensor], Nest]:
         memory, stop = memory
         reading = field.also_reading(variables)
         more = reading.params[len(params) :]
@@ -66,11 +67,9 @@ def solve_with_gradient(
         (dy0, dts, dparams), *report = backward(problem_again, memory, ys, dys)
         if isinstance(stop, Stop):
             dts = stop.limit_gradient(ts, dts)
-        return (dy0, dts, dparams[: len(params)]), dparams[len(params) :], report
+        return (dy0, dts, dparams[: len(params)], backward_status), dparams[len(params) :], report
 
-    def conclude(gradients: Gradients, report: Nest, dys: Nest) -> Gradients:
-        if not problem.throw and problem.on_backward is None:
-            return gradients
+    def conclude(gradients: tuple, report: Nest, dys: Nest) -> tuple:
         stats, status = report
         # A failure is excused if it comes from the loss: if the upstream gradient is not finite (a loss scaler skips
         # this step), or if it is so large that a float16 field overflows.
@@ -79,13 +78,14 @@ def solve_with_gradient(
             excused |= status == int(Status.NON_FINITE)
         if problem.on_backward is not None:
             problem.on_backward(stats, status, excused)
-        if not problem.throw:
-            return gradients
-        adjoint, dts, dparams = gradients
         failure = tf.where(excused, 0, status)
-        return check_status(failure, adjoint, "The solve of the adjoint", stats), dts, dparams
+        adjoint, dts, dparams, backward_status = gradients
+        if problem.throw:
+            adjoint = check_status(failure, adjoint, "The solve of the adjoint", stats)
+        worst = tf.nest.map_structure(lambda s: tf.cast(tf.reduce_max(failure), s.dtype), backward_status)
+        return adjoint, dts, dparams, worst
 
-    inputs = (problem.y0, problem.ts, problem.params)
+    inputs = (problem.y0, problem.ts, problem.params, problem.backward_status)
     ys, (stats, status, stop) = custom_vjp(run, run_back, conclude, inputs, field.pure, problem.jit_compile)
     return Trajectory(ys, stats, status, stop)
 

@@ -20,17 +20,17 @@ class Scan:
     """The loop over the steps of a series, in a graph.
 
     Args:
-        step: a `PureFunction`. `step(x, states, solved, constants)` returns `(output, states, moved, status)`, where
-            `moved` are the states after each of its solves, and `status` is the worst status of these solves. In the
-            forward loop `solved` is `None`: the loop has a gradient as a whole, so its solves need none. In the
-            backward loop `solved` is `moved`, and the step need not solve again, or it is empty.
+        step: a `PureFunction`. `step(x, states, solved, backward_statuses, constants)` returns `(output, states, moved,
+            status)`, where `moved` are the states after each of its solves, and `status` is the worst status of these
+            solves. In the forward loop `solved` is `None`: the loop has a gradient as a whole, so its solves need none.
+            In the backward loop `solved` is `moved`, and the step need not solve again, or it is empty; and
+            `backward_statuses` holds the `backward_status` of each `Problem` that the step solves.
         x: the inputs, `(T, batch, ...)`.
         constants: a nest of tensors that is passed to every step and needs no gradient.
         valid: which steps are not masked, `(T, batch)`, or `None`. A masked step changes nothing.
         keeps_outputs: whether to return all outputs, or only the last one.
         zero_output: whether the output of a masked step is zero. Otherwise it is the output of the step before.
         knows_solutions: whether to pass `solved` to a step for its gradient.
-        backward_statuses: a list to which the gradients of the solves of a step append their status.
     """
 
     def __init__(
@@ -43,7 +43,6 @@ class Scan:
         keeps_outputs: bool,
         zero_output: bool,
         knows_solutions: bool,
-        backward_statuses: list[tf.Tensor],
     ) -> None:
         self.step = step
         self.constants = constants
@@ -52,7 +51,6 @@ class Scan:
         self.keeps_outputs = keeps_outputs
         self.zero_output = zero_output
         self.knows_solutions = knows_solutions
-        self.backward_statuses = backward_statuses
         assert step.trace is not None  # a `Scan` is only made in a graph
         (output, _, moved, _), _ = step.trace.structured_outputs
         batch = x.shape[1] or tf.shape(x)[1]
@@ -125,18 +123,18 @@ class Scan:
 
         def body(i: tf.Tensor, doutput: tf.Tensor, dstates: Nest, dparams: Nest, dx: Buffer, worst: tf.Tensor) -> tuple:
             inputs = tf.gather(x, i), tf.zeros_like(doutput), at(i, before), params
-            watched = (*inputs[:-1], sources)
+            statuses = [tf.zeros(()) for _ in moved]  # their gradients are the statuses of the solves of the adjoint
+            watched = (*inputs[:-1], sources, statuses)
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(tf.nest.flatten(watched))
                 solved = at(i, moved) if self.knows_solutions else ()
-                output, states, after, _, _ = self._advance(step, i, *inputs, at(i, carries), solved)
+                output, states, after, _, _ = self._advance(step, i, *inputs, at(i, carries), solved, statuses)
             if doutputs:
                 doutput += tf.gather(doutputs[0], i)
-            self.backward_statuses.clear()  # a second derivative may have appended tensors of another graph
             cotangents = (doutput, dstates, at(i, dmoved))
-            dx_i, doutput, dstates, dstep = vjp(tape, (output, states, after), watched, cotangents)
+            dx_i, doutput, dstates, dstep, failures = vjp(tape, (output, states, after), watched, cotangents)
             dstates, dparams = trees.add(dstates, at(i, dbefore)), trees.add(dparams, dstep)
-            worst = tf.reduce_max([worst, *self.backward_statuses])
+            worst = tf.reduce_max([worst, *(tf.cast(failure, tf.int32) for failure in failures)])
             return i - 1, doutput, dstates, dparams, write(dx, i, dx_i), worst
 
         nothing = tf.nest.map_structure(tf.zeros_like, params)
@@ -156,13 +154,15 @@ class Scan:
         params: list[tf.Tensor],
         carried: list[tf.Tensor],
         solved: Nest = None,
+        backward_statuses: Sequence[tf.Tensor] = (),
     ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor], tf.Tensor, list[tf.Tensor]]:
         """Does step `i`, which keeps the output and the states of masked samples.
 
         Returns:
             The output, the states, the states after the solves, the status of the solves, and `carried`.
         """
-        (new_output, new_states, moved, status), carried = step(params, carried, x, states, solved, self.constants)
+        inputs = (x, states, solved, backward_statuses, self.constants)
+        (new_output, new_states, moved, status), carried = step(params, carried, *inputs)
         new_states = [tf.ensure_shape(new, old.shape) for new, old in zip(new_states, states, strict=True)]
         if self.valid is not None:
             here = tf.gather(self.valid, i)

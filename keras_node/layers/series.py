@@ -14,7 +14,6 @@ from keras_node.gradients.custom_vjp import custom_vjp, differentiated_as
 from keras_node.gradients.direct import DirectGradient
 from keras_node.gradients.scan import Scan
 from keras_node.jit_compile import compiles
-from keras_node.metrics import SolverMetrics
 from keras_node.pure_function import PureFunction, RecordingScope, is_seed
 from keras_node.solution import Stats, check_status
 from keras_node.solve import Problem, Trajectory, solve
@@ -48,16 +47,14 @@ class SeriesRNN(keras.layers.RNN):
         states = keras.tree.flatten(initial_state)
         # One dropout mask serves the whole series.
         masks = _dropout_masks(cell, x[0], initial_state) if training else ()
-        reports = _Reports(cell.statistics)
         scan = Scan(
-            self._step(x[0], initial_state, masks, training, reports),
+            self._step(x[0], initial_state, masks, training),
             x,
             masks,
             None if mask is None else self._steps(tf.cast(mask, tf.bool)),
             keeps_outputs=self.return_sequences,
             zero_output=self.zero_output_for_mask,
             knows_solutions=hasattr(cell.gradient, "given"),
-            backward_statuses=reports.statuses,
         )
         inputs = (x, states, scan.step.params)
         if isinstance(cell.gradient, DirectGradient):
@@ -85,25 +82,29 @@ class SeriesRNN(keras.layers.RNN):
         # In inference, nothing is kept for a gradient. If a gradient is needed after all, the loop runs once more.
         return differentiated_as(in_inference, in_training, inputs, step, jit_compile)
 
-    def _step(
-        self, x: tf.Tensor, initial_state: Any, masks: Any, training: bool | None, reports: "_Reports"
-    ) -> PureFunction:
+    def _step(self, x: tf.Tensor, initial_state: Any, masks: Any, training: bool | None) -> PureFunction:
         """Returns one step of the cell as a `PureFunction`, for a `Scan`."""
         cell = self.cell
 
-        def step(x: tf.Tensor, states: Any, solved: Any, masks: Any, solves: bool = True) -> tuple:
+        def step(
+            x: tf.Tensor, states: Any, solved: Any, backward_statuses: Any, masks: Any, solves: bool = True
+        ) -> tuple:
             moved: list[tf.Tensor] = []
             statuses: list[tf.Tensor] = []
 
             def gradient(i: int) -> Any:
                 if not solves:
                     return _NoSolve()
-                if solved is None and not isinstance(cell.gradient, DirectGradient):
+                if isinstance(cell.gradient, DirectGradient):
+                    return cell.gradient
+                if solved is None:
                     return _NoGradient()
-                return cell.gradient.given(solved[i]) if solved else cell.gradient
+                return _Reporting(cell.gradient.given(solved[i]) if solved else cell.gradient, backward_statuses[i])
 
             def move(y0: tf.Tensor, ts: Any, **options: Any) -> tf.Tensor:
-                options.update(gradient=gradient(len(moved)), throw=False, jit_compile=False, statistics=reports)
+                options.update(
+                    gradient=gradient(len(moved)), throw=False, jit_compile=False, statistics=cell.statistics
+                )
                 solution = cell.solve(y0, ts, **options)
                 moved.append(solution.ys[-1])
                 statuses.append(tf.reduce_max(solution.status))
@@ -116,7 +117,7 @@ class SeriesRNN(keras.layers.RNN):
 
         # To see what a step reads, it is enough to evaluate its field. To trace whole solves would take far longer.
         without_solves = functools.partial(step, solves=False)
-        pure = PureFunction(step, x, keras.tree.flatten(initial_state), (), masks, recorded_as=without_solves)
+        pure = PureFunction(step, x, keras.tree.flatten(initial_state), (), (), masks, recorded_as=without_solves)
         if pure.losses:
             raise ValueError(
                 "A step of a recurrent layer cannot add losses: activity regularizers and `add_loss` have no effect in "
@@ -165,24 +166,15 @@ class _NoSolve(DirectGradient):
         return Trajectory(ys, Stats.zeros(), tf.constant(0))
 
 
-class _Reports:
-    """Passes the reports of forward solves to the statistics of a layer, and keeps the status of backward solves.
+class _Reporting(DirectGradient):
+    """The given gradient, which also reports the status of its own solve, as the gradient of `status`."""
 
-    A gradient can return only gradients. So the status of a backward solve goes into a list, which is read in the same
-    graph right after that solve.
-    """
+    def __init__(self, gradient: Any, status: tf.Tensor) -> None:
+        self.gradient = gradient
+        self.status = status
 
-    def __init__(self, statistics: SolverMetrics | None) -> None:
-        self.statistics = statistics
-        self.statuses: list[tf.Tensor] = []
-
-    def forward(self, stats: Stats, status: tf.Tensor, training: bool | None) -> None:
-        if self.statistics is not None:
-            self.statistics.forward(stats, status, training)
-
-    def backward(self, stats: Stats, status: tf.Tensor, excused: tf.Tensor, training: bool | None) -> None:
-        del stats, training
-        self.statuses.append(tf.reduce_max(tf.where(excused, 0, status)))
+    def __call__(self, problem: Problem) -> Trajectory:
+        return self.gradient(problem._replace(backward_status=self.status))
 
 
 def _dropout_masks(cell: Any, x: tf.Tensor, states: Any) -> Sequence[tuple]:
@@ -202,7 +194,11 @@ def _dropout_masks(cell: Any, x: tf.Tensor, states: Any) -> Sequence[tuple]:
 
 @contextlib.contextmanager
 def _fixed(cells: Sequence[Any], masks: Sequence[tuple]) -> Iterator[None]:
-    """Sets the dropout masks of cells, because a layer has forgotten them by the time its gradient is computed."""
+    """Makes cells use these dropout masks. A call of a cell has no argument for them: it asks its own methods.
+
+    By the time a gradient is computed, the cells have forgotten their masks. And they must not draw them again from the
+    same seeds, because TensorFlow draws other numbers in an XLA program than outside it.
+    """
     for cell, pair in zip(cells, masks, strict=False):
         mask, recurrent_mask = (None if isinstance(m, tuple) else m for m in pair)
         cell.get_dropout_mask = lambda _, mask=mask: mask
