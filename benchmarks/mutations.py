@@ -30,6 +30,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 RECORD = ROOT / "benchmarks" / ".mutations.json"
 FILES = [
     "integrate.py",
+    "loop_state.py",
     "step_size.py",
     "clock.py",
     *(f"gradients/{p.name}" for p in sorted((ROOT / "keras_node" / "gradients").glob("*.py"))),

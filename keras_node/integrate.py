@@ -6,18 +6,16 @@ that see its steps.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-import numpy as np
 import tensorflow as tf
 
 from keras_node import trees
 from keras_node.clock import Clock, Segment
-from keras_node.event_detector import Detected, EventDetector
+from keras_node.event_detector import EventDetector
 from keras_node.interpolation import Progress
 from keras_node.loop_start import first_evaluations, spacing, step_limit
-from keras_node.solution import Stats, Status
-from keras_node.solvers.butcher_tableau import ButcherTableau
+from keras_node.loop_state import Integral, LoopState, conclude, is_finite, sees_stability
 from keras_node.solvers.newton import ConstantField
 from keras_node.solvers.reversible import reversible_step
 from keras_node.solvers.runge_kutta import RungeKutta
@@ -36,48 +34,6 @@ class Observer(Protocol):
 
     def update(self, memory: Any, step: Step, progress: Progress) -> Nest:
         """Returns the memory after an attempted step."""
-
-
-class Integral(NamedTuple):
-    """How an integration ended.
-
-    Attributes:
-        y1: the state at the last time, or NaN where the solve failed.
-        quadrature: its initial value plus the integral of its rates, or NaN if the solve failed.
-        memories: the memory of every observer.
-        stats: a `Stats`.
-        status: a value of `Status`.
-        detected: the events of a solve with a detector; otherwise `None`.
-    """
-
-    y1: Nest
-    quadrature: Nest
-    memories: tuple
-    stats: Stats
-    status: tf.Tensor
-    detected: Detected | None = None
-
-
-class _LoopState(NamedTuple):
-    running: tf.Tensor  # whether more steps are needed
-    reading: tf.Tensor  # the reading of the clock
-    segment: Nest  # the index of the segment; () if there is only one
-    steps_done: Nest  # the number of steps done in the segment; () if steps are adaptive
-    step_size: tf.Tensor  # the length to attempt next
-    y: Nest
-    companion: Nest  # the second state of reversible steps; otherwise ()
-    quadrature: Nest
-    k1: Nest  # the `Rates` at (reading, y) if the method is first same as last; otherwise ()
-    history: tuple[tf.Tensor, ...]  # the memory of the controller
-    memories: tuple  # the memories of the observers
-    detected: Nest  # what is known about events; () without a detector
-    finite: tf.Tensor  # whether the last error estimate was a finite number
-    num_attempts: tf.Tensor
-    num_steps: tf.Tensor
-    num_bound_by_stability: Nest  # of these, if steps are adaptive and the method is explicit; otherwise ()
-    num_restarts: tf.Tensor  # the number of evaluations after jumps
-    converged: Nest  # whether Newton's method converged in the last attempt; () for an explicit method
-    num_iterations: Nest  # the number of its iterations; () for an explicit method
 
 
 def integrate(
@@ -127,7 +83,6 @@ def integrate(
     end_of_clock = clock.end
     # The shape of everything that controls the loop: one value, or one for each sample.
     sample_shape = tf.shape(end_of_clock)
-    sees_stability = solver.adaptive and not tableau.implicit
     several_segments = clock.num_segments != 1
     last_index = tf.maximum(clock.count - 1, 0) if several_segments else 0
     first_segment = clock.segment(tf.zeros(sample_shape, tf.int32) if several_segments else 0)
@@ -137,11 +92,11 @@ def integrate(
         """Whether the end is not reached yet."""
         return index < clock.count if several_segments else reading < end_of_clock
 
-    def where_running(s: _LoopState, new: Any, old: Any) -> Any:
+    def where_running(s: LoopState, new: Any, old: Any) -> Any:
         # A joint solve takes a step only if it is running.
         return tf.where(s.running, new, old) if per_sample else new
 
-    def end_of_step(s: _LoopState, segment: Segment) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    def end_of_step(s: LoopState, segment: Segment) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """The reading at which the next step ends, whether the segment ends there, and the proposed length."""
         if solver.adaptive:
             proposed = s.step_size
@@ -159,7 +114,7 @@ def integrate(
             end, lands = tf.where(s.detected.landing, s.detected.target, end), lands & ~s.detected.landing
         return end, lands, proposed
 
-    def take_step(s: _LoopState, segment: Segment, dt: tf.Tensor) -> Step:
+    def take_step(s: LoopState, segment: Segment, dt: tf.Tensor) -> Step:
         def inside(t: tf.Tensor, y: Nest) -> Rates:
             return vector_field(segment.inside(t), y, segment.speed)
 
@@ -177,7 +132,7 @@ def integrate(
             num_derivatives=num_derivatives,
         )
 
-    def body(s: _LoopState) -> _LoopState:
+    def body(s: LoopState) -> LoopState:
         index = tf.minimum(s.segment, last_index) if several_segments else 0
         segment = clock.segment(index) if several_segments else first_segment
         end, lands, proposed = end_of_step(s, segment)
@@ -189,7 +144,7 @@ def integrate(
         decision = controller.decide(length, step.error, s.y, step.y1, s.history, norm)
         accept, finite, converged, num_iterations = decision.accept, decision.finite, s.converged, s.num_iterations
         if step.convergence is not None:
-            failed, is_number = ~step.convergence.converged, _is_finite(step.y1, per_sample)
+            failed, is_number = ~step.convergence.converged, is_finite(step.y1, per_sample)
             accept = accept & ~failed
             # Iterations that leave the domain of the field end in NaN, and that is the reason to report.
             converged = where_running(s, ~failed | ~is_number, s.converged)
@@ -204,7 +159,7 @@ def integrate(
             accept = accept & (s.detected.landing | ~detected.landing)
         accepted = where_running(s, accept, False)
         bound_by_stability = s.num_bound_by_stability
-        if sees_stability:
+        if sees_stability(solver):
             bound = accepted & is_bound_by_stability(tableau, step, per_sample)
             bound_by_stability = tf.add(bound_by_stability, tf.cast(bound, tf.int32))
 
@@ -244,7 +199,7 @@ def integrate(
             running = running & (accept if detector is None else accept | detected.landing)
         if detector is not None:
             running = running & ~detected.landed
-        return _LoopState(
+        return LoopState(
             running=running,
             reading=reading,
             segment=following,
@@ -295,9 +250,9 @@ def integrate(
     detected: Nest = ()
     if detector is not None:
         detected = detector.start(first_segment.first, y0, k1.y)
-    finite = _is_finite(k1.y, per_sample) if k1 != () else tf.fill(sample_shape, True)
+    finite = is_finite(k1.y, per_sample) if k1 != () else tf.fill(sample_shape, True)
     reading = tf.zeros(sample_shape, clock.stops.dtype)
-    start = _LoopState(
+    start = LoopState(
         running=finite & on_the_way(zeros, reading) & (True if detector is None else ~detected.stuck),
         reading=reading,
         segment=zeros if several_segments else (),
@@ -313,7 +268,7 @@ def integrate(
         finite=finite,
         num_attempts=zeros,
         num_steps=zeros,
-        num_bound_by_stability=zeros if sees_stability else (),
+        num_bound_by_stability=zeros if sees_stability(solver) else (),
         num_restarts=zeros,
         converged=tf.equal(zeros, 0) if tableau.implicit else (),
         num_iterations=zeros if tableau.implicit else (),
@@ -326,48 +281,4 @@ def integrate(
         maximum_iterations=step_limit(solver, clock) + int(detector is not None),
     )
 
-    finite = s.finite & _is_finite(s.y, per_sample)
-    short = on_the_way(s.segment, s.reading)
-    if detector is not None:
-        short = short & ~s.detected.landed
-    ended = tf.where(short, int(Status.STEP_SIZE_UNDERFLOW), int(Status.SUCCESS))
-    status = tf.where(s.running, int(Status.MAX_STEPS), tf.where(finite, ended, int(Status.NON_FINITE)))
-    evaluations = evaluations + s.num_restarts + s.num_attempts * _evaluations_per_step(tableau, coupling)
-    factorizations = iterations = zeros
-    if tableau.implicit:
-        status = tf.where(s.converged | s.running, status, int(Status.NO_CONVERGENCE))
-        factorizations, iterations = s.num_attempts, s.num_iterations
-        evaluations = evaluations + iterations
-    if detector is not None:
-        status = tf.where(s.detected.stuck, int(Status.GRAZING_EVENT), status)
-    return Integral(
-        y1=trees.poison(status != 0, s.y),
-        quadrature=trees.poison(tf.reduce_any(status != 0), s.quadrature),
-        memories=s.memories,
-        stats=Stats(
-            num_evaluations=evaluations,
-            num_steps=s.num_steps,
-            num_rejected=s.num_attempts - s.num_steps,
-            num_bound_by_stability=s.num_bound_by_stability if sees_stability else zeros,
-            num_factorizations=factorizations,
-            num_iterations=iterations,
-        ),
-        status=status,
-        detected=s.detected if detector is not None else None,
-    )
-
-
-def _is_finite(x: Nest, per_sample: bool) -> tf.Tensor:
-    """Whether all numbers are finite, in the whole nest or in each sample."""
-    flags = []
-    for leaf in tf.nest.flatten(x):
-        axes = np.arange(int(per_sample), leaf.shape.rank)
-        flags.append(tf.raw_ops.All(input=tf.math.is_finite(leaf), axis=axes))
-    return tf.reduce_all(tf.stack(flags), axis=0)
-
-
-def _evaluations_per_step(tableau: ButcherTableau, coupling: float | None) -> int:
-    if tableau.implicit:
-        return 1  # for the Jacobian; every iteration is another one
-    own = tableau.num_stages - 1 if tableau.fsal else tableau.num_stages
-    return own if coupling is None else tableau.num_stages + own
+    return conclude(s, on_the_way(s.segment, s.reading), evaluations, solver, coupling)

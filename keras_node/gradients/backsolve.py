@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -11,8 +10,10 @@ import tensorflow as tf
 
 from keras_node import solvers, trees
 from keras_node.arguments import positive_integer
-from keras_node.clock import Clock, merge, pick, reorder
+from keras_node.clock import Clock, merge, reorder
 from keras_node.gradients.custom_vjp import Gradients, solve_with_gradient
+from keras_node.gradients.loss_times import loss_by_stop, tells_apart, time_gradient, unknown_derivative
+from keras_node.gradients.record import LastSteps
 from keras_node.integrate import VectorFieldWithSpeed, integrate
 from keras_node.interpolation import Progress
 from keras_node.solution import Stats
@@ -156,8 +157,8 @@ class BacksolveAdjoint:
         solver = self.solver or problem.solver
         kinks = sorted({*problem.solver.step_at, *solver.step_at})
         clock, stops = adjoint_clock(problem, solver, kinks)
-        one_each = not kinks and _tells_apart(problem)
-        state_at, arriving = _loss_by_stop(None if one_each else stops, clock, ys, dys)
+        one_each = not kinks and tells_apart(problem)
+        state_at, arriving = loss_by_stop(None if one_each else stops, clock, ys, dys)
 
         def jump(i: tf.Tensor, state: Nest) -> Nest:
             y, adjoint = state
@@ -207,9 +208,9 @@ class BacksolveAdjoint:
             adjoint = trees.where(clock.count > 0, trees.add(adjoint, arriving(clock.count)), adjoint)
         dts = tf.zeros_like(problem.ts)
         if problem.times_vary:
-            dts = tf.cast(_time_gradient(problem, ys, dys, adjoint), dts.dtype)
+            dts = tf.cast(time_gradient(problem, ys, dys, adjoint), dts.dtype)
             inner = (stops > 0) & (stops < clock.count) if problem.is_phase else tf.ones_like(stops, tf.bool)
-            unknown = functools.partial(_unknown_derivative, problem.ts, stops, inner)
+            unknown = functools.partial(unknown_derivative, problem.ts, stops, inner)
             adjoint = tf.nest.map_structure(lambda a: a + unknown(a), adjoint)
         adjoint = trees.add(adjoint, tf.nest.map_structure(lambda d: d[0], dys))
         gradients = [tf.cast(g, p.dtype) for g, p in zip(gradients, params, strict=True)]
@@ -222,60 +223,6 @@ class BacksolveAdjoint:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "BacksolveAdjoint":
         return cls(**config)
-
-
-def _loss_by_stop(
-    stops: tf.Tensor | None, clock: Clock, ys: Nest, dys: Nest
-) -> tuple[Callable[[tf.Tensor, Nest], Nest], Callable[[tf.Tensor], Nest]]:
-    """Finds the states and the gradients of the loss at the stops of a backward solve.
-
-    Args:
-        stops: the index of the stop at every time, from the last time to the first, or `None` if every time has its
-            own stop.
-        clock: the clock of the backward solve.
-        ys: the states at `ts`.
-        dys: the gradients of a loss with respect to them.
-
-    Returns:
-        Two functions. `state_at(i, y)` returns the forward solution at stop `i`, or `y` if no time of `ts` is there.
-        `arriving(i)` returns the sum of the gradients at stop `i`, without the one at the first time. `i` is one index,
-        or one for each sample.
-    """
-    last = tf.shape(tf.nest.flatten(ys)[0])[0] - 1
-    if stops is None:
-        return (
-            lambda i, y: tf.nest.map_structure(lambda a: pick(a, last - i), ys),
-            lambda i: tf.nest.map_structure(lambda d: pick(d, last - i), dys),
-        )
-    size = tf.shape(clock.stops)[0]
-    number = tf.reshape(tf.range(last + 1), [-1] + [1] * (stops.shape.rank - 1)) + tf.zeros_like(stops)
-    which = last - tf.maximum(_sum_by_stop(tf.math.unsorted_segment_max, number, stops, size), -1)
-    later = tf.nest.map_structure(lambda d: tf.concat([d[:0:-1], tf.zeros_like(d[:1])], axis=0), dys)
-    sums = tf.nest.map_structure(lambda d: _sum_by_stop(tf.math.unsorted_segment_sum, d, stops, size), later)
-
-    def state_at(i: tf.Tensor, y: Nest) -> Nest:
-        index = pick(which, i)
-        known = tf.nest.map_structure(lambda a: pick(a, tf.minimum(index, last)), ys)
-        return trees.where(index <= last, known, y)
-
-    return state_at, lambda i: tf.nest.map_structure(lambda d: pick(d, i), sums)
-
-
-def _tells_apart(problem: Problem) -> bool:
-    """Whether it is known before the solve that no two of several times coincide. True if there are only two."""
-    if problem.numbers is None or problem.ts.shape[0] == 2:
-        return problem.ts.shape[0] == 2
-    elapsed = (problem.numbers - problem.numbers[0]).astype(problem.dtype.as_numpy_dtype)
-    return bool(np.all(np.diff(elapsed, axis=0) != 0))
-
-
-def _sum_by_stop(segment_sum: Callable[..., tf.Tensor], x: tf.Tensor, stops: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
-    """The sum (or maximum) of `x` over the times at each stop. Samples may have their own stops."""
-    if stops.shape.rank == 1:
-        return segment_sum(x, stops, size)
-    batch = tf.shape(stops)[1]
-    sums = segment_sum(x, stops * batch + tf.range(batch), size * batch)
-    return tf.reshape(sums, tf.concat([[size, batch], tf.shape(x)[2:]], axis=0))
 
 
 def _augmented(vector_field: PureField, params: list[tf.Tensor]) -> VectorFieldWithSpeed:
@@ -299,60 +246,10 @@ def _augmented(vector_field: PureField, params: list[tf.Tensor]) -> VectorFieldW
     return augmented
 
 
-@tf.custom_gradient
-def _unknown_derivative(
-    ts: tf.Tensor, stops: tf.Tensor, matters: tf.Tensor, like: tf.Tensor
-) -> tuple[tf.Tensor, Callable[[tf.Tensor], tuple]]:
-    """Zeros whose derivative is NaN with respect to times that coincide, where that matters.
-
-    There is no step between such times. So a second derivative would miss how the adjoint changes if one of them moves.
-    """
-
-    def gradient(upstream: tf.Tensor) -> tuple:
-        del upstream
-        coincide = (stops[:0:-1] == stops[-2::-1]) & matters[:0:-1]
-        if stops.shape.rank > ts.shape.rank:
-            coincide = tf.reduce_any(coincide, axis=1)
-        elif stops.shape.rank < ts.shape.rank:
-            coincide = coincide[:, None]
-        none = tf.zeros_like(coincide[:1])
-        unknown = tf.concat([none, coincide], axis=0) | tf.concat([coincide, none], axis=0)
-        return (
-            tf.where(unknown, tf.constant(float("nan"), ts.dtype), tf.zeros_like(ts)),
-            None,
-            None,
-            tf.zeros_like(like),
-        )
-
-    return tf.zeros_like(like), gradient
-
-
 def _in_precision_of(state: Nest, gradients: Nest) -> Nest:
     """The gradients of parameters in the precision of the state, in which they are summed."""
     dtype = tf.nest.flatten(state)[0].dtype
     return trees.each(lambda g: g if g.dtype == dtype else tf.cast(g, dtype), gradients)
-
-
-class LastSteps:
-    """An observer that keeps the lengths of the last accepted step and of the one before it.
-
-    Args:
-        like: a time, or with per-sample steps one for each sample. Its shape and dtype are those of the lengths.
-    """
-
-    def __init__(self, like: tf.Tensor) -> None:
-        self.like = like
-
-    def start(self, y0: Nest) -> tuple[tf.Tensor, tf.Tensor]:
-        del y0
-        zero = tf.zeros_like(self.like)
-        return zero, zero
-
-    def update(
-        self, memory: tuple[tf.Tensor, tf.Tensor], step: Step, progress: Progress
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        del step
-        return trees.where(progress.accepted, (progress.length, memory[0]), memory)
 
 
 class ParameterGradient:
@@ -384,24 +281,3 @@ class ParameterGradient:
                     dt = tf.where(progress.accepted, step.dt, 0)
                     weights.append(trees.scale(-weight * dt, adjoint))
         return trees.add(memory, _in_precision_of(step.y0, vjp(tape, rates, sources, weights)))
-
-
-def _time_gradient(problem: Problem, ys: Nest, dys: Nest, adjoint: Nest) -> tf.Tensor:
-    """`dL/dts`. A later time moves its state along the field, and the first time moves the whole path."""
-    times = problem.times
-
-    def along_field(t: tf.Tensor, y: Nest, dy: Nest) -> tf.Tensor:
-        rate = problem.vector_field(t, y, problem.params)
-        products = tf.nest.map_structure(tf.multiply, dy, rate)
-        axes = 1 if times.shape.rank == 2 else 0
-        return tf.add_n([tf.reduce_sum(p, list(range(axes, p.shape.rank))) for p in tf.nest.flatten(products)])
-
-    def at(i: int | tf.Tensor, states: Nest) -> Nest:
-        return tf.nest.map_structure(lambda x: pick(x, i), states)
-
-    later = tf.map_fn(
-        lambda i: along_field(pick(times, i), at(i, ys), at(i, dys)),
-        tf.range(1, tf.shape(times)[0]),
-        fn_output_signature=tf.TensorSpec(times.shape[1:], times.dtype),
-    )
-    return tf.concat([-along_field(times[0], at(0, ys), adjoint)[None], later], axis=0)

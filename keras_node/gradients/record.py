@@ -1,9 +1,10 @@
-"""What a forward solve keeps of its accepted steps, for a gradient that replays them."""
+"""What a forward solve keeps of its accepted steps for its gradient."""
 
 from typing import NamedTuple
 
 import tensorflow as tf
 
+from keras_node import trees
 from keras_node.buffers import new_buffer, read, stack, write
 from keras_node.clock import Clock
 from keras_node.interpolation import Progress
@@ -92,3 +93,25 @@ class Recorder:
             return i + 1, tf.nest.map_structure(lambda buffer: write(buffer, i, read(buffer, 2 * i)), buffers)
 
         return tf.while_loop(lambda i, _: 2 * i < self.slots, move, (1, buffers))[1]
+
+
+class LastSteps:
+    """An observer that keeps the lengths of the last accepted step and of the one before it.
+
+    Args:
+        like: a time, or with per-sample steps one for each sample. Its shape and dtype are those of the lengths.
+    """
+
+    def __init__(self, like: tf.Tensor) -> None:
+        self.like = like
+
+    def start(self, y0: Nest) -> tuple[tf.Tensor, tf.Tensor]:
+        del y0
+        zero = tf.zeros_like(self.like)
+        return zero, zero
+
+    def update(
+        self, memory: tuple[tf.Tensor, tf.Tensor], step: Step, progress: Progress
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        del step
+        return trees.where(progress.accepted, (progress.length, memory[0]), memory)
