@@ -4,11 +4,7 @@ import ctypes
 import gc
 import sys
 
-import keras
 import pytest
-import tensorflow as tf
-
-import keras_node
 
 # A graph is made of many small objects, and to look for garbage among them as often as Python does takes time.
 gc.set_threshold(200_000, 100, 100)
@@ -26,4 +22,10 @@ def _memory_of_a_module():
 
 @pytest.fixture(autouse=True)
 def _names_in_docstrings(doctest_namespace):
+    # These are imported here because the process that only distributes the tests among workers does not need them.
+    import keras
+    import tensorflow as tf
+
+    import keras_node
+
     doctest_namespace.update(keras=keras, keras_node=keras_node, tf=tf)
