@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 
 class _Training(keras.layers.Layer):
@@ -63,7 +64,8 @@ class CallContext:
         return cls(_training())
 
     def run(self, function: Callable[[], Any]) -> Any:
-        """Calls `function` in this context and returns its result."""
+        """Calls `function` in this context, without AutoGraph as in the solve, and returns its result."""
+        function = tf.autograph.experimental.do_not_convert(function)
         here = CallContext.current()
         if self == here:
             return function()

@@ -77,10 +77,10 @@ def check_jumps(jumps: Any) -> None:
 def map_amounts(function: Callable[[Any, tf.Tensor], tf.Tensor], amounts: Nest, y0: Nest) -> Nest:
     """Calls a function for every tensor of the state, with the amounts of jumps that belong to it."""
     try:
-        return keras.tree.map_structure_up_to(y0, function, amounts, y0)
-    except (TypeError, ValueError) as error:
-        if not tf.nest.is_nested(y0):
-            raise
-        raise ValueError(
-            f"The amounts of `jumps` must have the structure of the state. Received: amounts={amounts!r}"
-        ) from error
+        keras.tree.map_structure_up_to(y0, lambda *_: None, amounts, y0)
+        fits = isinstance(y0, dict) or not isinstance(amounts, dict)
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(f"The amounts of `jumps` must have the structure of the state. Received: amounts={amounts!r}")
+    return keras.tree.map_structure_up_to(y0, function, amounts, y0)

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 import keras_node
+from keras_node.gradients import GRADIENTS
 
 SOLVER = keras_node.RungeKutta("rk4", num_steps=6)
 X = tf.constant(np.random.default_rng(0).normal(size=(4, 3)), tf.float32)
@@ -110,6 +111,22 @@ def test_a_field_draws_noise_in_training_only():
     np.testing.assert_array_equal(model(X, training=False), still)
     np.testing.assert_array_equal(model(X), still)
     assert np.max(np.abs(model(X, training=True) - still)) > 0.1
+
+
+def test_the_gradient_converts_a_field_as_little_as_the_solve_does():
+    """AutoGraph makes `float` another function, in eager mode too, where the gradient of times maps over them."""
+    seen, ts = set(), tf.constant([0.0, 0.5, 1.0])
+
+    def noting(t, y):
+        seen.add(type(float(t)))
+        return -y
+
+    for gradient in GRADIENTS:
+        with tf.GradientTape() as tape:
+            tape.watch(ts)
+            value = tf.reduce_sum(keras_node.odeint(noting, X, ts, gradient=gradient, solver=SOLVER).ys)
+        assert tape.gradient(value, ts) is not None
+    assert seen == {float}
 
 
 def test_a_call_with_training_says_nothing_to_later_layers():

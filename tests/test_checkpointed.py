@@ -85,6 +85,18 @@ def test_xla_and_unknown_sizes(num_checkpoints, jit_compile):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("gradient", ["checkpointed", "reversible"])
+def test_constant_steps_between_an_unknown_number_of_times(gradient):
+    """Then it is not known before the graph runs how many steps there are, nor how many states to keep."""
+    solver = keras_node.RungeKutta("heun", num_steps=3)
+    inputs = [Y0, MATRIX, tf.constant([0.0, 0.4, 0.5, 0.9, 1.0], tf.float64)]
+    specs = tf.nest.map_structure(lambda x: tf.TensorSpec([None] * x.shape.rank, x.dtype), inputs)
+    compute = tf.function(lambda inputs: gradients_of(inputs, gradient, solver), input_signature=[specs])
+    eager = gradients_of(inputs, gradient if gradient == "reversible" else "direct", solver)
+    for a, b in zip(compute(inputs), eager, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
 def test_rejected_steps_cost_nothing_backwards():
     calls = []
 

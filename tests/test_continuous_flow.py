@@ -346,6 +346,8 @@ def test_a_bijector_of_tensorflow_probability(monkeypatch):
     model = moved(flow(), condition)
     distribution = model.as_distribution(condition)
     assert distribution.batch_shape == (3,) and distribution.event_shape == (2,)
+    assert distribution.batch_shape_tensor() == [3] and distribution.event_shape_tensor() == [2]
+    np.testing.assert_array_equal(distribution.experimental_default_event_space_bijector()(condition), condition)
     x = distribution.sample(4, seed=1)
     assert x.shape == (4, 3, 2)
     x = tf.identity(x)  # which TensorFlow Probability has not seen

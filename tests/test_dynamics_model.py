@@ -321,6 +321,32 @@ def test_data_of_another_shape(x, message):
         model_of().fit(x, verbose=0)
 
 
+def test_data_sets_do_not_tell_trajectories_apart():
+    times, values, mask = noisy()
+    model = model_of(window=2, initial_states="trained")
+    model.fit((times, values, mask), verbose=0)
+    data = {"times": times[:, :3], "values": values[:, :3], "index": np.arange(3, dtype="int32")}
+    with pytest.raises(ValueError, match="3 trajectories.*Received: .*1 windows"):
+        model.fit(tf.data.Dataset.from_tensors(data), verbose=0)
+
+
+def test_validation_data_may_be_a_tuple_of_one():
+    times, values, mask = noisy()
+    data = {"times": times, "values": values, "mask": mask}
+    losses = [
+        model_of().fit(data, validation_data=validation, verbose=0).history["val_loss"]
+        for validation in (data, (data,))
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_model_has_the_shape_of_the_values():
+    data = {"times": keras.Input((7,)), "values": keras.Input((7, 2))}
+    assert model_of()(data).shape == (None, 7, 2)
+    with pytest.raises(ValueError, match="number of channels of `values` must be known"):
+        model_of()({**data, "values": keras.Input((7, None))})
+
+
 def test_targets_are_refused():
     with pytest.raises(ValueError, match=r"without targets.*Received"):
         model_of().fit((TIMES, np.ones((2, 7, 1))), np.ones((2, 7, 1)), verbose=0)

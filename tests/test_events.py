@@ -1,5 +1,6 @@
 """Events: their times, the states there, what follows them, and the derivatives of all of these."""
 
+import keras
 import numpy as np
 import pytest
 import scipy.integrate
@@ -513,3 +514,26 @@ def test_samples_that_have_stopped_do_not_hide_the_error_of_the_others():
     alone = keras_node.odeint(oscillator, y0[-1:], [0.0, 20.0])
     np.testing.assert_array_equal(together.events.count, [1] * 99 + [0])
     assert int(together.stats.num_steps[-1]) >= 0.9 * int(alone.stats.num_steps)
+
+
+def test_an_event_function_has_one_noise_for_a_solve_and_no_state():
+    dropout, seen = keras.layers.Dropout(0.5, seed=1), []
+
+    def level(t, y):
+        noise = dropout(tf.ones_like(y))
+        seen.append(noise.numpy())
+        return first(y) - 0.1 * first(noise)
+
+    def solve(function):
+        return keras_node.odeint(lambda t, y: -y, tf.ones((8, 2)), [0.0, 4.0], event=Event(function), training=True)
+
+    masks = []
+    for _ in range(2):
+        solve(level)
+        np.testing.assert_array_equal(seen, np.broadcast_to(seen[0], np.shape(seen)))
+        masks.append(seen[0])
+        seen.clear()
+    assert np.any(masks[0] != masks[1])
+    normalization = keras.layers.BatchNormalization(name="the_culprit")
+    with pytest.raises(ValueError, match="cannot update a state.*Received: .*the_culprit"):
+        solve(lambda t, y: first(normalization(y)))

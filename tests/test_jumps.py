@@ -123,6 +123,7 @@ def test_a_dose_can_carry_the_state_over_the_surface_of_an_event():
         (([[[1.0]]], [[1.0]]), r"shape \(D,\) or \(D, batch\)"),
         (([1.0], np.ones((1, 1, 1, 1))), r"\(D, \.\.\.\) if all samples share"),
         (([1.0], np.float64(1.0)), r"\(D, \.\.\.\) if all samples share"),
+        (([1.0], {"dose": [[1.0]]}), "structure of the state. Received: amounts={'dose'"),
     ],
 )
 def test_an_error_says_what_jumps_must_be(jumps, message):

@@ -50,6 +50,7 @@ def penalty(layer, *inputs, **options):
         ({}, None, 1),
         ({"t0": 2.0, "t1": -1.0}, None, 3),  # backward in time
         ({"solver": RungeKutta("rk4", num_steps=3)}, None, 1),
+        ({"solver": RungeKutta("rk4", num_steps=3), "t1": 0.0}, None, 0),
         ({"solver": RungeKutta("bosh3", per_sample=True)}, [0.5, 2.0], 2),
         ({}, np.array([[0.5, 2.0], [0.0, 0.0], [0.2, 4.0]]), np.array([2, 0, 4])),
         ({"solver": "trbdf2", "gradient": "checkpointed"}, [0.5, 2.0], 2),

@@ -175,6 +175,11 @@ def test_the_output_is_masked_once_for_each_asked_time(tmp_path):
         (lambda: odeint(lambda y: -y, None, [0.0, 1.0]), TypeError, "must be a dense tensor.*Received: y0=None"),
         (lambda: ODELayer(lambda y: -y)(X, ts=1.0), ValueError, r"`ts` must be of shape \(T,\) .*ts.shape=\(\)"),
         (lambda: ODELayer(lambda y: -y)(keras.Input((4,)), ts=1.0), ValueError, r"`ts` must be.*ts.shape=\(\)"),
+        (lambda: ODELayer(tf.negative)(X, ts=tf.ones((3, 2, 1))), ValueError, r"or \(batch, T\).*ts.shape=\(3, 2, 1\)"),
+        (lambda: odeint(lambda y: -y, (), [0.0, 1.0]), ValueError, r"at least one tensor. Received: y0=\(\)"),
+        (lambda: odeint(tf.negative, X, [0.0, 1.0], solver=4), TypeError, "name of a method.*solver=4 .*type int"),
+        (lambda: odeint(tf.negative, X, [0.0, 1.0], gradient=1), TypeError, "one of backsolve.*gradient=1 .*type int"),
+        (lambda: RungeKutta(rtol=[]), ValueError, r"`rtol` must be a positive number or a list.*rtol=\[\]"),
         (lambda: ODELayer(lambda y: -y)(X, ts=[]), ValueError, r"one time or more. Received: ts.shape=\(0,\)"),
         (lambda: ODELayer(lambda y: -y, augment_dims=2)(X[:, 0]), ValueError, r"axis of features after.*shape \(3,\)"),
         (lambda: ODELayer(lambda y: -y, augment_dims=True), ValueError, "an integer, 0 or more. Received: .*True"),
@@ -189,6 +194,20 @@ def test_the_output_is_masked_once_for_each_asked_time(tmp_path):
 def test_mistakes_are_told_in_a_sentence(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_options_that_are_set_later_are_checked():
+    layer = ODELayer(layers.Dense(4), gradient="checkpointed")
+    layer.gradient = None
+    assert isinstance(layer.gradient, keras_node.BacksolveAdjoint)
+    layer.gradient, layer.jit_compile = "checkpointed", False
+    assert isinstance(layer.gradient, keras_node.CheckpointedAdjoint) and layer.jit_compile is False
+    assert layer.get_config()["jit_compile"] is False
+    layer.gradient = "direct"
+    with pytest.raises(ValueError, match='Received: jit_compile=True with gradient="direct"'):
+        layer.jit_compile = True
+    with pytest.raises(ValueError, match="Received: gradient='indirect'"):
+        layer.gradient = "indirect"
 
 
 def test_a_state_of_unknown_rank_is_refused():

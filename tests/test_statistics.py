@@ -121,6 +121,12 @@ def test_statistics_survive_saving(tmp_path):
     np.testing.assert_array_equal(loaded(X), model(X))
 
 
+def test_a_metric_is_made_again_from_its_config():
+    metric = ode_model().layers[0].metrics[0]
+    copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(metric))
+    assert (copy.name, copy.layer, copy.kind) == (metric.name, "ode", metric.kind)
+
+
 def test_the_monitor_names_the_layer_that_takes_too_many_evaluations():
     model = ode_model(solver=keras_node.RungeKutta("bosh3", num_steps=5))
     model.compile("sgd", "mse")
