@@ -326,7 +326,7 @@ def test_data_sets_do_not_tell_trajectories_apart():
     model = model_of(window=2, initial_states="trained")
     model.fit((times, values, mask), verbose=0)
     data = {"times": times[:, :3], "values": values[:, :3], "index": np.arange(3, dtype="int32")}
-    with pytest.raises(ValueError, match="3 trajectories.*Received: .*1 windows"):
+    with pytest.raises(ValueError, match=r"3 trajectories.*Received: .*1 windows"):
         model.fit(tf.data.Dataset.from_tensors(data), verbose=0)
 
 

@@ -535,5 +535,5 @@ def test_an_event_function_has_one_noise_for_a_solve_and_no_state():
         seen.clear()
     assert np.any(masks[0] != masks[1])
     normalization = keras.layers.BatchNormalization(name="the_culprit")
-    with pytest.raises(ValueError, match="cannot update a state.*Received: .*the_culprit"):
+    with pytest.raises(ValueError, match=r"cannot update a state.*Received: .*the_culprit"):
         solve(lambda t, y: first(normalization(y)))
