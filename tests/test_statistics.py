@@ -84,6 +84,7 @@ def test_the_solves_of_a_recurrent_layer_attempt_the_whole_interval_first(layer,
         ("checkpointed", keras_node.RungeKutta("rk4", num_steps=5)),
         ("checkpointed", "trbdf2"),
         ("reversible", "bosh3"),
+        ("reversible", "dopri8"),
     ],
 )
 def test_the_evaluations_of_a_gradient_are_counted(gradient, solver, ts):

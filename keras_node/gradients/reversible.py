@@ -131,31 +131,36 @@ class _Recorder:
 def _backward(problem: Problem, kept: _Kept, status: tf.Tensor, dys: Nest) -> tuple[Gradients, Stats, tf.Tensor]:
     """The gradients of `y0`, `ts` and `params`, which you can differentiate again: this replays all steps at once."""
 
-    def step_by_step(*arguments: Nest) -> Gradients:
+    def step_by_step(*arguments: Nest) -> tuple[Gradients, tf.Tensor]:
         y0, ts, params, dys = arguments
         return _undo(problem._replace(y0=y0, ts=ts, params=params), kept, dys)
 
-    def at_once(*arguments: Nest) -> Gradients:
+    def at_once(*arguments: Nest) -> tuple[Gradients, tf.Tensor]:
         y0, ts, params, dys = arguments
         sources = (y0, ts, problem.vector_field.sources(params))
         record = Record(kept.count, tf.constant(1), kept.steps, ())
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(tf.nest.flatten(sources))
             ys = Replay(problem._replace(y0=y0, ts=ts, params=params), record).states(y0, ts, params)
-        return vjp(tape, ys, sources, dys)
+        return vjp(tape, ys, sources, dys), tf.constant(0)
 
     arguments = (problem.y0, problem.ts, problem.params, dys)
-    gradients = differentiated_as(step_by_step, at_once, arguments, problem.vector_field.pure, jit_compile=False)
+    gradients, further = differentiated_as(
+        step_by_step, at_once, arguments, problem.vector_field.pure, jit_compile=False
+    )
     tableau = problem.solver.tableau
     # A step is evaluated once to undo it and once to differentiate it. With a companion these are the same evaluations.
     stages = 2 * tableau.num_stages - int(tableau.fsal) * (1 if problem.ts.shape[0] != 2 else 2)
-    stats = Stats.zeros()._replace(num_evaluations=stages * kept.count, num_steps=kept.count)
+    stats = Stats.zeros()._replace(num_evaluations=stages * kept.count + further, num_steps=kept.count)
     # The forward solve has reported its failure already, and nothing is solved here that could fail.
     return poisoned(gradients, status), stats, tf.constant(int(Status.SUCCESS))
 
 
-def _undo(problem: Problem, kept: _Kept, dys: Nest) -> Gradients:
-    """The gradients of `y0`, `ts` and `params`, from the last step to the first."""
+def _undo(problem: Problem, kept: _Kept, dys: Nest) -> tuple[Gradients, tf.Tensor]:
+    """The gradients of `y0`, `ts` and `params`, from the last step to the first.
+
+    Also returns the number of evaluations at further stages of the dense output, which not every step needs.
+    """
     ts, params, solver, times_vary = problem.ts, problem.params, problem.solver, problem.times_vary
     tableau, dense = solver.tableau, problem.ts.shape[0] != 2
     with tf.GradientTape(watch_accessed_variables=False) as clock_tape:
@@ -189,7 +194,9 @@ def _undo(problem: Problem, kept: _Kept, dys: Nest) -> Gradients:
         dy, dsources = vjp(tape, psi, (y1, sources), trees.scale(-1.0, dz1))
         return trees.add(z1, psi), trees.add(dy1, dy), dz1, trees.add(total, dsources)
 
-    def body(n: tf.Tensor, state: tuple, adjoint: tuple, total: Nest, dreadings: tuple, written: Nest) -> tuple:
+    def body(
+        n: tf.Tensor, state: tuple, adjoint: tuple, total: Nest, dreadings: tuple, written: Nest, further: tf.Tensor
+    ) -> tuple:
         if problem.coupling is None:
             start, dy1 = step_from(n, state[0], backward=True)[0].y1, adjoint[0]
         else:
@@ -198,7 +205,9 @@ def _undo(problem: Problem, kept: _Kept, dys: Nest) -> Gradients:
             tape.watch(tf.nest.flatten((start, sources)))
             step, progress = step_from(n, start, backward=False)
             if dense:
-                step = with_dense_stages(tableau, step, tf.reduce_any(is_due(readings, progress, written)))
+                needed = tf.reduce_any(is_due(readings, progress, written))
+                step = with_dense_stages(tableau, step, needed)
+                further = further + len(tableau.a_dense) * tf.cast(needed, tf.int32)
             psi = change(tableau, step)
         y0 = start
         if problem.coupling is not None:
@@ -219,9 +228,9 @@ def _undo(problem: Problem, kept: _Kept, dys: Nest) -> Gradients:
         dstart, dsources = vjp(tape, parts, (start, sources), cotangent)
         total = trees.add(total, dsources)
         if problem.coupling is None:
-            return n - 1, (y0, ()), (trees.add(dmixture, dstart), ()), total, dreadings, written
+            return n - 1, (y0, ()), (trees.add(dmixture, dstart), ()), total, dreadings, written, further
         dz0 = trees.add(trees.add(dz1, dstart), trees.scale(part, dmixture))
-        return n - 1, (y0, start), (trees.scale(1 - part, dmixture), dz0), total, dreadings, written
+        return n - 1, (y0, start), (trees.scale(1 - part, dmixture), dz0), total, dreadings, written, further
 
     # With two times, the last state is the end of the last step. With more, all states come from the dense output.
     last = tf.nest.map_structure(lambda d: tf.zeros_like(d[-1]) if dense else d[-1], dys)
@@ -231,7 +240,7 @@ def _undo(problem: Problem, kept: _Kept, dys: Nest) -> Gradients:
         tf.nest.map_structure(tf.zeros_like, params),
         tf.nest.map_structure(tf.zeros_like, timing[:2]),
     )
-    _, _, adjoint, (dparams, dclock), dreadings, _ = tf.while_loop(
+    _, _, adjoint, (dparams, dclock), dreadings, _, further = tf.while_loop(
         lambda n, *_: n >= 0,
         body,
         (
@@ -241,6 +250,7 @@ def _undo(problem: Problem, kept: _Kept, dys: Nest) -> Gradients:
             total,
             tf.nest.map_structure(tf.zeros_like, timing[2:]),
             written,
+            0,
         ),
     )
     # The solve begins with `z = y`.
@@ -249,4 +259,4 @@ def _undo(problem: Problem, kept: _Kept, dys: Nest) -> Gradients:
     dy0 = tf.nest.map_structure(lambda a, d: a + tf.reduce_sum(select(at_start, d), 0), dy0, dys)
     dtiming = (*dclock, *dreadings)
     dts = vjp(clock_tape, (clock.times, clock.speed, readings), ts, dtiming) if times_vary else tf.zeros_like(ts)
-    return dy0, dts, dparams
+    return (dy0, dts, dparams), further
