@@ -94,12 +94,13 @@ bench: $(INSTALLED) $(VENV)-torch/.installed $(VENV)-jax/.installed
 	$(BIN)/python benchmarks/compare.py $(PEERS) $(BENCH_ARGS)
 	$(BIN)/python benchmarks/stiff.py --jax-python $(VENV)-jax/bin/python
 
-# Error against time and numbers of steps beside other libraries, plain fit beside XLA, how the time of a step grows, and
-# what an event costs.
+# Error against time and numbers of steps beside other libraries, plain fit beside XLA, convolutions beside a residual
+# network, how the time of a step grows, and what an event costs.
 bench-more: $(INSTALLED) $(VENV)-torch/.installed $(VENV)-jax/.installed
 	$(BIN)/python benchmarks/curves.py $(PEERS)
 	$(BIN)/python benchmarks/steps.py $(PEERS)
 	$(BIN)/python benchmarks/fit.py
+	$(BIN)/python benchmarks/convolutions.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/events.py
 
