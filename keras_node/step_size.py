@@ -51,12 +51,21 @@ def error_scale(y: Nest, rtol: Tolerance, atol: Tolerance) -> Nest:
 
 def rms_norm(x: Nest, per_sample: bool) -> tf.Tensor:
     """Root mean square over all elements of all leaves, or with `per_sample` over the elements of each sample."""
-    leaves, first = tf.nest.flatten(x), int(per_sample)
-    squares = [tf.raw_ops.Sum(input=tf.square(x), axis=np.arange(first, x.shape.rank, dtype=np.int32)) for x in leaves]
-    total, count = trees.total(squares), sum(_size(leaf, first) for leaf in leaves)
+    total = sum_over(tf.nest.map_structure(tf.square, x), per_sample)
+    count = sum(_size(leaf, int(per_sample)) for leaf in tf.nest.flatten(x))
     # A state without elements has the error zero.
     count = max(count, 1) if isinstance(count, int) else tf.cast(tf.maximum(count, 1), total.dtype)
     return tf.sqrt(tf.realdiv(total, count))
+
+
+def sum_over(x: Nest, per_sample: bool) -> tf.Tensor:
+    """The sum over all elements of all leaves, or with `per_sample` over the elements of each sample."""
+    return trees.total(
+        [
+            tf.raw_ops.Sum(input=leaf, axis=np.arange(int(per_sample), leaf.shape.rank, dtype=np.int32))
+            for leaf in tf.nest.flatten(x)
+        ]
+    )
 
 
 def _size(x: tf.Tensor, first: int) -> int | tf.Tensor:

@@ -25,7 +25,7 @@ def gradients_of(sources, ts, gradient, **options):
         ys = keras_node.odeint(field, Y0, ts, args=MATRIX, gradient=gradient, **options).ys
         weights = tf.reshape(tf.range(1, tf.size(ys) + 1), ys.shape)
         value = tf.reduce_sum(tf.sin(ys) * tf.cast(weights, ys.dtype))
-    return tape.gradient(value, sources)
+    return tape.gradient(value, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO)
 
 
 def times_of_the_backward_solve(gradient, ts):

@@ -153,9 +153,11 @@ def custom_vjp(
             def run_back(*arguments: Nest) -> tuple[tuple, list[tf.Tensor], Nest]:
                 return backward(memory, variables or [], *arguments)
 
-            # In the gradient of a loop around the solve, these are tensors of the loop's forward graph, which a tape
-            # would watch in vain.
-            again = tf.nest.map_structure(tf.identity, (*arguments, *solved, dys))
+            again = (*arguments, *solved, dys)
+            if not tf.executing_eagerly():
+                # In the gradient of a loop around the solve, these are tensors of the loop's forward graph, and a tape
+                # would watch them in vain.
+                again = tf.nest.map_structure(tf.identity, again)
             if compiles is not False:
                 results = differentiated_as(run_back, run_back, again, pure, compiles)
             else:

@@ -11,7 +11,7 @@ from keras_node.phase_space import only
 from keras_node.solvers.butcher_tableau import ButcherTableau
 from keras_node.solvers.newton import ConstantField, Convergence, Newton
 from keras_node.solvers.runge_kutta import RungeKutta
-from keras_node.step_size import rms_norm
+from keras_node.step_size import sum_over
 from keras_node.trees import Nest
 
 
@@ -159,10 +159,10 @@ def is_bound_by_stability(tableau: ButcherTableau, step: Step, per_sample: bool)
     "Solving Ordinary Differential Equations II", IV.2.
     """
     (_, before), (_, last) = step.stages[-2:]
-    moved = rms_norm(tf.nest.map_structure(tf.subtract, last, before), per_sample)
-    change = tf.nest.map_structure(tf.subtract, step.k[-1].y, step.k[-2].y)
-    changed = rms_norm(trees.scale(step.dt, change), per_sample)
-    return changed > tf.multiply(moved, _NEAR_LIMIT * tableau.stability_limit)
+    moved = sum_over(trees.each(tf.math.squared_difference, last, before), per_sample)
+    change = trees.scale(step.dt, trees.each(tf.subtract, step.k[-1].y, step.k[-2].y))
+    changed = sum_over(trees.each(tf.square, change), per_sample)
+    return changed > tf.multiply(moved, (_NEAR_LIMIT * tableau.stability_limit) ** 2)
 
 
 def quadrature_rate(tableau: ButcherTableau, step: Step) -> Nest:
