@@ -70,12 +70,12 @@ class Recorder:
     def update(self, memory: Record, step: Step, progress: Progress) -> Record:
         count, stride, steps, states = memory
         steps, new_count = with_step(steps, count, progress)
-        stride, states = tf.while_loop(
-            lambda stride, _: count == stride * self.slots,
-            lambda stride, states: (2 * stride, self._thinned(states)),
-            (stride, states),
-            maximum_iterations=1,
+        full = count == stride * self.slots
+        # If there is no slot left, every second state moves to the front.
+        _, states = tf.while_loop(
+            lambda i, _: 2 * i < self.slots, self._with_moved, (tf.where(full, 1, self.slots), states)
         )
+        stride = tf.where(full, 2 * stride, stride)
         # Every state is written. The next one overwrites a state that is not kept.
         slot = (count + stride - 1) // stride
         states = tf.nest.map_structure(lambda buffer, y: write(buffer, slot, y), states, step.y0)
@@ -86,13 +86,9 @@ class Recorder:
         steps, states = tf.nest.map_structure(stack, (memory.steps, memory.states))
         return memory._replace(steps=steps, states=states)
 
-    def _thinned(self, buffers: Nest) -> Nest:
-        """Moves every second state to the front."""
-
-        def move(i: tf.Tensor, buffers: Nest) -> tuple[tf.Tensor, Nest]:
-            return i + 1, tf.nest.map_structure(lambda buffer: write(buffer, i, read(buffer, 2 * i)), buffers)
-
-        return tf.while_loop(lambda i, _: 2 * i < self.slots, move, (1, buffers))[1]
+    def _with_moved(self, i: tf.Tensor, states: Nest) -> tuple[tf.Tensor, Nest]:
+        """Moves state `2 * i` to place `i`."""
+        return i + 1, tf.nest.map_structure(lambda buffer: write(buffer, i, read(buffer, 2 * i)), states)
 
 
 class LastSteps:

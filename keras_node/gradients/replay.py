@@ -133,44 +133,41 @@ class Replay:
             dtiming = (*trees.add(dtiming[:2], dclock), *dreadings)
             return trees.add(dy, direct), trees.add(dparams, dstep), dtiming, written, evaluations
 
-        def through_stretch(stretch: tf.Tensor, total: tuple) -> tuple[tf.Tensor, tuple]:
-            first = stretch * self.record.stride
-            length = tf.minimum(self.record.stride, self.record.count - first)
-            y = tf.nest.map_structure(lambda states: tf.gather(states, stretch), self.record.states)
-            kept = tf.nest.map_structure(lambda a: new_buffer(self.capacity + 1, a), y)
-            # To solve for the stages of an implicit method is far more work than to keep them.
-            stages = new_buffer(self.capacity, self._no_stages(y)) if self.tableau.implicit else ()
+        count, stride, implicit = self.record.count, self.record.stride, self.tableau.implicit
 
-            def again(i: tf.Tensor, y: Nest, kept: Nest, stages: Nest, evaluations: tf.Tensor) -> tuple:
-                step, _ = self.step(first + i, y, params, clock)
-                kept = tf.nest.map_structure(lambda buffer, a: write(buffer, i + 1, a), kept, step.y1)
+        def body(n: tf.Tensor, kept: Nest, stages: Nest, total: tuple) -> tuple:
+            """Differentiates step `n`. Where it is the last one of a stretch, computes the stretch again before."""
+            stretch, i = n // stride, n % stride
+            start = tf.nest.map_structure(lambda states: tf.gather(states, stretch), self.record.states)
+
+            def again(j: tf.Tensor, y: Nest, kept: Nest, stages: Nest, evaluations: tf.Tensor) -> tuple:
+                step, _ = self.step(stretch * stride + j, y, params, clock)
+                kept = tf.nest.map_structure(lambda buffer, a: write(buffer, j, a), kept, step.y1)
                 if step.convergence is not None:
-                    stages = write(stages, i, step.convergence.stages)
+                    stages = write(stages, j, step.convergence.stages)
                     evaluations = evaluations + tf.reduce_max(step.convergence.num_iterations)
-                return i + 1, step.y1, kept, stages, evaluations
+                return j + 1, step.y1, kept, stages, evaluations
 
-            def back(i: tf.Tensor, total: tuple) -> tuple[tf.Tensor, tuple]:
-                y = tf.nest.map_structure(lambda buffer: read(buffer, i), kept)
-                return i - 1, through_step(first + i, y, read(stages, i) if self.tableau.implicit else None, total)
-
-            last = length if self.tableau.implicit else length - 1
-            _, _, kept, stages, evaluations = tf.while_loop(
-                lambda i, *_: i < last, again, (0, y, kept, stages, total[-1])
-            )
-            _, total = tf.while_loop(lambda i, _: i >= 0, back, (length - 1, (*total[:-1], evaluations)))
-            return stretch - 1, total
+            # The state after the last step of a stretch is not needed, but its stages are.
+            end = i + int(implicit)
+            begin = tf.where((n == count - 1) | (i == stride - 1), 0, end)
+            loop = (begin, start, kept, stages, total[-1])
+            _, _, kept, stages, evaluations = tf.while_loop(lambda j, *_: j < end, again, loop)
+            before = tf.nest.map_structure(lambda buffer: read(buffer, tf.maximum(i - 1, 0)), kept)
+            known = read(stages, i) if implicit else None
+            total = through_step(n, trees.where(i == 0, start, before), known, (*total[:-1], evaluations))
+            return n - 1, kept, stages, total
 
         # With two times, the last state is the end of the last step. With more, all states come from the dense output.
         last = tf.nest.map_structure(lambda d: tf.zeros_like(d[-1]) if self.dense else d[-1], dys)
         written = tf.zeros_like(readings[0], dtype=tf.int32) + tf.shape(readings)[0] - 1 if self.dense else ()
         zeros = tf.nest.map_structure(tf.zeros_like, (params, timing))
-        num_stretches = (self.record.count + self.record.stride - 1) // self.record.stride
-        _, (adjoint, dparams, dtiming, _, evaluations) = tf.while_loop(
-            lambda stretch, _: stretch >= 0,
-            through_stretch,
-            (num_stretches - 1, (last, *zeros, written, 0)),
-            parallel_iterations=1,  # otherwise the states of several stretches would be in memory at once
-        )
+        first = tf.nest.map_structure(lambda states: states[0], self.record.states)
+        kept = tf.nest.map_structure(lambda a: new_buffer(self.capacity, a), first)
+        # To solve for the stages of an implicit method is far more work than to keep them.
+        stages = new_buffer(self.capacity, self._no_stages(first)) if implicit else ()
+        loop = (count - 1, kept, stages, (last, *zeros, written, 0))
+        *_, (adjoint, dparams, dtiming, _, evaluations) = tf.while_loop(lambda n, *_: n >= 0, body, loop)
 
         at_start = readings <= 0 if self.dense else tf.constant([True, False])
         adjoint = tf.nest.map_structure(lambda a, d: a + tf.reduce_sum(select(at_start, d), 0), adjoint, dys)
