@@ -1,5 +1,6 @@
 """Every example runs, prints its numbers and draws its picture."""
 
+import functools
 import gzip
 import importlib.util
 import json
@@ -51,6 +52,23 @@ def as_before():
     plt.switch_backend(backend)
     keras.config.set_dtype_policy(policy)
     keras.utils.clear_session()
+
+
+@pytest.fixture(autouse=True)
+def _traced_once(monkeypatch):
+    """Creates the variables of an optimizer before `fit`, since most of a short run is tracing.
+
+    Keras creates them in the first trace of a training step, and then TensorFlow traces the step again.
+    """
+    fit = keras.Model.fit
+
+    @functools.wraps(fit)
+    def with_optimizer(model, *args, **kwargs):
+        if model.built and not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        return fit(model, *args, **kwargs)
+
+    monkeypatch.setattr(keras.Model, "fit", with_optimizer)
 
 
 # A script of its own may warn; what pytest makes of warnings is about the package.
