@@ -537,3 +537,25 @@ def test_an_event_function_has_one_noise_for_a_solve_and_no_state():
     normalization = keras.layers.BatchNormalization(name="the_culprit")
     with pytest.raises(ValueError, match=r"cannot update a state.*Received: .*the_culprit"):
         solve(lambda t, y: first(normalization(y)))
+
+
+def test_a_sample_whose_times_are_equal_does_not_change_the_first_step_of_the_others():
+    event, solver = Event(lambda t, y: first(y) - 99), keras_node.RungeKutta("bosh3", rtol=1e-3)
+
+    def solve(y0, ts):
+        return keras_node.odeint(oscillator, f64(y0), f64(ts), solver=solver, event=event)
+
+    alone = solve([[1.0, 0.0]], [[0.0], [2.0]])
+    beside = solve([[1.0, 0.0], [50.0, 3.0]], [[0.0, 0.5], [2.0, 0.5]])
+    np.testing.assert_array_equal(beside.ys[-1, 0], alone.ys[-1, 0])
+    assert int(beside.stats.num_steps[0]) == int(alone.stats.num_steps[0])
+
+
+def test_an_event_in_the_last_of_so_many_steps_is_landed_on():
+    """The step in which an event is found does not count, so it takes one more than there are."""
+    solver = keras_node.RungeKutta("rk4", num_steps=3)
+    solution = keras_node.odeint(
+        lambda t, y: tf.ones_like(y), f64([[0.0]]), [0.0, 3.0], event=Event(lambda t, y: first(y) - 2.5), solver=solver
+    )
+    assert int(solution.status[0]) == Status.SUCCESS
+    np.testing.assert_allclose(solution.events.ts[0], [2.5], rtol=1e-12)

@@ -616,3 +616,11 @@ def test_the_stability_function_vanishes_at_infinity(method):
     np.testing.assert_allclose(null @ np.array(tableau.b_dense), 0, atol=1e-12)
     for row in tableau.guesses[2:]:
         assert abs(np.dot(row, null[: len(row)])) < 1e-10
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_solve_without_steps_has_converged(per_sample):
+    y0 = tf.constant([[1.0, 2.0]], tf.float64)
+    solution = keras_node.odeint(lambda y: -y, y0, [0.5, 0.5], solver=RungeKutta("trbdf2", per_sample=per_sample))
+    np.testing.assert_array_equal(solution.status, np.zeros(np.shape(solution.status)))
+    np.testing.assert_array_equal(solution.ys[-1], y0)
