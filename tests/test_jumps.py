@@ -129,3 +129,21 @@ def test_a_dose_can_carry_the_state_over_the_surface_of_an_event():
 def test_an_error_says_what_jumps_must_be(jumps, message):
     with pytest.raises(ValueError, match=message):
         keras_node.odeint(lambda t, y: -y, f64([[1.0]]), [0.0, 4.0], jumps=jumps)
+
+
+def test_a_second_derivative_where_times_lie_on_both_sides_of_a_dose():
+    """To the solve before the dose the later times are at its end, to the other one the earlier ones at its start."""
+    y0, dose, ts = f64([[1.5]]), f64([0.5]), np.array([0.0, 0.2, 0.3, 0.8, 0.9, 1.0])
+    with tf.GradientTape() as outer:
+        outer.watch((y0, dose))
+        with tf.GradientTape() as inner:
+            inner.watch(y0)
+            solver = keras_node.RungeKutta("dopri5", rtol=1e-9, atol=1e-9)
+            ys = keras_node.odeint(
+                lambda t, y: -y, y0, ts, jumps=(dose, f64([[1.0]])), gradient="backsolve", solver=solver
+            ).ys
+            value = tf.reduce_sum(ys**2)
+        gradient = inner.gradient(value, y0)
+    by_start, by_dose = outer.gradient(gradient, (y0, dose))
+    np.testing.assert_allclose(by_start, [[2 * np.sum(np.exp(-2 * ts))]], rtol=1e-7)
+    np.testing.assert_allclose(by_dose, [2 * np.sum(np.exp(0.5 - 2 * ts[ts > 0.5]))], rtol=1e-7)
