@@ -103,3 +103,18 @@ def test_a_second_derivative_of_times_that_coincide_is_nan(per_sample):
     step = tf.constant([1e-4, 0, 0, 0], tf.float64)
     np.testing.assert_allclose(computed[0], (size(ts + step) - size(ts - step)) / 2e-4, rtol=1e-4)
     np.testing.assert_array_equal(np.isnan(computed), [False, True, True, False])
+
+
+def test_a_failure_is_excused_if_any_number_of_the_loss_is_not_finite():
+    """Then the loss is to blame, and a loss scaler skips the step. Otherwise the error says what to do."""
+    gradient, y0 = BacksolveAdjoint(RungeKutta("tsit5", max_steps=2)), (Y0, Y0)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(y0)
+        ys = keras_node.odeint(
+            lambda t, y: (tf.sin(9 * t) * y[0], -y[1]), y0, [0.0, 5.0], gradient=gradient, solver=RungeKutta(rtol=1e-2)
+        ).ys
+    ones = [tf.ones_like(y) for y in ys]
+    with pytest.raises(tf.errors.InvalidArgumentError, match="The solve of the adjoint failed with status 1"):
+        tape.gradient(ys, y0, output_gradients=ones)
+    ones[1] = tf.tensor_scatter_nd_update(ones[1], [[1, 0, 1]], [np.inf])
+    assert np.isnan(tape.gradient(ys, y0, output_gradients=ones)[0]).any()
