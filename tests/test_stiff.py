@@ -624,3 +624,20 @@ def test_a_solve_without_steps_has_converged(per_sample):
     solution = keras_node.odeint(lambda y: -y, y0, [0.5, 0.5], solver=RungeKutta("trbdf2", per_sample=per_sample))
     np.testing.assert_array_equal(solution.status, np.zeros(np.shape(solution.status)))
     np.testing.assert_array_equal(solution.ys[-1], y0)
+
+
+@pytest.mark.parametrize(("per_sample", "own"), [(True, False), (False, True)])
+def test_samples_of_one_number_have_their_gradient(per_sample, own):
+    """A state of shape `(batch,)` has one Jacobian for each sample if each has its own steps or times."""
+    y0, ends = tf.constant([1.0, 2.0, 3.0], tf.float64), np.array([0.5, 1.0, 2.0] if own else [1.0, 1.0, 1.0])
+    ts = np.stack([np.zeros(3), ends]) if own else [0.0, 1.0]
+    solver = RungeKutta("esdirk54", rtol=1e-9, atol=1e-9, per_sample=per_sample)
+
+    @tf.function
+    def gradient(y0):
+        with tf.GradientTape() as tape:
+            tape.watch(y0)
+            total = tf.reduce_sum(keras_node.odeint(lambda y: -(y**2), y0, ts, solver=solver).ys[-1])
+        return tape.gradient(total, y0)
+
+    np.testing.assert_allclose(gradient(y0), 1 / (1 + y0 * ends) ** 2, rtol=1e-6)
