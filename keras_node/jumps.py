@@ -78,6 +78,7 @@ def map_amounts(function: Callable[[Any, tf.Tensor], tf.Tensor], amounts: Nest, 
     """Calls a function for every tensor of the state, with the amounts of jumps that belong to it."""
     try:
         keras.tree.map_structure_up_to(y0, lambda *_: None, amounts, y0)
+        # For a state of one tensor, anything would count as its amounts.
         fits = isinstance(y0, dict) or not isinstance(amounts, dict)
     except (TypeError, ValueError):
         fits = False
