@@ -256,3 +256,19 @@ def test_eight_threads_predict_what_one_does():
     for i, ys in results.items():
         for y in ys:
             np.testing.assert_allclose(y, expected[i], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gradient", ["checkpointed", "reversible"])
+def test_a_solve_that_fails_for_a_sample_spoils_the_gradient_of_what_all_samples_share(gradient):
+    y0, rate, ts = tf.constant([[1.0], [100.0]], tf.float64), tf.constant(1.0, tf.float64), tf.constant([0.0, 0.5])
+    solver = keras_node.RungeKutta("bosh3", per_sample=True, max_steps=200)
+    with tf.GradientTape() as tape:
+        tape.watch((y0, rate, ts))
+        solution = keras_node.odeint(
+            lambda t, y, rate: rate * y**2, y0, ts, args=rate, gradient=gradient, solver=solver, throw=False
+        )
+        total = tf.reduce_sum(solution.ys[-1])
+    np.testing.assert_array_equal(solution.status == 0, [True, False])
+    by_start, by_rate, by_times = tape.gradient(total, (y0, rate, ts))
+    np.testing.assert_array_equal(np.isfinite(by_start), [[True], [False]])
+    assert np.isnan(by_rate) and np.isnan(by_times).all()
