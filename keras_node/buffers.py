@@ -54,16 +54,18 @@ class _Blocks(tf.experimental.ExtensionType):
 Buffer: TypeAlias = tf.TensorArray | tf.Tensor | _Blocks
 
 
-def new_buffer(size: int | tf.Tensor, like: tf.Tensor) -> Buffer:
+def new_buffer(size: int | tf.Tensor, like: tf.Tensor, exported: bool = True) -> Buffer:
     """Returns a buffer for `size` tensors with the shape and dtype of `like`, which need not all be written.
 
-    The buffer may hold some more entries after these. In eager mode it ends at the last tensor that was written.
+    The buffer may hold some more entries after these. In eager mode it ends at the last tensor that was written. In a
+    loop that no exported model contains, such as that of a gradient, `exported=False` makes it faster.
     """
     if tf.executing_eagerly():
         array = tf.TensorArray(like.dtype, 0, dynamic_size=True, element_shape=like.shape, clear_after_read=False)
         return array.write(0, like)
     few = isinstance(size, int) and size <= (_FEW if like.shape.rank else _FEW_SCALARS)
-    if like.shape.is_fully_defined() and not (few and like.shape.rank == 0):
+    # LiteRT has no lists of tensors whose size is unknown, for example that of the batch.
+    if (like.shape.is_fully_defined() or not exported) and not (few and like.shape.rank == 0):
         # A stack is only defined if at least one entry was written.
         array = tf.TensorArray(like.dtype, size, element_shape=like.shape, clear_after_read=False)
         return array.write(0, like)
@@ -72,7 +74,6 @@ def new_buffer(size: int | tf.Tensor, like: tf.Tensor) -> Buffer:
         zeros = tf.zeros(tf.concat([sizes, tf.shape(like)], axis=0), like.dtype)
         return tf.ensure_shape(zeros, [None for _ in sizes] + like.shape)
 
-    # LiteRT has no lists of tensors whose size is unknown, for example that of the batch.
     if few:
         return write(nothing(size), 0, like)
     rows = math.isqrt(size) + 1 if isinstance(size, int) else tf.cast(tf.sqrt(tf.cast(size, tf.float32)), tf.int32) + 1

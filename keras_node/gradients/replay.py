@@ -163,9 +163,9 @@ class Replay:
         written = tf.zeros_like(readings[0], dtype=tf.int32) + tf.shape(readings)[0] - 1 if self.dense else ()
         zeros = tf.nest.map_structure(tf.zeros_like, (params, timing))
         first = tf.nest.map_structure(lambda states: states[0], self.record.states)
-        kept = tf.nest.map_structure(lambda a: new_buffer(self.capacity, a), first)
+        kept = tf.nest.map_structure(lambda a: new_buffer(self.capacity, a, exported=False), first)
         # To solve for the stages of an implicit method is far more work than to keep them.
-        stages = new_buffer(self.capacity, self._no_stages(first)) if implicit else ()
+        stages = new_buffer(self.capacity, self._no_stages(first), exported=False) if implicit else ()
         loop = (count - 1, kept, stages, (last, *zeros, written, 0))
         *_, (adjoint, dparams, dtiming, _, evaluations) = tf.while_loop(lambda n, *_: n >= 0, body, loop)
 
