@@ -1,4 +1,4 @@
-"""What the examples in docstrings may use without importing it, and when memory is given back."""
+"""Random numbers of tests, names that the examples in docstrings may use, and when memory is given back."""
 
 import ctypes
 import gc
@@ -18,6 +18,14 @@ def _memory_of_a_module():
     gc.freeze()  # what is left stays, and to look at it again after every module takes a second or two
     if sys.platform == "linux":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_in_every_run():
+    """A test that passes today passes tomorrow, and alone as well as after others."""
+    import keras
+
+    keras.utils.set_random_seed(0)
 
 
 @pytest.fixture(autouse=True)

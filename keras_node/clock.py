@@ -137,6 +137,8 @@ class Clock(NamedTuple):
 
     def trimmed(self) -> "Clock":
         """The clock without unused segments after the last one. It works in eager mode only."""
+        if self.num_segments == 1:
+            return self
         last = max(int(np.max(self.count, initial=1)), 1)
         stops, times, elapsed = (x[: last + 1] for x in self[:3])
         return self._replace(stops=stops, times=times, elapsed=elapsed, speed=self.speed[:last])
@@ -159,13 +161,14 @@ def make_clock(
     elapsed = tf.cast(times - times[:1], dtype)
     times = tf.cast(times, dtype)
     stops = tf.stop_gradient(tf.abs(elapsed))
+    lengths = stops[1:] - stops[:-1]
     shared = times.shape.rank == 2 and not per_sample
     if shared:
         # The sample for which the most time passes sets the length of a segment. An empty batch has the maximum -inf.
-        lengths = tf.maximum(tf.reduce_max(stops[1:] - stops[:-1], axis=1), 0)
-        stops = tf.concat([tf.zeros_like(lengths[:1]), tf.cumsum(lengths)], axis=0)
-    moves = tf.cast(stops[1:] > stops[:-1], tf.int32)
-    index = tf.concat([tf.zeros_like(moves[:1]), tf.cumsum(moves)], axis=0)
+        lengths = tf.maximum(tf.reduce_max(lengths, axis=1), 0)
+        stops = _sums(lengths)
+    moves = tf.cast(lengths > 0, tf.int32)
+    index = _sums(moves)
     count = index[-1]
     if times.shape[0] != 2:
         # Times that coincide share a stop. It takes the first of them, and the last stop takes the last one.
@@ -173,9 +176,14 @@ def make_clock(
         number = tf.reshape(tf.range(1, tf.shape(times)[0]), [-1] + [1] * (order.shape.rank - 1))
         kept = tf.concat([index[:1], tf.where(number < count, order, tf.shape(times)[0] - 1)], axis=0)
         stops, times, elapsed = (reorder(x, kept) for x in (stops, times, elapsed))
-    lengths = stops[1:] - stops[:-1]
+        lengths = stops[1:] - stops[:-1]
     speed = tf.math.divide_no_nan(elapsed[1:] - elapsed[:-1], lengths[:, None] if shared else lengths)
     return Clock(stops, times, elapsed, speed, count, kinks), index
+
+
+def _sums(x: tf.Tensor) -> tf.Tensor:
+    """The sums of the first entries on axis 0: of none, of one, and so on."""
+    return tf.pad(tf.cumsum(x), [[1, 0], *[[0, 0]] * (x.shape.rank - 1)])
 
 
 def merge(times: tf.Tensor, more: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -251,7 +251,7 @@ def solve_clock(problem: Problem) -> tuple[Clock, Nest]:
             return clock, () if ts.shape[0] == 2 else clock.readings_at(tf.cast(ts - ts[:1], dtype), stops)
         # A symplectic method has no dense output of its order, so that its steps end at all times too.
         stops_at_all = solver.tableau.symplectic
-        times, place = ts if stops_at_all else tf.stack([ts[0], ts[-1]]), None
+        times, place = ts if stops_at_all or ts.shape[0] == 2 else tf.stack([ts[0], ts[-1]]), None
         if solver.step_at:
             times, place = merge(times, tf.constant(solver.step_at, ts.dtype))
         clock, stops = make_clock(times, dtype, solver.per_sample, problem.precision if solver.step_at else None)

@@ -62,6 +62,11 @@ def weighted_sum(weights: Sequence[float | tf.Tensor], xs: Sequence[Nest]) -> Ne
     return each(lambda *leaves: total([scale(w, leaf) for w, leaf in zip(weights, leaves, strict=True)]), *xs)
 
 
+def dense(gradient: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
+    """Returns a gradient as a tensor. That of a lookup is an `IndexedSlices`, which cannot be the variable of a loop."""
+    return gradient if isinstance(gradient, tf.Tensor) else tf.convert_to_tensor(gradient)
+
+
 def total(xs: Sequence[tf.Tensor]) -> tf.Tensor:
     """Returns the sum of tensors of the same shape."""
     return xs[0] if len(xs) == 1 else tf.raw_ops.AddN(inputs=xs)

@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+from keras_node import trees
 from keras_node.trees import Nest
 
 
@@ -14,5 +15,4 @@ def vjp(tape: tf.GradientTape, outputs: Nest, inputs: Nest, cotangent: Nest) -> 
         output_gradients=tf.nest.flatten(cotangent),
         unconnected_gradients=tf.UnconnectedGradients.ZERO,
     )
-    # The gradient of a lookup is an `IndexedSlices`, which cannot be the variable of a loop.
-    return tf.nest.pack_sequence_as(inputs, [tf.convert_to_tensor(g) for g in gradients])
+    return tf.nest.pack_sequence_as(inputs, [trees.dense(g) for g in gradients])

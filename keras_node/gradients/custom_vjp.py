@@ -132,8 +132,7 @@ def custom_vjp(
 
         def differentiate(upstream: Sequence[tf.Tensor], variables: Sequence[tf.Variable] | None) -> Any:
             dys, _ = tf.nest.pack_sequence_as((ys, others), upstream)
-            # The gradient of a lookup is an `IndexedSlices`, which cannot be the variable of a loop.
-            dys = tf.nest.map_structure(tf.convert_to_tensor, dys)
+            dys = tf.nest.map_structure(trees.dense, dys)
             if not solved:
                 # Only forward-mode differentiation gets here before the solve has returned. It would get zeros.
                 raise NotImplementedError(
