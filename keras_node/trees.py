@@ -63,7 +63,7 @@ def weighted_sum(weights: Sequence[float | tf.Tensor], xs: Sequence[Nest]) -> Ne
 
 
 def dense(gradient: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
-    """Returns a gradient as a tensor. That of a lookup is an `IndexedSlices`, which cannot be the variable of a loop."""
+    """Returns a gradient as a tensor: that of a lookup is an `IndexedSlices`, which a loop cannot carry."""
     return gradient if isinstance(gradient, tf.Tensor) else tf.convert_to_tensor(gradient)
 
 

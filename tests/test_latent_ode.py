@@ -372,8 +372,12 @@ def test_errors_say_what_arrived():
         latent_ode().sample(3, [0.0, 1.0])
     with pytest.raises(ValueError, match=r"tuple `\(times, values, mask\)`"):
         latent_ode().compute_loss(x[:2])
-    with pytest.raises(ValueError, match=r"\(batch, T, features\).*Received: shapes"):
+    with pytest.raises(ValueError, match=r"\(batch, T, features\).*Received: data of shape"):
         latent_ode()((x[0], x[1], x[2][..., 0]))
+    model = latent_ode()
+    model.compile("adam")
+    with pytest.raises(ValueError, match=r"tuple `\(times, values, mask\)`.*Received: data of shape \(2, 7, 2\)"):
+        model.fit(np.ones((2, 7, 2)), verbose=0)
     with pytest.raises(ValueError, match="must not decrease"):
         latent_ode()((-x[0], *x[1:]))
     with pytest.raises(ValueError, match=r"`noise_scale` must be positive, or `None`. Received: noise_scale=0.0"):

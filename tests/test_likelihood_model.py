@@ -186,6 +186,31 @@ def test_weights_of_a_flow():
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["flow", "flow, tf.data", "series"])
+def test_a_step_of_training_is_traced_once(kind):
+    # A model that has no weights yet, whose optimizer has no variables yet.
+    class Field(keras.layers.Dense):
+        def call(self, y):
+            traced.append(y)
+            return super().call(y)
+
+    traced, field = [], Field(2)
+    x = np.random.default_rng(2).normal(size=(4, 3, 2)).astype("float32")
+    if kind == "series":
+        model = LatentODE(2, units=3, vector_field=field, solver=SOLVER, jit_compile=False)
+        data = {"x": (np.tile([0.0, 0.5, 1.0], (4, 1)), x, x > 0)}
+    else:
+        model = ContinuousFlow(2, field, solver=SOLVER, trace="hutchinson", jit_compile=False)
+        data = {"x": x} if kind == "flow" else {"x": tf.data.Dataset.from_tensors(x)}
+    model.compile("adam")
+    model.fit(**data, epochs=2, verbose=0)
+    in_fit = len(traced)
+    traced.clear()
+    step = tf.function(lambda x: model.train_step((x,)))
+    step.get_concrete_function(x=keras.tree.map_structure(tf.constant, data["x"] if kind == "series" else x))
+    assert in_fit == len(traced) > 0
+
+
 def test_weights_of_series_and_their_targets():
     rng = np.random.default_rng(3)
     times = np.sort(rng.uniform(size=(4, 3)), axis=1).astype("float32")

@@ -409,8 +409,19 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
 def _parts(inputs: Any) -> tuple:
     """Returns `x`, and the condition or `None`."""
     if isinstance(inputs, dict):
-        return inputs["x"], inputs.get("condition")
-    return tuple(inputs) if isinstance(inputs, list | tuple) else (inputs, None)
+        given, is_known = f"the keys {sorted(inputs)}", "x" in inputs and set(inputs) <= {"x", "condition"}
+        parts = inputs.get("x"), inputs.get("condition")
+    elif isinstance(inputs, list | tuple):
+        given, is_known = f"length {len(inputs)}", len(inputs) == 2
+        parts = tuple(inputs)
+    else:
+        return inputs, None
+    if not is_known:
+        raise ValueError(
+            'A flow takes `x`, `(x, condition)`, or `{"x": x, "condition": condition}`. '
+            f"Received: a {type(inputs).__name__} with {given}"
+        )
+    return parts
 
 
 def _draws(function: Any) -> bool:

@@ -1,6 +1,6 @@
 """A variational autoencoder for irregular series, whose latent state follows an ODE."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import keras
@@ -162,6 +162,7 @@ class LatentODE(NestedLayers, LikelihoodModel):
         self.seed_generator = keras.random.SeedGenerator()
 
     def build(self, inputs_shape: Any) -> None:
+        _check_shapes(inputs_shape)
         _, values_shape, _ = inputs_shape
         features = values_shape[-1]
         self.encoder.build((None, None, 2 * features + 1))
@@ -334,13 +335,10 @@ class LatentODE(NestedLayers, LikelihoodModel):
             raise ValueError(f"A batch of series must be a tuple `(times, values, mask)`. Received: {series!r}")
         times = prepare_times(series[0], self.variable_dtype)
         values, mask = (ops.convert_to_tensor(x) for x in series[1:])
-        if len(values.shape) != 3 or len(mask.shape) != 3 or len(times.shape) not in (1, 2):
-            raise ValueError(
-                "`times` must be (batch, T) or (T,), and `values` and `mask` (batch, T, features). Received: shapes "
-                f"{tuple(times.shape)}, {tuple(values.shape)} and {tuple(mask.shape)}"
-            )
+        shapes = tuple(tuple(x.shape) for x in (times, values, mask))
+        _check_shapes(shapes)
         if not self.built:
-            self.build(tuple(tuple(x.shape) for x in (times, values, mask)))
+            self.build(shapes)
         observed = ops.cast(mask, "bool")
         values = ops.where(observed, ops.cast(values, self.variable_dtype), 0)
         if len(times.shape) == 2:
@@ -349,6 +347,15 @@ class LatentODE(NestedLayers, LikelihoodModel):
             valid = with_start(ops.any(observed, axis=-1))
             times = last_valid(ops.pad(times, front, constant_values=self.dynamics.t0), valid)[:, 1:]
         return times, values, observed
+
+
+def _check_shapes(shapes: Sequence) -> None:
+    ranks = [len(shape) if isinstance(shape, list | tuple) else None for shape in shapes]
+    if ranks not in ([1, 3, 3], [2, 3, 3]):
+        raise ValueError(
+            "A batch of series must be a tuple `(times, values, mask)`: `times` of shape (batch, T) or (T,), and "
+            f"`values` and `mask` of shape (batch, T, features). Received: data of shape {shapes}"
+        )
 
 
 def _network(units: int, outputs: int, dtype: Any, name: str) -> keras.Sequential:

@@ -102,6 +102,7 @@ class LikelihoodModel(keras.Model):
     def fit(self, *args: Any, **kwargs: Any) -> keras.callbacks.History:
         arguments = self.prepare_data(_bound(super().fit, args, kwargs), trains=True)
         _refuse_class_weight(arguments)
+        self._build_ahead(arguments.get("x"))
         validation_data = arguments.get("validation_data")
         if isinstance(validation_data, list | tuple) and len(validation_data) == 3:
             x, y, sample_weight = validation_data
@@ -118,6 +119,24 @@ class LikelihoodModel(keras.Model):
         arguments = _bound(super().train_on_batch, args, kwargs)
         _refuse_class_weight(arguments)
         return super().train_on_batch(**arguments)
+
+    # If a trace of a training step makes variables, TensorFlow traces the step once more. So they are made before it.
+
+    def make_train_function(self, force: bool = False) -> Callable:
+        if self.built and not self.optimizer.built:
+            with self.distribute_strategy.scope():
+                self.optimizer.build(self.trainable_variables)
+        return super().make_train_function(force)
+
+    def _build_ahead(self, x: Any) -> None:
+        """Makes the weights of the model for the data of `fit`, if these tell their shapes."""
+        if isinstance(x, tf.data.Dataset):
+            x, _, _ = keras.utils.unpack_x_y_sample_weight(x.element_spec)
+        shapes = [getattr(leaf, "shape", None) for leaf in keras.tree.flatten(x)]
+        if self.built or any(shape is None or tf.TensorShape(shape).rank is None for shape in shapes):
+            return
+        with self.distribute_strategy.scope():
+            self.build(keras.tree.map_structure(lambda leaf: tuple(leaf.shape), x))
 
     def compile(
         self,
