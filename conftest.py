@@ -1,6 +1,7 @@
 """Random numbers of tests, names that the examples in docstrings may use, and when memory is given back."""
 
 import ctypes
+import functools
 import gc
 import sys
 
@@ -26,6 +27,25 @@ def _same_random_numbers_in_every_run():
     import keras
 
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def traced_once(monkeypatch):
+    """Creates the variables of an optimizer before `fit`, for tests in which most of the time is tracing.
+
+    Keras creates them in the first trace of a training step, and then TensorFlow traces the step again.
+    """
+    import keras
+
+    fit = keras.Model.fit
+
+    @functools.wraps(fit)
+    def with_optimizer(model, *args, **kwargs):
+        if model.built and not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        return fit(model, *args, **kwargs)
+
+    monkeypatch.setattr(keras.Model, "fit", with_optimizer)
 
 
 @pytest.fixture(autouse=True)

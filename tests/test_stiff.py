@@ -373,7 +373,7 @@ def test_first_derivatives_equal_finite_differences(gradient, mode, method, per_
         np.testing.assert_allclose(np.sum(g * direction), expected, rtol=2e-6)
 
 
-@pytest.mark.parametrize(("gradient", "mode"), [(None, "xla"), ("direct", "graph")])
+@pytest.mark.parametrize(("gradient", "mode"), [(None, "graph"), ("direct", "eager")])
 def test_second_derivatives_equal_finite_differences(gradient, mode):
     solver = RungeKutta("trbdf2", num_steps=4, rtol=1e-11, atol=1e-13, max_newton_iterations=30)
     # A short field on one interval, since the second derivative has all of it many times.
@@ -389,7 +389,8 @@ def test_second_derivatives_equal_finite_differences(gradient, mode):
     def size(*x):
         return sum(tf.reduce_sum((g * a) ** 2) for g, a in zip(first(*x), arguments, strict=True))
 
-    gradients = tf.function(derivative(size), jit_compile=mode == "xla")(*arguments)
+    second = derivative(size) if mode == "eager" else tf.function(derivative(size))
+    gradients = second(*arguments)
     for g, (direction, expected) in zip(gradients, differences(tf.function(size), arguments), strict=True):
         np.testing.assert_allclose(np.sum(g * direction), expected, rtol=1e-5)
 
@@ -527,6 +528,7 @@ def test_each_entry_of_the_state_has_its_own_tolerance(method):
 # Layers, files and the inverse
 
 
+@pytest.mark.usefixtures("traced_once")
 def test_a_layer_trains_saves_and_counts(tmp_path):
     solver = RungeKutta("esdirk43", rtol=1e-3, atol=[1e-4, 1e-4, 1e-6])
     layer = keras_node.ODELayer(keras.layers.Dense(3), solver=solver, track_stats=True, name="ode")
