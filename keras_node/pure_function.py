@@ -245,6 +245,11 @@ def is_seed(variable: keras.Variable) -> bool:
     return not tf.as_dtype(variable.dtype).is_floating
 
 
+def has_seed(function: Callable[..., Any]) -> bool:
+    """Whether a function is a layer with a seed, which means that it may draw noise in training."""
+    return isinstance(function, keras.Layer) and any(is_seed(v) for v in function.non_trainable_variables)
+
+
 def _components(variables: Iterable[keras.Variable]) -> set[int]:
     """The `id`s of the objects that hold the values of variables on this device."""
     strategy = tf.distribute.get_strategy()

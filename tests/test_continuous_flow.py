@@ -461,6 +461,11 @@ def test_data_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match=r"`x` must be of shape \(..., 2\). Received: x.shape=\(4, 3\)"):
         flow().log_prob(np.zeros((4, 3), "float32"))
     x = points(4, "float32")
+    built = flow(linear, solver=COARSE)
+    built(x)
+    for method in (built.log_prob, built.forward, built.inverse):
+        with pytest.raises(ValueError, match=r"`x` must be of shape \(..., 2\). Received: x.shape=\(2, 4\)"):
+            method(np.zeros((2, 4), "float32"))
     with pytest.raises(ValueError, match=r"A flow takes `x`.*Received: a tuple with length 3"):
         flow()((x, x, x))
     with pytest.raises(ValueError, match=r"A flow takes `x`.*Received: a dict with the keys \['cond', 'x'\]"):

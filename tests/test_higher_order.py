@@ -43,8 +43,8 @@ HESSIANS = {
 }
 
 
-# XLA does not differentiate a loop in a loop twice, which "direct" would need for three times. With backsolve under XLA,
-# test_jit_compile.py has second derivatives.
+# XLA does not differentiate a loop in a loop twice, which "direct" would need for three times. test_jit_compile.py has
+# second derivatives with backsolve under XLA.
 @pytest.mark.parametrize(
     ("gradient", "case"),
     [

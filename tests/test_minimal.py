@@ -1,6 +1,6 @@
-"""A short use of all that leans on the versions of Keras and TensorFlow; only `make test-minimal` runs it, on the oldest.
+"""A short use of all that leans on the versions of Keras and TensorFlow, for `make test-minimal`, on the oldest ones.
 
-What it uses has stricter tests elsewhere.
+`make test` leaves this file out, since what it uses has stricter tests elsewhere.
 """
 
 import keras

@@ -11,11 +11,12 @@ from keras import ops
 
 from keras_node.arguments import positive_integer
 from keras_node.layers.concat_squash import ConcatSquashField
-from keras_node.models.density_field import DensityField
+from keras_node.models.density_field import DensityField, draw_noise
+from keras_node.models.flow_inputs import as_rows, check_length, split
 from keras_node.models.flow_matching import FlowMatching, checked_coupling, refuse_weights
 from keras_node.models.likelihood_model import LikelihoodModel
 from keras_node.models.probability import make_bijector, make_distribution
-from keras_node.pure_function import is_seed
+from keras_node.pure_function import has_seed
 from keras_node.signatures import build, call_arguments
 from keras_node.solve_options import Gradient, Solver, SolvingLayer
 from keras_node.solvers.runge_kutta import RungeKutta
@@ -205,9 +206,8 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         self._objective = objective
 
     def build(self, input_shape: Any) -> None:
-        x, condition = _parts(input_shape) if _is_nest_of_shapes(input_shape) else (input_shape, None)
-        if x[-1] != self.event_dim:
-            raise ValueError(f"`x` must be of shape (..., {self.event_dim}). Received: x.shape={tuple(x)}")
+        x, condition = split(input_shape)
+        check_length(x, self.event_dim)
         if condition is not None and self.num_arguments < 3:
             raise ValueError(
                 "A condition needs a vector field `f(t, x, condition)`. Leave the condition out, or change the field. "
@@ -221,8 +221,8 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
             build(self.vector_field, t, x, condition)
 
     def call(self, inputs: Any, training: bool | None = None) -> tf.Tensor:
-        x, condition = _parts(inputs)
-        if training and self.trace == "exact" and _draws(self.vector_field):
+        x, condition = split(inputs)
+        if training and self.trace == "exact" and has_seed(self.vector_field):
             raise ValueError(
                 'With `trace="exact"` a field may be evaluated on several copies of its batch, which must not differ, '
                 'but noise such as dropout makes them differ: use `trace="hutchinson"`, or remove the noise. '
@@ -250,7 +250,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
                 f"pass `validation_data=x` or `validation_data=((x, condition),)`. Received: y={y!r}"
             )
         if training and self.objective == "flow_matching":
-            x, condition = _parts(x)
+            x, condition = split(x)
             rows, condition = self._rows(x, condition)
             matching = FlowMatching(self.vector_field, self.t1, self.coupling, self.seed_generator)
             return tf.reshape(matching(rows, condition, training=True), tf.shape(x)[:-1]), {}
@@ -348,7 +348,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         return make_distribution(self, condition)
 
     def compute_output_spec(self, inputs: Any, training: bool | None = None) -> keras.KerasTensor:
-        x, _ = _parts(inputs)
+        x, _ = split(inputs)
         return keras.KerasTensor(tuple(x.shape[:-1]), dtype=self.variable_dtype)
 
     def get_config(self) -> dict[str, Any]:
@@ -385,50 +385,12 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         return tf.reshape(rows, shape), [tf.reshape(i, shape[:-1]) for i in tf.unstack(integrals, axis=-1)]
 
     def _rows(self, x: Any, condition: Any) -> tuple[tf.Tensor, tf.Tensor | None]:
-        """Returns the vectors and their conditions with one batch axis each."""
-        x = ops.convert_to_tensor(x, self.variable_dtype)
-        if condition is not None:
-            condition = ops.convert_to_tensor(condition, self.variable_dtype)
-            features = condition.shape[-1]
-            shape = tf.concat([tf.shape(x)[:-1], [features]], axis=0)
-            condition = tf.reshape(tf.broadcast_to(condition, shape), (-1, features))
+        """Returns the vectors and their conditions with one batch axis each, after it has built the model for them."""
+        rows, condition = as_rows(x, condition, self.event_dim, self.variable_dtype)
         if not self.built:
-            shape = (None, self.event_dim)
-            self.build(shape if condition is None else (shape, (None, features)))
-        return tf.reshape(x, (-1, self.event_dim)), condition
+            shape = tuple(rows.shape)
+            self.build(shape if condition is None else (shape, tuple(condition.shape)))
+        return rows, condition
 
     def _noise(self, like: tf.Tensor) -> tf.Tensor | None:
-        if self.trace == "exact":
-            return None
-        if self.noise == "gaussian":
-            return keras.random.normal(ops.shape(like), dtype=like.dtype, seed=self.seed_generator)
-        uniform = keras.random.uniform(ops.shape(like), -1, 1, like.dtype, self.seed_generator)
-        return tf.where(uniform < 0, -tf.ones_like(like), tf.ones_like(like))
-
-
-def _parts(inputs: Any) -> tuple:
-    """Returns `x`, and the condition or `None`."""
-    if isinstance(inputs, dict):
-        given, is_known = f"the keys {sorted(inputs)}", "x" in inputs and set(inputs) <= {"x", "condition"}
-        parts = inputs.get("x"), inputs.get("condition")
-    elif isinstance(inputs, list | tuple):
-        given, is_known = f"length {len(inputs)}", len(inputs) == 2
-        parts = tuple(inputs)
-    else:
-        return inputs, None
-    if not is_known:
-        raise ValueError(
-            'A flow takes `x`, `(x, condition)`, or `{"x": x, "condition": condition}`. '
-            f"Received: a {type(inputs).__name__} with {given}"
-        )
-    return parts
-
-
-def _draws(function: Any) -> bool:
-    """Returns whether a field has a seed, which means that it may draw noise in training."""
-    variables = function.non_trainable_variables if isinstance(function, keras.Layer) else []
-    return any(is_seed(v) for v in variables)
-
-
-def _is_nest_of_shapes(shape: Any) -> bool:
-    return isinstance(shape, dict) or not all(d is None or isinstance(d, int) for d in shape)
+        return None if self.trace == "exact" else draw_noise(self.noise, like, self.seed_generator)

@@ -73,3 +73,11 @@ class DensityField:
 
     def __repr__(self) -> str:
         return repr(self.function)
+
+
+def draw_noise(kind: str, like: tf.Tensor, seed: keras.random.SeedGenerator) -> tf.Tensor:
+    """Returns noise of covariance one in the shape of `like`: of kind `"gaussian"`, or of 1 and -1 (`"rademacher"`)."""
+    if kind == "gaussian":
+        return keras.random.normal(keras.ops.shape(like), dtype=like.dtype, seed=seed)
+    uniform = keras.random.uniform(keras.ops.shape(like), -1, 1, like.dtype, seed)
+    return tf.where(uniform < 0, -tf.ones_like(like), tf.ones_like(like))
