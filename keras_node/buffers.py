@@ -97,4 +97,9 @@ def stack(buffer: Buffer) -> tf.Tensor:
 
 def _with_row(x: tf.Tensor, index: int | tf.Tensor, row: tf.Tensor) -> tf.Tensor:
     """The tensor `x` with `x[index]` replaced by `row`."""
-    return tf.ensure_shape(tf.tensor_scatter_nd_update(x, [[index]], row[None]), x.shape)
+    indices, rows = tf.reshape(index, [1, 1]), row[None]
+    if not row.shape.is_fully_defined():
+        # TensorFlow refuses an index at which there is nothing to write, as in a batch of no samples.
+        number = tf.minimum(tf.reduce_prod(tf.shape(row)), 1)
+        indices, rows = indices[:number], rows[:number]
+    return tf.ensure_shape(tf.tensor_scatter_nd_update(x, indices, rows), x.shape)

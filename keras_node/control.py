@@ -110,9 +110,9 @@ def control_path(times: Any, values: Any, mask: Any = None, interpolation: str =
 
     Args:
         times: times of the observations, `(batch, T)`, or `(T,)` for all samples, in the unit of the times of the
-            solve. They must not decrease. Times that would be equal in the precision of `values` stay in float64, and
-            the path then takes a float64 `t`. But a field sees `t` in the precision of its state; for a field, count
-            such times from an origin close to them.
+            solve. They must not decrease. Numbers that would be equal in the precision of `values`, or that are much
+            farther from zero than from each other, stay in float64, and the path then takes a float64 `t`. But a field
+            sees `t` in the precision of its state; for a field, count such times from an origin close to them.
         values: the observations, a float tensor `(batch, T, channels)`. A NaN is a missing value.
         mask: boolean, `(batch, T)` or `(batch, T, channels)`; false where there is no observation. The values there,
             and the times of steps without any observation, have no effect. Defaults to `None`.

@@ -88,15 +88,17 @@ class EventDetector:
 
     def start(self, t: tf.Tensor, y: Nest, dy: Nest) -> Detected:
         """Finds out on which side of zero every function starts, at time `t` in state `y` with the rate `dy`."""
-        pairs = [value_and_rate(g, t, y, dy) for g in self.functions]
-        value, rate = (tf.stop_gradient(tf.stack(x)) for x in zip(*pairs, strict=True))
+        found = [value_and_rate(g, t, y, dy) for g in self.functions]
+        value, rate, by_time = (tf.stop_gradient(tf.stack(x)) for x in zip(*found, strict=True))
         rate = rate * tf.sign(self.span)
         here = tf.range(len(self.functions))[:, None] == self.fired
-        eps, longest = _eps(value), tf.maximum(tf.abs(t), tf.abs(self.span))
+        eps = _eps(value)
+        # By so much, rounding may change the value: that of times, and of the time that the function sees.
+        rounding = self._resolution(t, tf.abs(self.span)) * tf.abs(rate) + _ULPS * eps * tf.abs(t * by_time)
         # A reset leaves the state on the surface of its event, up to rounding, or moves it clearly away from it.
         fastest = tf.maximum(tf.abs(rate), tf.abs(self.fired_rate))
-        tolerance = tf.where(here, eps**0.5 * longest * fastest, _ULPS * eps * longest * tf.abs(rate))
-        on_it = tf.abs(value) <= tolerance
+        near = eps**0.5 * tf.abs(self.span) * fastest + rounding
+        on_it = tf.abs(value) <= tf.where(here, near, rounding)
         # An event that happens at the same time as the one that has fired is still to come.
         waits = on_it & ~here & (self.sides != 0)
         sides = tf.where(on_it, tf.where(waits, self.sides, tf.sign(rate)), tf.sign(value))
@@ -121,6 +123,10 @@ class EventDetector:
         """The time at a reading of the clock, in the precision of times."""
         sign = tf.cast(tf.sign(self.span), self.origin.dtype)
         return self.origin + sign * tf.cast(reading, self.origin.dtype)
+
+    def _resolution(self, t: tf.Tensor, elapsed: tf.Tensor) -> tf.Tensor:
+        """A few rounding errors of the time `t`, at which so much time has passed."""
+        return _ULPS * (_eps(self.origin) * tf.abs(t) + _eps(t) * elapsed)
 
     def norm(self, active: tf.Tensor) -> Norm:
         """The norm of an error, one value for each sample. In a joint solve it is the mean over the active samples."""
@@ -165,8 +171,8 @@ class EventDetector:
         directions = tf.constant(self.directions, sides.dtype)[:, None]
         counts = (sides != 0) & ((directions == 0) | (directions == -sides))
         # At the last time an event may be missed by the rounding error of a time.
-        ulps = _ULPS * _eps(values) * tf.abs(tf.math.divide_no_nan(step.t + step.dt, step.dt))
-        nearly = tf.where(last, tf.minimum(ulps, 0.5) * tf.abs(values - before), 0)
+        part = tf.abs(tf.math.divide_no_nan(self._resolution(step.t + step.dt, end), step.dt))
+        nearly = tf.where(last, tf.minimum(part, 0.5) * tf.abs(values - before), 0)
         crossed = moved & ~detected.landing & counts & (sides * values <= nearly)
         found = tf.reduce_any(crossed, axis=0)
         step = with_dense_stages(tableau, step, tf.reduce_any(found))
@@ -246,17 +252,16 @@ class EventDetector:
 
 def value_and_rate(
     function: Callable[[tf.Tensor, Nest], tf.Tensor], t: tf.Tensor, y: Nest, dy: Nest
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """The value of an event function, and its derivative `dg/dt + dg/dy f` along the solution: both `(batch,)`."""
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The value of an event function, its derivative `dg/dt + dg/dy f` along the solution, and `dg/dt`: `(batch,)`."""
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         t, y = tf.nest.map_structure(tf.identity, (t, y))
         tape.watch(tf.nest.flatten((t, y)))
         value = function(t, y)
     by_t, by_y = vjp(tape, value, (t, y), tf.ones_like(value))
     products = tf.nest.map_structure(tf.multiply, by_y, dy)
-    return value, by_t + trees.total(
-        [tf.reduce_sum(p, list(range(1, p.shape.rank))) for p in tf.nest.flatten(products)]
-    )
+    by_state = [tf.reduce_sum(p, list(range(1, p.shape.rank))) for p in tf.nest.flatten(products)]
+    return value, by_t + trees.total(by_state), by_t
 
 
 def _eps(x: tf.Tensor) -> float:

@@ -82,7 +82,7 @@ class EventFunctions:
             """The value and the rate of change of the function of each sample's own event."""
             total, total_rate = tf.zeros_like(t), tf.zeros_like(t)
             for i, function in enumerate(functions):
-                value, rate = value_and_rate(function, t, y, dy)
+                value, rate, _ = value_and_rate(function, t, y, dy)
                 total, total_rate = tf.where(index == i, value, total), tf.where(index == i, rate, total_rate)
             return total, total_rate
 

@@ -171,7 +171,7 @@ class HybridSolve:
         end, more = self.ts[-1], phase.done & False
         if self.jumps is not None:
             more = (phase.next_jump < self.jumps.number) & ~phase.done
-            end = tf.where(more, pick(self.jumps.ts, tf.minimum(phase.next_jump, self.jumps.number - 1)), end)
+            end = tf.where(more, pick(self.jumps.ts, phase.next_jump), end)
         end = tf.where(phase.done, phase.t, end)
         trajectory = self.gradient(self._problem(phase, end, problem))
         status = tf.where(phase.done, phase.status, trajectory.status)
@@ -196,9 +196,7 @@ class HybridSolve:
         happened = happened & ~too_many
         jumps = solved & (index < 0) & more
         if self.jumps is not None:
-            amount = tf.nest.map_structure(
-                lambda a: pick(a, tf.minimum(phase.next_jump, self.jumps.number - 1)), self.jumps.amounts
-            )
+            amount = tf.nest.map_structure(lambda a: pick(a, phase.next_jump), self.jumps.amounts)
             after = trees.where(jumps, trees.add(y, amount), after)
         goes_on = jumps | (happened & ~_is_among(index, self.terminal))
         failed = status != int(Status.SUCCESS)

@@ -88,7 +88,7 @@ def compiles(
         return False
     if _accelerated():
         return True
-    if _convolves(pure.trace):
+    if _convolves(pure):
         return False
     # A function without side effects cannot count. The field of another solve is one, and so is a stateless call.
     return jit_compile.count(state, number) if isinstance(jit_compile, CompileLater) and not _is_stateless() else True
@@ -105,13 +105,11 @@ def _accelerated() -> bool:
     return any(device.device_type in ("GPU", "TPU") for device in tf.config.list_logical_devices())
 
 
-def _convolves(function: tf.types.experimental.ConcreteFunction) -> bool:
-    """Whether there are convolutions in a concrete function.
+def _convolves(pure: PureFunction) -> bool:
+    """Whether there are convolutions in a function.
 
     On a CPU, XLA has a fast routine for convolutions in the layout of a forward one. It brings the gradients of a
     convolution into this layout only in the outermost computation. Inside the loop of a solve they run as plain nested
     loops, tens of times slower than in TensorFlow.
     """
-    graph = function.graph.as_graph_def()
-    nodes = [graph.node, *(inner.node_def for inner in graph.library.function)]
-    return any(node.op.startswith(_CONVOLUTIONS) for group in nodes for node in group)
+    return any(node.op.startswith(_CONVOLUTIONS) for node in pure.nodes)

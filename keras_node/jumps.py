@@ -15,8 +15,9 @@ class Jumps(NamedTuple):
     """Jumps in the order in which a solve meets them.
 
     Attributes:
-        ts: their times, `(D, batch)`. Those outside the solve are at its end.
-        amounts: what is added to the state, `(D, batch, ...)`, zero for a jump outside the solve.
+        ts: their times, `(D + 1, batch)`. Those outside the solve are at its end. The last row belongs to no jump, so
+            that there is one to read after the last jump.
+        amounts: what is added to the state, `(D + 1, batch, ...)`, zero for a jump outside the solve.
     """
 
     ts: tf.Tensor
@@ -25,7 +26,8 @@ class Jumps(NamedTuple):
     @property
     def number(self) -> int | tf.Tensor:
         """The number of jumps, as a Python integer if it is known."""
-        return self.ts.shape[0] if self.ts.shape[0] is not None else tf.shape(self.ts)[0]
+        rows = self.ts.shape[0]
+        return (tf.shape(self.ts)[0] if rows is None else rows) - 1
 
 
 def prepare_jumps(jumps: Any, ts: tf.Tensor, y0: Nest) -> Jumps:
@@ -37,7 +39,7 @@ def prepare_jumps(jumps: Any, ts: tf.Tensor, y0: Nest) -> Jumps:
         y0: the initial state, with a batch axis.
     """
     check_jumps(jumps)
-    times = tf.cast(tf.convert_to_tensor(prepare_times(jumps[0], ts.dtype)), ts.dtype)
+    times = tf.cast(tf.convert_to_tensor(prepare_times(jumps[0], ts.dtype, axis=0)), ts.dtype)
     if times.shape.rank not in (1, 2):
         raise ValueError(
             f"The times of `jumps` must be of shape (D,) or (D, batch). Received: shape={tuple(times.shape)}"
@@ -59,10 +61,11 @@ def prepare_jumps(jumps: Any, ts: tf.Tensor, y0: Nest) -> Jumps:
             )
         amount = amount if amount.shape.rank > y.shape.rank else amount[:, None]
         mask = tf.reshape(inside, tf.concat([tf.shape(inside), tf.ones([y.shape.rank - 1], tf.int32)], axis=0))
-        return reorder(tf.where(mask, amount, tf.zeros_like(y)), order)
+        nothing = tf.zeros_like(y)
+        return tf.concat([reorder(tf.where(mask, amount, nothing), order), nothing[None]], axis=0)
 
     amounts = map_amounts(leaf, jumps[1], y0)
-    return Jumps(reorder(times, order), amounts)
+    return Jumps(tf.concat([reorder(times, order), last[None]], axis=0), amounts)
 
 
 def check_jumps(jumps: Any) -> None:

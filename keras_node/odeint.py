@@ -188,7 +188,7 @@ def _odeint(
     original, y0 = y0, _to_state(y0)
     dtype = tf.nest.flatten(y0)[0].dtype
     numbers = as_numbers(ts)
-    ts, valid = checked_times(prepare_times(ts, dtype))
+    ts, valid = checked_times(prepare_times(ts, dtype, axis=0))
     hybrid = bool(events) or jumps is not None
     check_batch(y0, ts, solver, hybrid)
     check_events(events, solver, gradient)

@@ -15,6 +15,7 @@ must know every tensor on which the function depends:
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ import tensorflow as tf
 
 from keras_node.call_context import CallContext
 from keras_node.trees import Nest
+
+# How the names of operations begin that draw random numbers.
+_RANDOM = ("Random", "StatelessRandom", "StatelessTruncated", "StatelessMultinomial", "Multinomial", "Truncated")
 
 
 class RecordingScope(keras.StatelessScope):
@@ -68,12 +72,13 @@ class RecordingScope(keras.StatelessScope):
         # An outer scope may have given the variable another value.
         if value is None and self.original_scope is not None:
             value = self.original_scope.get_current_value(variable)
+            # In eager mode, the result must connect a tape only to tensors that the function closes over.
+            if value is not None and self._graph is None:
+                value = tf.stop_gradient(value)
         # A `tf.function` must read the variable itself, because it keeps the value that it reads during its tracing.
         if value is None and _graph() is self._graph:
             self._marks[id(variable)] = tf.identity(self._mark)
             if self._graph is None:
-                # In eager mode, the result must not connect a tape to the variable, but only to tensors that the
-                # function closes over.
                 self._is_reading = True
                 with self._tape.stop_recording():
                     value = tf.stop_gradient(variable.value)
@@ -201,10 +206,19 @@ class PureFunction:
         other.params = [*self.params, *map(tf.convert_to_tensor, variables)]
         return other
 
+    @functools.cached_property
+    def nodes(self) -> list[Any]:
+        """In a graph, the operations of the trace as `NodeDef`s, those of inner functions included; else none."""
+        if self.trace is None:
+            return []
+        graph = self.trace.graph.as_graph_def()
+        return [*graph.node, *(node for inner in graph.library.function for node in inner.node_def)]
+
     @property
     def draws_noise(self) -> bool:
-        """Whether the function draws random numbers, that is, whether it updates a seed."""
-        return any(is_seed(variable) for variable, _ in self.updates)
+        """Whether the function updates a seed, or in a graph draws random numbers from a fixed one."""
+        updates_seed = any(is_seed(variable) for variable, _ in self.updates)
+        return updates_seed or any(node.op.startswith(_RANDOM) for node in self.nodes)
 
     def assign(self, carried: list[tf.Tensor]) -> None:
         """Assigns the values of `carried` to the variables."""
@@ -228,6 +242,9 @@ def _evaluate_once(
         results, values = evaluate()
         return None, scopes[0], results, values
     trace = tf.function(evaluate, autograph=False).get_concrete_function()
+    if len(scopes) > 1:
+        # The function has made variables, such as those of a layer, so that TensorFlow has traced it twice.
+        return _evaluate_once(function, arguments)
     (scope,) = scopes
     # Only the updates are needed here. TensorFlow removes the rest of this call from the graph.
     results, values = trace() if scope.updates else trace.structured_outputs

@@ -29,6 +29,10 @@ class PureField(Protocol):
     precision: tf.DType | None
     has_jacobian: bool
 
+    @property
+    def may_overflow(self) -> bool:
+        """Whether the field computes in float16."""
+
     def __call__(self, t: tf.Tensor, y: Nest, params: list[tf.Tensor]) -> Nest:
         """Returns the rate of change of `y`."""
 

@@ -13,6 +13,10 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
+# Times that are this much farther from zero than from each other lose too much of their differences when they are
+# rounded: half as many units of the precision.
+_FAR = 16
+
 # What an argument for times may be; a sequence may contain tensors.
 Times: TypeAlias = tf.Tensor | tf.Variable | np.ndarray | Sequence
 
@@ -24,24 +28,22 @@ def as_numbers(times: Times) -> np.ndarray | None:
     return np.asarray(times, dtype="float64")
 
 
-def prepare_times(times: Times, dtype: tf.DType | str) -> tf.Tensor:
+def prepare_times(times: Times, dtype: tf.DType | str, axis: int = -1) -> tf.Tensor:
     """Returns times as a tensor of `dtype`, or of a higher precision that tells them apart.
 
     Args:
         times: numbers, an array, a tensor, a variable, or a list of these.
         dtype: the precision of the state.
+        axis: the axis of time.
 
     Returns:
         A tensor of `dtype`. Its precision is that of the times if this is higher, and float64 for integers, and for
-        numbers that are different but would be equal in `dtype`.
+        numbers that `dtype` does not tell apart, or that are much farther from zero than from each other.
     """
     dtype = keras.backend.standardize_dtype(dtype)
     known = as_numbers(times)
     if known is not None:
-        rounded = known.astype(dtype)
-        axes = range(known.ndim)
-        same = all(np.array_equal(np.diff(rounded, axis=i) == 0, np.diff(known, axis=i) == 0) for i in axes)
-        return tf.constant(rounded if same else known)
+        return tf.constant(known.astype(dtype) if _tells_apart(known, dtype, axis) else known)
     if not _is_tensor(times):
         leaves = tf.nest.flatten(times)
         highest = functools.reduce(_higher, [t.dtype for t in leaves if _is_tensor(t)], dtype)
@@ -49,6 +51,17 @@ def prepare_times(times: Times, dtype: tf.DType | str) -> tf.Tensor:
         return tf.convert_to_tensor(tf.nest.pack_sequence_as(times, leaves))
     times = times if isinstance(times, keras.KerasTensor) else tf.convert_to_tensor(times)
     return ops.cast(times, _higher(dtype, times.dtype))
+
+
+def _tells_apart(numbers: np.ndarray, dtype: str, axis: int) -> bool:
+    """Whether numbers stay different in `dtype`, and its rounding is small beside the time from first to last."""
+    if not numbers.size:
+        return True
+    with np.errstate(invalid="ignore", over="ignore"):  # times that are not finite are for the solve to report
+        steps, rounded = np.diff(numbers, axis=axis), np.diff(numbers.astype(dtype), axis=axis)
+        span = np.ptp(numbers, axis=axis)
+        far = (span > 0) & (np.max(np.abs(numbers), axis=axis) > _FAR * span)
+    return np.array_equal(steps == 0, rounded == 0) and not np.any(far)
 
 
 def _is_tensor(x: Any) -> bool:

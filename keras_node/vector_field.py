@@ -98,6 +98,15 @@ class VectorField:
         result, _ = self.pure(list(float_args), self.pure.carried, t, y, args, function=function)
         return result
 
+    @property
+    def may_overflow(self) -> bool:
+        """Whether the field computes in float16, where gradients that are large for another reason overflow."""
+        if self.pure.trace is None:
+            # In eager mode nothing tells what the inner layers do, but mostly they do what the policy says.
+            return self.precision == tf.float16 or keras.config.dtype_policy().compute_dtype == "float16"
+        half = tf.float16.as_datatype_enum
+        return any(attribute.type == half for node in self.pure.nodes for attribute in node.attr.values())
+
     def sources(self, params: list[tf.Tensor]) -> list[tf.Tensor | tf.Variable]:
         """Returns what a tape must watch and differentiate by, for the gradients of `params`."""
         number = len(self._float_args)

@@ -15,4 +15,8 @@ def vjp(tape: tf.GradientTape, outputs: Nest, inputs: Nest, cotangent: Nest) -> 
         output_gradients=tf.nest.flatten(cotangent),
         unconnected_gradients=tf.UnconnectedGradients.ZERO,
     )
-    return tf.nest.pack_sequence_as(inputs, [trees.dense(g) for g in gradients])
+    gradients = [trees.dense(g) for g in gradients]
+    if not tf.executing_eagerly():
+        # A custom gradient need not tell the shape.
+        gradients = [g if g.shape.rank else tf.ensure_shape(g, x.shape) for g, x in zip(gradients, flat, strict=True)]
+    return tf.nest.pack_sequence_as(inputs, gradients)

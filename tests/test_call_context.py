@@ -198,3 +198,21 @@ def test_second_derivatives_are_of_the_same_noise(gradient, jit_compile):
     expected = (run(X + epsilon)[0] - run(X - epsilon)[0]) / (2 * epsilon)
     second = run(X)[1]
     np.testing.assert_allclose(second, expected, atol=5e-3 * np.max(np.abs(expected)))
+
+
+@pytest.mark.parametrize("gradient", ["backsolve", "checkpointed", "reversible"])
+def test_a_stateless_call_has_the_gradients_of_its_values(gradient):
+    layer = keras_node.ODELayer(keras.layers.Dense(3), solver=SOLVER, gradient=gradient)
+    layer.build((None, 3))
+    values = [tf.identity(v.value) for v in layer.trainable_variables]
+
+    def run():
+        with tf.GradientTape() as tape:
+            tape.watch(values)
+            y, _ = layer.stateless_call(values, [], X, training=True)
+            loss = tf.reduce_sum(y**2)
+        return tape.gradient(loss, values)
+
+    for eager, graph in zip(run(), tf.function(run)(), strict=True):
+        np.testing.assert_allclose(eager, graph, rtol=1e-4)
+        assert np.all(np.isfinite(eager))

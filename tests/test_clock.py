@@ -261,6 +261,41 @@ def test_large_times_as_numbers_and_in_layers():
         assert path(tf.constant(EPOCH + 0.75, tf.float64)).dtype == tf.float32
 
 
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_numbers_that_float32_would_round_keep_their_digits(mode):
+    # In float32 these times are 0, 128 and 256 seconds apart from the first.
+    ts, one = [EPOCH, EPOCH + 100, EPOCH + 300], lambda y: tf.ones_like(y)
+    y0, fade = tf.zeros((1, 1)), lambda y: -y / 100
+    never = keras_node.Event(lambda y: y[:, 0] - 1e6)
+    dose = ([EPOCH + 50], np.ones((1, 1)))
+    layer = keras_node.ODELayer(fade, t0=EPOCH, solver="dopri5")
+    days = keras_node.ODELayer(lambda y: -1000 * y, t0=20_000.0, t1=20_000.001, solver="dopri5")
+
+    def run():
+        return (
+            keras_node.odeint(one, y0, ts, event=never).ys[:, 0, 0],
+            keras_node.odeint(one, y0, ts).ts - EPOCH,
+            keras_node.odeint(fade, y0, ts, jumps=dose).ys[1:, 0, 0],
+            layer(y0, ts=ts[1:], jumps=dose)[0, :, 0],
+            days(y0, jumps=([20_000.0005], np.ones((1, 1))))[:, 0],
+        )
+
+    states, times, after_dose, of_layer, of_days = in_mode(mode, run)()
+    np.testing.assert_allclose(states, [0, 100, 300], rtol=1e-5)
+    np.testing.assert_array_equal(times, [0, 100, 300])
+    for faded in (after_dose, of_layer):
+        np.testing.assert_allclose(faded, np.exp([-0.5, -2.5]), rtol=3e-3)
+    np.testing.assert_allclose(of_days, np.exp([-0.5]), rtol=3e-3)
+
+
+def test_what_is_computed_from_such_numbers_keeps_their_digits():
+    layer = keras_node.ODELayer(lambda y: tf.ones_like(y) / 100, t0=EPOCH, t1=EPOCH + 100.0, kinetic_energy=1.0)
+    layer(tf.ones((2, 3)), training=True)
+    np.testing.assert_allclose(layer.losses[0], 100 * 3 / 100**2, rtol=1e-4)
+    path = keras_node.control_path(np.array([[1e6, 1e6 + 1.03, 1e6 + 2.97]]), np.ones((1, 3, 1), "float32"))
+    np.testing.assert_allclose(path.times[0] - 1e6, [0, 1.03, 2.97], rtol=1e-6)
+
+
 @pytest.mark.parametrize("ts", [[0.0, 0.3, 1.0], np.linspace(0, 1, 5), "tensor"], ids=["list", "array", "tensor"])
 def test_no_float64_where_float32_tells_the_times_apart(ts):
     """LiteRT's builtin operators know little of it."""

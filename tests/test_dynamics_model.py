@@ -418,3 +418,9 @@ def test_scalars_that_the_equations_do_not_take_are_refused():
         GreyBoxField(decay, {"rate": 1.0, "gravity": 2.0})
     with pytest.raises(ValueError, match=r"The known part of a field must take"):
         GreyBoxField(lambda a, b, c, d, rate: a, {"rate": 1.0})
+
+
+def test_a_model_without_weights_has_a_config():
+    model = keras_node.DynamicsModel(units=3)
+    again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(model))
+    assert again.units == 3 and not again.built

@@ -559,3 +559,18 @@ def test_an_event_in_the_last_of_so_many_steps_is_landed_on():
     )
     assert int(solution.status[0]) == Status.SUCCESS
     np.testing.assert_allclose(solution.events.ts[0], [2.5], rtol=1e-12)
+
+
+@pytest.mark.parametrize("origin", [1e4, 1.7e9])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_events_of_a_state_in_single_precision_far_from_time_zero(origin, terminal):
+    ts = f64([origin, origin + 1])
+    event = Event(lambda y: y[:, 0], terminal=terminal)
+    # The state rises by 1: one sample passes zero soon after the start, one never, one late.
+    y0 = tf.constant([[-0.002], [-1.2], [-0.9]])
+    solution = keras_node.odeint(lambda y: tf.ones_like(y), y0, ts, event=event, solver="rk4", throw=False)
+    np.testing.assert_array_equal(solution.status, [0, 0, 0])
+    np.testing.assert_array_equal(solution.events.count, [1, 0, 1])
+    np.testing.assert_allclose(solution.events.ts[0] - origin, [0.002, np.nan, 0.9], atol=1e-6)
+    numbers = keras_node.odeint(lambda y: tf.ones_like(y), y0, [origin, origin + 1], event=event, solver="rk4")
+    np.testing.assert_allclose(numbers.events.ts[0] - origin, [0.002, np.nan, 0.9], atol=1e-6)

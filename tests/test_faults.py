@@ -30,6 +30,37 @@ def solve(field, y0, ts=(0.0, 1.0), mode="eager", **options):
     return run(tf.constant(y0))
 
 
+EMPTY = {
+    "ODERNN": lambda: (keras_node.ODERNN(keras.layers.GRUCell(2), keras.layers.Dense(2), solver="midpoint"), 2),
+    "NeuralCDE": lambda: (keras_node.NeuralCDE(2, solver="midpoint"), 2),
+    "checkpointed": lambda: (keras_node.ODELayer(keras.layers.Dense(2), gradient="checkpointed"), 1),
+    "reversible": lambda: (
+        keras_node.ODELayer(keras.layers.Dense(2), solver=RungeKutta("bosh3", per_sample=True), gradient="reversible"),
+        1,
+    ),
+    "flow": lambda: (keras_node.ContinuousFlow(2, solver="midpoint", gradient="checkpointed"), 1),
+}
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+def test_a_batch_of_none_whose_size_is_unknown(kind):
+    # With several devices the last batch may leave one of them without samples.
+    layer, number = EMPTY[kind]()
+    shapes = [(None, 3, 2), (None, 3)] if number == 2 else [(None, 2)]
+
+    @tf.function(input_signature=[tf.TensorSpec(shape) for shape in shapes])
+    def gradients(*inputs):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(layer(*inputs, training=True))
+        return loss, tape.gradient(loss, [v.value for v in layer.trainable_variables])
+
+    layer(*(tf.ones([2, *shape[1:]]) for shape in shapes))
+    loss, found = gradients(*(tf.zeros([0, *shape[1:]]) for shape in shapes))
+    assert float(loss) == 0 and found
+    for gradient in found:
+        np.testing.assert_array_equal(gradient, np.zeros(gradient.shape))
+
+
 @pytest.mark.parametrize("mode", ["eager", "xla"])
 @pytest.mark.parametrize("gradient", [name for name in GRADIENTS if name != "direct"])
 def test_a_broken_sample_stays_alone_where_samples_step_by_themselves(gradient, mode):

@@ -246,3 +246,21 @@ def test_direct_cannot_be_compiled_by_itself():
         keras_node.ODELayer(keras.layers.Dense(3), gradient="direct", jit_compile=True)
     with pytest.raises(ValueError, match="jit_compile='yes'"):
         keras_node.odeint(lambda y: -y, tf.ones((2,)), [0.0, 1.0], jit_compile="yes")
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda shape: keras.random.normal(shape, seed=5),
+        lambda shape: tf.random.stateless_uniform(shape, [1, 2]),
+        lambda shape: tf.random.stateless_truncated_normal(shape, [1, 2]),
+    ],
+    ids=["keras", "uniform", "truncated normal"],
+)
+def test_auto_leaves_fixed_random_numbers_to_tensorflow(draw):
+    # From the same seed XLA draws other numbers, so the function that is trained would change when compiling begins.
+    y0 = tf.ones((3, 2))
+    solve = lambda y0: keras_node.odeint(  # noqa: E731
+        lambda y: draw((2,)) - y, y0, [0.0, 1.0], solver="midpoint", training=True
+    ).ys[-1]
+    np.testing.assert_allclose(tf.function(solve)(y0), solve(y0), rtol=1e-6)

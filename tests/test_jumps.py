@@ -147,3 +147,17 @@ def test_a_second_derivative_where_times_lie_on_both_sides_of_a_dose():
     by_start, by_dose = outer.gradient(gradient, (y0, dose))
     np.testing.assert_allclose(by_start, [[2 * np.sum(np.exp(-2 * ts))]], rtol=1e-7)
     np.testing.assert_allclose(by_dose, [2 * np.sum(np.exp(0.5 - 2 * ts[ts > 0.5]))], rtol=1e-7)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_there_may_be_no_jumps(mode):
+    y0 = tf.ones((2, 1))
+    layer = keras_node.ODELayer(lambda y: -y, solver="rk4")
+
+    def run():
+        nothing = tf.zeros((0,)), tf.zeros((0, 1))
+        solution = keras_node.odeint(lambda y: -y, y0, [0.0, 1.0], jumps=nothing, solver="rk4")
+        return solution.ys[-1], layer(y0, jumps=(np.zeros(0), np.zeros((0, 1))))
+
+    for y1 in (run if mode == "eager" else tf.function(run))():
+        np.testing.assert_allclose(y1, np.exp(-1) * np.ones((2, 1)), rtol=1e-5)

@@ -109,3 +109,49 @@ def test_an_overflow_in_single_precision_still_raises():
         y = layer(x)
     with pytest.raises(tf.errors.InvalidArgumentError, match="solve of the adjoint"):
         tape.gradient(y, x)
+
+
+class InSinglePrecision(keras.layers.Layer):
+    """A field that computes in half precision and returns single precision."""
+
+    def __init__(self):
+        super().__init__(autocast=False)
+        self.dense = keras.layers.Dense(4, "tanh", kernel_initializer=keras.initializers.Constant(2.0))
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    def call(self, y):
+        return keras.ops.cast(self.dense(y), "float32")
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+@pytest.mark.parametrize("kind", ["cast", "last layer"])
+def test_a_field_that_returns_single_precision_may_overflow_in_half(float16, kind, run_eagerly):
+    field = InSinglePrecision()
+    if kind == "last layer":
+        last = keras.layers.Dense(4, dtype="float32", kernel_initializer="identity")
+        dense = keras.layers.Dense(4, "tanh", kernel_initializer=keras.initializers.Constant(2.0))
+        field = keras.Sequential([dense, last])
+    layer = keras_node.ODELayer(field, solver="rk4", jit_compile=False)
+    model = keras.Sequential([keras.Input((4,)), layer])
+    model.compile(keras.optimizers.SGD(0.01), "mse", jit_compile=False, run_eagerly=run_eagerly)
+    before = model.get_weights()
+    model.fit(np.full((8, 4), 0.01, "float32"), np.full((8, 4), 20.0, "float32"), verbose=0)
+    assert float(model.optimizer.dynamic_scale) == 2.0**14
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_neural_cde_in_half_precision(dtype):
+    x = np.cumsum(np.random.default_rng(0).normal(size=(2, 4, 2)), axis=1).astype("float32")
+    times = np.tile([0.0, 0.3, 0.5, 1.0], (2, 1)).astype("float32")
+    keras.utils.set_random_seed(0)
+    half = keras_node.NeuralCDE(3, dtype=dtype)
+    z = half(x, times)
+    single = keras_node.NeuralCDE(3)
+    single(x, times)
+    single.set_weights([w.astype("float32") for w in half.get_weights()])
+    assert z.dtype == dtype
+    np.testing.assert_allclose(tf.cast(z, "float32"), single(x, times), atol=0.05)

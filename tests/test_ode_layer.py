@@ -351,3 +351,21 @@ def test_the_name_of_a_field_may_begin_with_an_underscore():
     model.compile("sgd", "mse", jit_compile=False)
     history = model.fit(np.ones((4, 2)), np.zeros((4, 2)), verbose=0).history
     np.testing.assert_allclose(history["loss"], np.exp(-2), rtol=1e-2)
+
+
+def test_times_of_a_layer_are_constants_and_those_of_a_call_may_be_trained():
+    for time in (keras.Variable(1.0), tf.Variable(1.0)):
+        with pytest.raises(ValueError, match=r"`t1` is a constant of the layer.*Received: t1="):
+            keras_node.ODELayer(lambda y: -y, t1=time)
+    for time in (None, "1", float("nan")):
+        with pytest.raises(ValueError, match=r"`t0` must be a number. Received: t0="):
+            keras_node.ODELayer(lambda y: -y, t0=time)
+    with pytest.raises(ValueError, match=r"`t1` must be a finite number. Received: t1=inf"):
+        keras_node.ODELayer(lambda y: -y, t1=float("inf"))
+    layer, y0 = keras_node.ODELayer(lambda y: -y, solver="rk4"), tf.ones((1, 1))
+    with tf.GradientTape() as tape:
+        end = tf.constant(1.0)
+        tape.watch(end)
+        y = layer(y0, ts=[0.5, end])  # numbers and tensors
+    np.testing.assert_allclose(y[0, :, 0], np.exp([-0.5, -1.0]), rtol=1e-4)
+    np.testing.assert_allclose(tape.gradient(y, end), -np.exp(-1), rtol=1e-3)

@@ -178,6 +178,23 @@ def test_a_stateful_layer_goes_on_where_and_when_it_stopped(backwards):
         stateful.reset_state()
 
 
+def test_a_stateful_layer_is_saved_and_copied_without_states_and_their_times(tmp_path):
+    x, times = series()
+    inputs = [keras.Input(batch_shape=x.shape), keras.Input(batch_shape=times.shape)]
+    layer = ODERNN(layers.GRUCell(UNITS), mlp(), solver=COARSE, stateful=True)
+    model = keras.Model(inputs, layer(*inputs))
+    expected = model([x, times])
+    model.save(tmp_path / "model.keras")
+    model.export(tmp_path / "served", verbose=False)
+    loaded, clone = keras.models.load_model(tmp_path / "model.keras"), keras.models.clone_model(model)
+    clone.set_weights(model.get_weights())
+    for fresh in (loaded, clone):
+        np.testing.assert_allclose(fresh([x, times]), expected, atol=1e-6)
+        np.testing.assert_allclose(fresh.layers[-1].last_time, times[:, -1])
+    # Files of earlier versions hold the times.
+    layer.load_own_variables({"0": np.zeros(len(x))})
+
+
 def test_last_states_are_initial_states_of_another_call():
     layer = ODERNN(layers.LSTMCell(UNITS), mlp(), solver=COARSE, return_state=True)
     x, times = series()

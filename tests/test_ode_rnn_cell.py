@@ -347,3 +347,9 @@ def test_a_field_that_is_defined_for_some_states_only_has_its_gradient(gradient)
     u = 0.25 + 0.75 * np.exp(-1.2)
     np.testing.assert_allclose(h, [[u**2]], rtol=1e-4)
     np.testing.assert_allclose(gradient, [[u * np.exp(-1.2)]], rtol=1e-3)
+
+
+@pytest.mark.parametrize("evolve", [np.int64(1), range(1, 2), [-1]])
+def test_the_index_of_a_state_may_be_any_integer(evolve):
+    cell = keras_node.ODERNNCell(keras.layers.LSTMCell(2), keras.layers.Dense(2), evolve=evolve)
+    assert cell.evolve == (1,)

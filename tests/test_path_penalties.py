@@ -308,3 +308,9 @@ def test_a_solver_that_is_set_later_is_checked_by_the_call():
     layer.solver = "rk4"
     with pytest.raises(ValueError, match="no error estimate"):
         layer(tf.ones((2, 2)))
+
+
+def test_weights_may_be_numbers_of_numpy():
+    for weight in (np.float64(0.1), np.float32(0.1), np.int64(1)):
+        layer = keras_node.ODELayer(lambda y: -y, kinetic_energy=weight, local_error=weight)
+        assert layer.penalties and layer.kinetic_energy == weight

@@ -217,3 +217,50 @@ def test_mixtures_of_precision(state, weights, gradient, mode):
     tolerance = 1e-5 if gradient != "backsolve" else 1e-3  # the adjoint of four steps is another approximation
     for result, value in zip(results, expected, strict=True):
         np.testing.assert_allclose(result, value, rtol=tolerance, atol=tolerance)
+
+
+def test_what_makes_variables_in_the_first_trace():
+    x = tf.constant([[1.0, 2.0]])
+
+    def field():
+        dense = keras.layers.Dense(2, kernel_initializer="identity")
+        return lambda y: dense(y)
+
+    def event():
+        dense = keras.layers.Dense(1, kernel_initializer="ones", bias_initializer=keras.initializers.Constant(-6.0))
+        return keras_node.Event(lambda y: dense(y))
+
+    plain, grown = field(), np.exp(1) * x
+    solved = tf.function(lambda x: keras_node.odeint(plain, x, [0.0, 1.0], solver=SOLVER).ys[-1])(x)
+    np.testing.assert_allclose(solved, grown, rtol=1e-4)
+    layer = keras_node.ODELayer(field(), solver=SOLVER)
+    np.testing.assert_allclose(tf.function(lambda x: layer(x))(x), grown, rtol=1e-4)
+    six = event()
+    stopped = tf.function(lambda x: keras_node.odeint(lambda y: y, x, [0.0, 1.0], solver=SOLVER, event=six).ys[-1])(x)
+    np.testing.assert_allclose(stopped, [[2.0, 4.0]], rtol=1e-4)
+
+
+@pytest.mark.parametrize("gradient", [name for name in GRADIENTS if name != "direct"])
+def test_a_simulator_whose_derivative_has_no_static_shape(gradient):
+    @tf.custom_gradient
+    def simulator(y, k):
+        def derivative(upstream):
+            compute = lambda y, k, u: [-k * u, -np.sum(y * u, axis=0)]  # noqa: E731
+            return tf.numpy_function(compute, [y, k, upstream], [tf.float32, tf.float32])
+
+        return tf.numpy_function(lambda y, k: -k * y, [y, k], tf.float32), derivative
+
+    k = tf.constant([0.5, 1.0, 2.0])
+
+    @tf.function
+    def run(x):
+        with tf.GradientTape() as tape:
+            tape.watch((x, k))
+            field = lambda t, y, k: tf.ensure_shape(simulator(y, k), y.shape)  # noqa: E731
+            y = keras_node.odeint(field, x, [0.0, 1.0], args=k, solver=SOLVER, gradient=gradient).ys[-1]
+        return tape.gradient(y, (x, k))
+
+    x = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], "float32")
+    by_x, by_k = run(tf.constant(x))
+    np.testing.assert_allclose(by_x, np.exp(-k) * np.ones_like(x), rtol=1e-3)
+    np.testing.assert_allclose(by_k, -np.sum(x, axis=0) * np.exp(-k), rtol=1e-3)

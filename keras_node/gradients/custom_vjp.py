@@ -74,7 +74,7 @@ def solve_with_gradient(
         # A failure is excused if it comes from the loss: if the upstream gradient is not finite (a loss scaler skips
         # this step), or if it is so large that a float16 field overflows.
         excused = ~tf.reduce_all([tf.reduce_all(tf.math.is_finite(d)) for d in tf.nest.flatten(dys)])
-        if field.precision == tf.float16:
+        if field.may_overflow:
             excused |= status == int(Status.NON_FINITE)
         if problem.on_backward is not None:
             problem.on_backward(stats, status, excused)

@@ -1,11 +1,14 @@
 """Times and jumps: as a layer is called with them, and as a solve takes them."""
 
+import math
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from keras_node.arguments import number
 from keras_node.jumps import check_jumps, map_amounts
 from keras_node.times import as_numbers, prepare_times
 from keras_node.trees import Nest
@@ -24,10 +27,26 @@ def check_times(shape: tuple) -> None:
         )
 
 
-def times_to_call(ts: Any) -> Any:
+def fixed_time(name: str, time: Any) -> float:
+    """Returns a time that a layer keeps, as a Python float."""
+    if isinstance(time, tf.Variable | keras.Variable):
+        raise ValueError(
+            f"`{name}` is a constant of the layer. To train a time, pass it in `ts` when you call the layer. "
+            f"Received: {name}={time!r}"
+        )
+    time = number(name, float(time) if tf.is_tensor(time) or isinstance(time, np.ndarray) else time)
+    if not math.isfinite(time):
+        raise ValueError(f"`{name}` must be a finite number. Received: {name}={time}")
+    return time
+
+
+def times_to_call(ts: Any, dtype: str) -> Any:
     """Returns times as Keras can pass them to `call`."""
-    if ts is not None:
-        check_times(shape_of(ts))
+    if ts is None:
+        return None
+    check_times(shape_of(ts))
+    if as_numbers(ts) is None:
+        return prepare_times(ts, dtype) if isinstance(ts, list | tuple) else ts
     # Keras would convert an array to a tensor, and then the solve would compute a gradient for these times.
     return ts.tolist() if isinstance(ts, np.ndarray) else ts
 
@@ -47,6 +66,8 @@ def jumps_to_call(jumps: Any, dtype: str) -> Any:
     if any(as_numbers(x) is None for x in tf.nest.flatten(tuple(jumps))):
         amounts = tf.nest.map_structure(lambda x: argument_to_call(x, dtype), jumps[1])
         return prepare_times(jumps[0], dtype), amounts
+    if np.size(jumps[0]) == 0:
+        return None  # a list without numbers has lost its other axes
     return tf.nest.map_structure(lambda x: np.asarray(x).tolist(), tuple(jumps))
 
 
@@ -73,4 +94,10 @@ def jumps_to_solve(jumps: Any, y0: Nest, augment_dims: int, dtype: str) -> tuple
             a = ops.pad(a, [(0, 0)] * (len(a.shape) - 1) + [(0, augment_dims)])
         return ops.moveaxis(a, 1, 0) if len(a.shape) == len(y.shape) + 1 else a
 
-    return ops.transpose(prepare_times(jumps[0], dtype)), map_amounts(amount, jumps[1], y0)
+    return times_first(jumps[0], dtype), map_amounts(amount, jumps[1], y0)
+
+
+def times_first(times: Any, dtype: str) -> Any:
+    """Returns times, `(T,)` or `(batch, T)`, with their axis first. Numbers keep their digits."""
+    known = as_numbers(times)
+    return ops.transpose(prepare_times(times, dtype)) if known is None else known.T

@@ -183,7 +183,8 @@ class NeuralCDE(SolvingLayer):
         rates = ops.concatenate([elapsed, rates], axis=-1)
         # The last piece has no length. Moved to the front, it leaves the state at the first knot as it is.
         rates = ops.concatenate([rates[:, -1:], rates[:, :-1]], axis=1)
-        return ops.cast(rates, self.variable_dtype)
+        # In a solve, a state in half precision has single precision.
+        return ops.cast(rates, "float64" if self.variable_dtype == "float64" else "float32")
 
     def compute_output_shape(self, x_shape: tuple) -> tuple:
         return (*x_shape[: 1 + self.return_sequences], self.units)
@@ -222,7 +223,7 @@ class _Controlled(keras.layers.Layer):
                 f"Received: shape={tuple(matrix.shape)} from {self.vector_field!r}"
             )
         matrix = ops.reshape(ops.cast(matrix, z.dtype), (-1, self.units, channels))
-        return ops.sum(matrix * polynomial(args, s)[:, None], axis=-1)
+        return ops.sum(matrix * polynomial(ops.cast(args, z.dtype), s)[:, None], axis=-1)
 
 
 class _Cell(keras.layers.Layer):

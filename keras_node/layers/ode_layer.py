@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import keras
-import numpy as np
 import tensorflow as tf
 from keras import ops
 
@@ -14,6 +13,7 @@ from keras_node.events import Event, as_events
 from keras_node.layers.call_times import (
     argument_to_call,
     check_times,
+    fixed_time,
     jumps_to_call,
     jumps_to_solve,
     shape_of,
@@ -179,12 +179,10 @@ class ODELayer(SolvingLayer):
     ) -> None:
         # Without autocast, the state keeps its precision under a mixed policy. The field casts its own input.
         super().__init__(autocast=False, **kwargs)
-        if not np.isfinite(t0) or not np.isfinite(t1):
-            raise ValueError(f"`t0` and `t1` must be finite numbers. Received: t0={t0}, t1={t1}")
         call_arguments(vector_field)  # raises for a field that cannot be called
         self.vector_field = vector_field
-        self.t0 = float(t0)
-        self.t1 = float(t1)
+        self.t0 = fixed_time("t0", t0)
+        self.t1 = fixed_time("t1", t1)
         self.event = event
         self.event_layers = [layer for each in as_events(event) for layer in each.layers]  # Keras tracks these
         self.max_events = positive_integer("max_events", max_events)
@@ -213,7 +211,7 @@ class ODELayer(SolvingLayer):
         # Keras takes lists of numbers only as keyword arguments.
         return super().__call__(
             inputs,
-            ts=times_to_call(ts),
+            ts=times_to_call(ts, self.variable_dtype),
             args=tf.nest.map_structure(lambda x: argument_to_call(x, self.variable_dtype), args),
             jumps=jumps_to_call(jumps, self.variable_dtype),
             **kwargs,
@@ -235,7 +233,7 @@ class ODELayer(SolvingLayer):
     ) -> Nest:
         mask = known(inputs_mask if mask is None else mask)
         y0 = tf.nest.map_structure(self._initial_state, inputs)
-        times = [self.t0, self.t1] if ts is None else times_to_solve(ts, self.t0, self.variable_dtype)
+        times = self._times(ts)
         jumps = jumps_to_solve(jumps, y0, self.augment_dims, self.variable_dtype)
         solve = self.options.solve
         if self.penalties:
@@ -288,7 +286,7 @@ class ODELayer(SolvingLayer):
         outputs = with_mask(self.masked, outputs, known(inputs_mask if mask is None else mask), ts)
         if not self.return_events:
             return outputs
-        dtype = self.variable_dtype if ts is None else prepare_times(ts, self.variable_dtype).dtype
+        dtype = prepare_times(self._times(ts), self.variable_dtype, axis=0).dtype
         dtypes = (keras.backend.standardize_dtype(dtype), "int32", self.compute_dtype, "int32")
         shapes = self._event_shapes(tf.nest.map_structure(lambda x: tuple(x.shape), inputs))
         specs = [_specs(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
@@ -310,6 +308,10 @@ class ODELayer(SolvingLayer):
             local_error=self.local_error,
         )
         return config
+
+    def _times(self, ts: Any) -> Any:
+        """The times of a solve, `(T + 1,)` or `(T + 1, batch)`."""
+        return [self.t0, self.t1] if ts is None else times_to_solve(ts, self.t0, self.variable_dtype)
 
     def _event_shapes(self, inputs_shape: Nest) -> tuple[Nest, ...]:
         """The shapes of the outputs that describe events."""

@@ -174,10 +174,7 @@ class ODERNN(SolvingLayer):
         batch, steps, channels = x_shape
         self.rnn.build((batch, steps, channels + 1 - self.time_feature))
         if self.stateful:
-            # The time of the state; NaN before the first observation of a sample.
-            self.last_time = self.add_weight(
-                shape=(batch,), dtype="float64", initializer=_not_a_number, trainable=False, name="last_time"
-            )
+            self._clock = _Clock(batch)
 
     def call(
         self,
@@ -247,6 +244,11 @@ class ODERNN(SolvingLayer):
         return self.rnn.states
 
     @property
+    def last_time(self) -> keras.Variable:
+        """The times of the states of a stateful layer, NaN before the first observation of a sample."""
+        return self._clock.last_time
+
+    @property
     def return_sequences(self) -> bool:
         return self.rnn.return_sequences
 
@@ -277,7 +279,10 @@ class ODERNN(SolvingLayer):
         """Forgets the states of a stateful layer and their times."""
         self.rnn.reset_state()
         if self.built and self.stateful:
-            self.last_time.assign(_not_a_number(self.last_time.shape))
+            self.last_time.assign(ops.full_like(self.last_time, float("nan")))
+
+    def load_own_variables(self, store: Any) -> None:
+        """Reads nothing. Files of earlier versions hold the times of states, without the states."""
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
@@ -288,5 +293,10 @@ class ODERNN(SolvingLayer):
         return config
 
 
-def _not_a_number(shape: Any, dtype: Any = None) -> tf.Tensor:
-    return ops.full(shape, float("nan"), dtype=dtype)
+class _Clock(tf.Module):
+    """Holds the times of states. Keras saves and copies neither states nor these, because they are no weights."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        never = keras.initializers.Constant(float("nan"))
+        self.last_time = keras.Variable(never, (batch,), "float64", trainable=False, name="last_time")

@@ -1,7 +1,8 @@
 """A recurrent cell whose state follows an ODE between observations."""
 
 import inspect
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import keras
@@ -230,9 +231,10 @@ class ODERNNCell(SolvingLayer, _DropoutRNNCell):
 
 def _indices(evolve: Any, num_states: int) -> tuple[int, ...]:
     """Returns the states to move as a tuple of different indices of 0 or more."""
-    indices = (0,) if evolve is None else tuple(evolve) if isinstance(evolve, list | tuple) else (evolve,)
-    usable = all(isinstance(i, int) and not isinstance(i, bool) and -num_states <= i < num_states for i in indices)
-    positive = tuple(i % num_states for i in indices) if usable else ()
+    indices = (0,) if evolve is None else tuple(evolve) if isinstance(evolve, Iterable) else (evolve,)
+    known = all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in indices)
+    usable = known and all(-num_states <= i < num_states for i in indices)
+    positive = tuple(int(i) % num_states for i in indices) if usable else ()
     if not positive or len(set(positive)) < len(positive):
         raise ValueError(
             "`evolve` must be the index of one of the states of the cell, or a tuple of different indices. "

@@ -69,7 +69,7 @@ class PathPenalties:
                 raise ValueError(f"`{name}` must be a finite number, 0 or more. Received: {name}={weight!r}")
 
     def __bool__(self) -> bool:
-        return self.kinetic_energy > 0 or self.local_error > 0
+        return bool(self.kinetic_energy > 0 or self.local_error > 0)
 
     def check(self, solver: RungeKutta, hybrid: bool, asked_for_times: bool) -> None:
         """Raises for a solve on whose path there can be no penalty.
@@ -172,7 +172,7 @@ def random_time(ts: Times, dtype: str, seed: keras.random.SeedGenerator) -> Rand
         seed: the seed, which moves on.
     """
     dtype = "float64" if dtype == "float64" else "float32"  # the state has this precision in a solve
-    ts = prepare_times(ts, dtype)
+    ts = prepare_times(ts, dtype, axis=0)
     fraction = tf.cast(keras.random.uniform((), dtype=dtype, seed=seed), ts.dtype)
     t = ts[0] + fraction * (ts[-1] - ts[0])
     merged, others = merge(ts, t[None])

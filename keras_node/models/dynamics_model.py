@@ -9,7 +9,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_node.arguments import number, one_of, positive_integer
-from keras_node.layers.call_times import shape_of
+from keras_node.layers.call_times import shape_of, times_first
 from keras_node.models.likelihood_model import LikelihoodModel
 from keras_node.models.scaled_network import ScaledNetwork
 from keras_node.models.trajectories import (
@@ -23,7 +23,6 @@ from keras_node.models.trajectories import (
 )
 from keras_node.signatures import build, call_arguments
 from keras_node.solve_options import Gradient, Solver, SolvingLayer
-from keras_node.times import prepare_times
 
 _INTERPOLATIONS = ("hermite", "linear")
 _INITIAL_STATES = ("observed", "trained")
@@ -318,7 +317,9 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         )
         return config
 
-    def get_build_config(self) -> dict[str, Any]:
+    def get_build_config(self) -> dict[str, Any] | None:
+        if not self.built:
+            return None
         states = None if self.scaled_states is None else tuple(self.scaled_states.shape)
         return {"dim": self.center.shape[0], "scaled_states": states}
 
@@ -357,10 +358,10 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
     def _solve(self, y0: tf.Tensor, times: Any, args: Any, jumps: Any, training: bool | None = None) -> tf.Tensor:
         """Returns the states `(batch, T, D)`. Times and jumps have the axis of the batch first, or none."""
         dtype = self.variable_dtype
-        times = times if len(shape_of(times)) == 1 else ops.transpose(prepare_times(times, dtype))
+        times = times if len(shape_of(times)) == 1 else times_first(times, dtype)
         if jumps is not None:
             amounts = ops.moveaxis(ops.convert_to_tensor(jumps[1], dtype), 1, 0)
-            jumps = ops.transpose(prepare_times(jumps[0], dtype)), amounts
+            jumps = times_first(jumps[0], dtype), amounts
         solution = self.options.solve(self.vector_field, y0, times, args=args, jumps=jumps, training=training)
         return ops.moveaxis(solution.ys, 0, 1)
 
