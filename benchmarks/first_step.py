@@ -38,6 +38,25 @@ DEEP = {
 }
 
 
+MODELS = ("ContinuousFlow", "LatentODE", "DynamicsModel")
+
+
+def without_targets(name):
+    """A model that brings its own loss, before it has weights, and the data for it."""
+    import numpy as np
+
+    import keras_node
+
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(SERIES, MOMENTS, 4)).astype("float32")
+    times = np.cumsum(rng.exponential(size=(SERIES, MOMENTS)), axis=1).astype("float32")
+    if name == "ContinuousFlow":
+        return keras_node.ContinuousFlow(4, solver="bosh3", trace="hutchinson"), values[:, 0]
+    if name == "LatentODE":
+        return keras_node.LatentODE(4, units=UNITS, solver="bosh3"), (times, values, np.ones_like(values, bool))
+    return keras_node.DynamicsModel(units=UNITS, solver="bosh3"), (times, values)
+
+
 def recurrent(options):
     """A network for series, and its inputs."""
     import keras
@@ -78,9 +97,13 @@ def deep(options):
 
 def measure(name, profile, build_optimizer):
     """Times one case in this process."""
-    model, x, y = recurrent(RECURRENT[name]) if name in RECURRENT else deep(DEEP[name])
-    model.compile("adam", "mse")
-    if build_optimizer:
+    if name in MODELS:
+        model, x = without_targets(name)
+        y, loss = None, None
+    else:
+        (model, x, y), loss = recurrent(RECURRENT[name]) if name in RECURRENT else deep(DEEP[name]), "mse"
+    model.compile("adam", loss)
+    if build_optimizer and name not in MODELS:  # `fit` of these does it by itself
         model.optimizer.build(model.trainable_variables)
     profiler = cProfile.Profile()
     start = time.process_time()
@@ -120,7 +143,7 @@ def main():
     print("| processor seconds | first epoch | next 24 epochs | each later epoch | first predict |")
     print("| --- | --- | --- | --- | --- |", flush=True)
     flags = ["--build-optimizer"] if args.build_optimizer else []
-    for name in [*RECURRENT, *DEEP]:
+    for name in [*RECURRENT, *DEEP, *MODELS]:
         if args.contains in name:
             subprocess.run(
                 [sys.executable, pathlib.Path(__file__), "--case", name, *flags],

@@ -12,7 +12,6 @@ from keras_node.arguments import non_negative_integer, positive_integer
 from keras_node.events import Event, as_events
 from keras_node.layers.call_times import (
     argument_to_call,
-    check_times,
     fixed_time,
     jumps_to_call,
     jumps_to_solve,
@@ -21,6 +20,7 @@ from keras_node.layers.call_times import (
     times_to_solve,
 )
 from keras_node.layers.masks import Masked, known, with_mask
+from keras_node.layers.output_shapes import OutputShapes, map_shapes, specs
 from keras_node.layers.path_penalties import PathPenalties
 from keras_node.signatures import build, call_arguments
 from keras_node.solve_options import Gradient, Solver, SolvingLayer
@@ -191,6 +191,7 @@ class ODELayer(SolvingLayer):
             raise ValueError("`return_events` needs an `event`. Received: return_events=True, event=None")
         self.augment_dims = non_negative_integer("augment_dims", augment_dims)
         terminal = all(each.terminal for each in as_events(event))
+        self._shapes = OutputShapes(self.augment_dims, 1 if terminal else self.max_events)
         self.set_options(solver, gradient, jit_compile, track_stats, counts_backward=terminal)
         self.penalties = PathPenalties(kinetic_energy, local_error)
         if self.penalties:
@@ -280,7 +281,7 @@ class ODELayer(SolvingLayer):
             self._build_nested(tf.nest.map_structure(lambda x: tuple(x.shape), inputs), own_times, args)
 
         def output(x: keras.KerasTensor) -> keras.KerasTensor:
-            return keras.KerasTensor(self._output_shape(tuple(x.shape), ts_shape), dtype=self.compute_dtype)
+            return keras.KerasTensor(self._shapes.output(tuple(x.shape), ts_shape), dtype=self.compute_dtype)
 
         outputs = tf.nest.map_structure(output, inputs)
         outputs = with_mask(self.masked, outputs, known(inputs_mask if mask is None else mask), ts)
@@ -288,13 +289,12 @@ class ODELayer(SolvingLayer):
             return outputs
         dtype = prepare_times(self._times(ts), self.variable_dtype, axis=0).dtype
         dtypes = (keras.backend.standardize_dtype(dtype), "int32", self.compute_dtype, "int32")
-        shapes = self._event_shapes(tf.nest.map_structure(lambda x: tuple(x.shape), inputs))
-        specs = [_specs(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-        return outputs, *specs
+        shapes = self._shapes.events(tf.nest.map_structure(lambda x: tuple(x.shape), inputs))
+        return outputs, *(specs(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
 
     def compute_output_shape(self, inputs_shape: Nest, ts_shape: tuple | None = None) -> Nest:
-        shapes = _map_shapes(lambda shape: self._output_shape(shape, ts_shape), inputs_shape)
-        return (shapes, *self._event_shapes(inputs_shape)) if self.return_events else shapes
+        shapes = map_shapes(lambda shape: self._shapes.output(shape, ts_shape), inputs_shape)
+        return (shapes, *self._shapes.events(inputs_shape)) if self.return_events else shapes
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
@@ -313,20 +313,11 @@ class ODELayer(SolvingLayer):
         """The times of a solve, `(T + 1,)` or `(T + 1, batch)`."""
         return [self.t0, self.t1] if ts is None else times_to_solve(ts, self.t0, self.variable_dtype)
 
-    def _event_shapes(self, inputs_shape: Nest) -> tuple[Nest, ...]:
-        """The shapes of the outputs that describe events."""
-        number = 1 if all(event.terminal for event in as_events(self.event)) else self.max_events
-        states = _map_shapes(lambda shape: (shape[0], number, *self._augmented_shape(shape)[1:]), inputs_shape)
-        leaves: list[tuple] = []
-        _map_shapes(leaves.append, inputs_shape)
-        batch = leaves[0][0]
-        return (batch, number), (batch, number), states, (batch,)
-
     def _build_nested(self, inputs_shape: Nest, own_times: bool, args: Any) -> None:
         def spec(shape: tuple) -> keras.KerasTensor:
             return keras.KerasTensor(shape, dtype=self.variable_dtype)
 
-        y = _map_shapes(lambda shape: spec(self._augmented_shape(shape)), inputs_shape)
+        y = map_shapes(lambda shape: spec(self._shapes.state(shape)), inputs_shape)
         rank = len(tf.nest.flatten(y)[0].shape)
         events = as_events(self.event)
         own_time = spec((None,) + (1,) * (rank - 1))
@@ -346,35 +337,6 @@ class ODELayer(SolvingLayer):
             )
         x = ops.cast(x, self.variable_dtype)
         if self.augment_dims:
-            self._augmented_shape(x.shape)  # raises if there is no axis to extend
+            self._shapes.state(x.shape)  # raises if there is no axis to extend
             x = ops.pad(x, [(0, 0)] * (len(x.shape) - 1) + [(0, self.augment_dims)])
         return x
-
-    def _augmented_shape(self, shape: tuple) -> tuple:
-        if len(shape) < 2 and self.augment_dims:
-            raise ValueError(
-                "With `augment_dims` the input needs an axis of features after that of the batch. "
-                f"Received: inputs of shape {tuple(shape)}"
-            )
-        return (*shape[:-1], None if shape[-1] is None else shape[-1] + self.augment_dims)
-
-    def _output_shape(self, shape: tuple, ts_shape: tuple | None) -> tuple:
-        shape = self._augmented_shape(shape)
-        if ts_shape is None:
-            return shape
-        check_times(ts_shape)
-        return (shape[0], ts_shape[-1], *shape[1:])
-
-
-def _specs(shapes: Nest, dtype: str) -> Nest:
-    """Tensor specs of these shapes."""
-    return _map_shapes(lambda shape: keras.KerasTensor(shape, dtype=dtype), shapes)
-
-
-def _map_shapes(function: Callable[[tuple], Any], shapes: Nest) -> Nest:
-    """Applies a function to every shape in a nest. A shape is a tuple or a list of dimensions."""
-    if isinstance(shapes, dict):
-        return {key: _map_shapes(function, shape) for key, shape in shapes.items()}
-    if all(d is None or isinstance(d, int) for d in shapes):
-        return function(tuple(shapes))
-    return type(shapes)(_map_shapes(function, shape) for shape in shapes)

@@ -174,7 +174,7 @@ class ODERNN(SolvingLayer):
         batch, steps, channels = x_shape
         self.rnn.build((batch, steps, channels + 1 - self.time_feature))
         if self.stateful:
-            self._clock = _Clock(batch)
+            self._last_times = _LastTimes(batch)
 
     def call(
         self,
@@ -246,7 +246,7 @@ class ODERNN(SolvingLayer):
     @property
     def last_time(self) -> keras.Variable:
         """The times of the states of a stateful layer, NaN before the first observation of a sample."""
-        return self._clock.last_time
+        return self._last_times.last_time
 
     @property
     def return_sequences(self) -> bool:
@@ -293,7 +293,7 @@ class ODERNN(SolvingLayer):
         return config
 
 
-class _Clock(tf.Module):
+class _LastTimes(tf.Module):
     """Holds the times of states. Keras saves and copies neither states nor these, because they are no weights."""
 
     def __init__(self, batch: int) -> None:
