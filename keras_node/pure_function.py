@@ -258,8 +258,8 @@ def full_precision(value: Any) -> tf.Tensor:
 
 
 def is_seed(variable: keras.Variable) -> bool:
-    """Whether a variable is the state of a random generator: an integer, which does not depend on the data."""
-    return not tf.as_dtype(variable.dtype).is_floating
+    """Whether a variable is the state of a random generator of Keras: two integers, unlike a counter."""
+    return not tf.as_dtype(variable.dtype).is_floating and tuple(variable.shape) == (2,)
 
 
 def has_seed(function: Callable[..., Any]) -> bool:

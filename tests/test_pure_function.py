@@ -171,7 +171,7 @@ def test_a_jacobian_by_tensorflow(mode):
     np.testing.assert_allclose(in_mode(mode, jacobian), tf.linalg.expm(matrix), atol=5e-3)
 
 
-def test_a_metric_in_a_field_is_refused():
+def test_a_metric_or_a_counter_in_a_field_is_refused():
     class Field(keras.layers.Layer):
         def __init__(self):
             super().__init__()
@@ -183,6 +183,17 @@ def test_a_metric_in_a_field_is_refused():
 
     with pytest.raises(ValueError, match="Update a metric outside the field"):
         keras_node.ODELayer(Field())(tf.ones((4, 3)), training=True)
+
+    class Counting(keras.layers.Layer):
+        def build(self, shape):
+            self.calls = self.add_weight((), "zeros", "int32", trainable=False, name="calls")
+
+        def call(self, y):
+            self.calls.assign_add(1)
+            return -y
+
+    with pytest.raises(ValueError, match=r"cannot update a state during a solve, but it updates '.*/calls'"):
+        keras_node.ODELayer(Counting())(tf.ones((4, 3)), training=True)
     inner = keras_node.ODELayer(keras.layers.Dense(3), track_stats=True)
     with pytest.raises(ValueError, match="leave out its `track_stats`"):
         keras_node.ODELayer(inner)(tf.ones((4, 3)), training=True)
