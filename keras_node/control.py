@@ -198,6 +198,15 @@ def pieces(
     return times, ops.stack([values, start, 2 * bend, -bend], axis=2), ordered
 
 
+def running_maximum(x: tf.Tensor) -> tf.Tensor:
+    """Returns the largest value up to every step, `(batch, T)`."""
+    steps = x.shape[1]
+    for power in range(31 if steps is None else (steps - 1).bit_length()):
+        shift = 2**power
+        x = ops.concatenate([x[:, :shift], ops.maximum(x[:, shift:], x[:, :-shift])], axis=1)
+    return x
+
+
 def last_valid(values: tf.Tensor, valid: tf.Tensor) -> tf.Tensor:
     """Returns, at every step, the value of the last valid step up to it.
 

@@ -53,6 +53,22 @@ def prepare_times(times: Times, dtype: tf.DType | str, axis: int = -1) -> tf.Ten
     return ops.cast(times, _higher(dtype, times.dtype))
 
 
+def refuse_rounded_arrays(times: Any) -> None:
+    """Raises for an array of times that Keras would round: `fit` hands arrays over in `keras.config.floatx()`."""
+    times = np.asarray(times)
+    if times.dtype.kind != "f":
+        return
+    with np.errstate(invalid="ignore"):  # the times of padding may be anything
+        steps, rounded = np.diff(times), np.diff(times.astype(keras.config.floatx()))
+        is_wrong = np.isfinite(steps) & (np.abs(rounded - steps) > 0.01 * np.abs(steps))
+    if np.any(is_wrong):
+        raise ValueError(
+            f"Keras hands arrays to a model in {keras.config.floatx()}, which would change the differences of these "
+            "times by more than 1 %. Count times from an origin close to them, or pass a `tf.data.Dataset`. "
+            f"Received: steps of {steps[is_wrong][0]:.6g} at times near {times.flat[0]:.10g}"
+        )
+
+
 def _tells_apart(numbers: np.ndarray, dtype: str, axis: int) -> bool:
     """Whether numbers stay different in `dtype`, and its rounding is small beside the time from first to last."""
     if not numbers.size:

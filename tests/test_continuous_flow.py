@@ -483,3 +483,18 @@ def test_noise_inside_a_field_needs_hutchinsons_estimate():
         flow(field, solver=COARSE)(x, training=True)
     for model in (flow(field, solver=COARSE), flow(field, solver=COARSE, trace="hutchinson")):
         assert np.all(np.isfinite(model(x, training=model.trace == "hutchinson")))
+
+
+def test_conditions_of_an_unknown_number():
+    model = flow(turning, solver=COARSE, seed=0)
+    condition = points(3, "float32")[:, :1]
+    model((points(3, "float32"), condition))
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 1))])
+    def draw(condition):
+        x = model.sample(4, condition, seed=1)
+        return x, model.as_distribution(condition).log_prob(x)
+
+    x, log_prob = draw(condition)
+    np.testing.assert_allclose(x, model.sample(4, condition, seed=1), rtol=1e-5)
+    np.testing.assert_allclose(log_prob, model.log_prob(x, condition), rtol=1e-4)

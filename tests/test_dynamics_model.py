@@ -424,3 +424,67 @@ def test_a_model_without_weights_has_a_config():
     model = keras_node.DynamicsModel(units=3)
     again = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(model))
     assert again.units == 3 and not again.built
+
+
+@keras.saving.register_keras_serializable(package="test_dynamics_model")
+class DrivenNetwork(keras.layers.Layer):
+    """A field with controls whose weights are made when it is called first."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = keras.layers.Dense(2)
+
+    def call(self, t, y, args):
+        return self.dense(keras.ops.concatenate([y, keras_node.ControlPath(*args)(t)], axis=-1))
+
+
+@pytest.mark.parametrize("kind", ["layer", "grey box"])
+def test_a_field_with_controls_that_has_no_weights_yet_trains_and_is_saved(kind, tmp_path):
+    rng = np.random.default_rng(0)
+    times, values, controls = np.linspace(0, 1, 4), rng.normal(size=(3, 4, 2)), rng.normal(size=(3, 4, 1))
+    x = {"times": times, "values": values, "controls": controls}
+    field = DrivenNetwork()
+    if kind == "grey box":
+        field = keras_node.GreyBoxField(driven_decay, {"rate": 1.0}, network=keras.Sequential([keras.layers.Dense(2)]))
+    model = DynamicsModel(field, solver="midpoint", jit_compile=False)
+    model.compile("adam")
+    model.fit(x, verbose=0, validation_data=(x, None, np.ones(3)))
+    assert len(model.optimizer.variables) == 2 + 2 * len(model.trainable_variables) > 4
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
+    assert int(loaded.optimizer.iterations) == 1
+    loaded.fit(x, verbose=0)
+
+
+@keras.saving.register_keras_serializable(package="test_dynamics_model")
+def driven_decay(t, y, args, rate):
+    return keras_node.ControlPath(*args)(t) - rate * y
+
+
+def test_a_moment_without_value_before_padding():
+    # The second sample is observed at 0 and 1; the moment 2 has no value, and zeros follow.
+    times = np.array([[0.0, 1, 2, 3], [0, 1, 2, 0]])
+    mask = np.array([[True] * 4, [True, True, False, False]])
+    x = {"times": times, "values": np.ones((2, 4, 1)), "mask": mask, "controls": np.ones((2, 4, 1))}
+    model = DynamicsModel(lambda t, y, args: -y, solver=RK4, jit_compile=False)
+    model.compile("adam")
+    expected = np.exp(-np.array([[0.0, 1, 2, 3], [0, 1, 2, 2]]))
+    np.testing.assert_allclose(model.predict(x, verbose=0)[..., 0], expected, rtol=1e-3)
+    assert np.isfinite(model.evaluate(x, verbose=0)).all()
+
+
+def test_arrays_of_times_that_keras_would_round_are_refused():
+    times, values = 1.7e9 + np.linspace(0, 1, 5), np.ones((2, 5, 1))
+    model = DynamicsModel(lambda y: -y, solver=RK4)
+    model.compile("adam")
+    for call in (model.fit, model.evaluate, model.predict):
+        with pytest.raises(
+            ValueError, match=r"Count times from an origin.*Received: steps of 0.25 at times near 17000"
+        ):
+            call((times, values), verbose=0)
+    np.testing.assert_allclose(model((times, values))[0, :, 0], np.exp(-np.linspace(0, 1, 5)), rtol=1e-3)
+    latent = keras_node.LatentODE(2)
+    latent.compile("adam")
+    with pytest.raises(ValueError, match="Count times from an origin"):
+        latent.fit((np.tile(times, (2, 1)), values, values > 0), verbose=0)

@@ -259,3 +259,25 @@ def test_what_is_no_integer_is_refused(value):
     with pytest.raises(ValueError, match="`n` must be a positive integer"):
         positive_integer("n", 0)
     assert non_negative_integer("n", 0) == 0
+
+
+def test_weights_that_are_made_in_the_first_trace_are_trained():
+    class Lazy(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.state_size, self.dense = 3, keras.layers.Dense(3)
+
+        def build(self, shape):
+            """The dense layer is built by its first call."""
+
+        def call(self, x, states):
+            h = keras.ops.tanh(self.dense(keras.ops.concatenate([x, states[0]], axis=-1)))
+            return h, [h]
+
+    x = np.random.default_rng(2).normal(size=(4, 3, 2)).astype("float32")
+    model = LatentODE(2, units=3, encoder_cell=Lazy(), vector_field=lambda y: -y, solver=SOLVER)
+    model.compile("adam", jit_compile=False)
+    model.fit((np.tile([0.0, 0.5, 1.0], (4, 1)), x, np.ones_like(x, bool)), epochs=2, verbose=0)
+    kernel = model.encoder.cell.dense.kernel
+    assert any(v is kernel for v in model.trainable_variables)
+    assert len(model.optimizer.variables) == 2 + 2 * len(model.trainable_variables)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 from keras import ops
 
@@ -87,8 +86,8 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
             `"independent"` for flow matching.
         jit_compile: as in `keras_node.ODELayer`. Defaults to `"auto"`.
         track_stats: as in `keras_node.ODELayer`. Defaults to `False`.
-        seed: the seed of the noise, the random times and the samples; an integer or a
-            `keras.random.SeedGenerator`. Defaults to `None`, for a random seed.
+        seed: the seed of the noise, the random times and the samples, an integer. Defaults to `None`, for a random
+            seed.
         **kwargs: arguments of `keras.Model`, such as `name` and `dtype`.
 
     Call arguments:
@@ -152,7 +151,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         coupling: str | None = None,
         jit_compile: bool | str = "auto",
         track_stats: bool = False,
-        seed: int | keras.random.SeedGenerator | None = None,
+        seed: int | None = None,
         **kwargs: Any,
     ) -> None:
         # Without autocast, the state keeps its precision under a mixed policy. The field casts its own input.
@@ -285,7 +284,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         Returns:
             The samples, `(n, event_dim)`, or `(n, ..., event_dim)` with conditions.
         """
-        batch = () if condition is None else tuple(np.shape(condition)[:-1])
+        batch = () if condition is None else ops.shape(condition)[:-1]
         seed = self.seed_generator if seed is None else seed
         z = keras.random.normal((n, *batch, self.event_dim), dtype=self.variable_dtype, seed=seed)
         rows, condition = self._rows(z, condition)

@@ -1,6 +1,6 @@
 """A model that learns dynamics from trajectories, and forecasts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_node.arguments import number, one_of, positive_integer
+from keras_node.control import ControlPath, control_path
 from keras_node.layers.call_times import shape_of, times_first
 from keras_node.models.likelihood_model import LikelihoodModel
 from keras_node.models.scaled_network import ScaledNetwork
@@ -23,6 +24,7 @@ from keras_node.models.trajectories import (
 )
 from keras_node.signatures import build, call_arguments
 from keras_node.solve_options import Gradient, Solver, SolvingLayer
+from keras_node.times import refuse_rounded_arrays
 
 _INTERPOLATIONS = ("hermite", "linear")
 _INITIAL_STATES = ("observed", "trained")
@@ -161,6 +163,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         if self.continuity:
             self.trackers.append(keras.metrics.Mean(name="gap"))
         self.scaled_states: keras.Variable | None = None
+        self._num_controls: int | None = None
 
     # For a model, `jit_compile` is the option of `compile`, for the whole model.
     jit_compile = keras.Model.jit_compile
@@ -180,7 +183,8 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         return self.center + self.scale * self.scaled_states
 
     def build(self, inputs_shape: Any) -> None:
-        self._build_for(as_dictionary(inputs_shape)["values"][-1])
+        shapes = as_dictionary(inputs_shape)
+        self._build_for(shapes["values"][-1], shapes["controls"][-1] if "controls" in shapes else None)
 
     def call(self, inputs: Any, training: bool | None = None) -> tf.Tensor:
         trajectories = self._prepared(inputs, keep_times=True)
@@ -196,7 +200,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         values = np.asarray(x["values"], "float64")
         mask = np.asarray(x.get("mask", True), bool)
         values = np.where(mask if mask.ndim != 2 else mask[..., None], values, np.nan).reshape(-1, values.shape[-1])
-        self._build_for(values.shape[-1])
+        self._build_for(values.shape[-1], x["controls"].shape[-1] if "controls" in x else None)
         counts = np.maximum(np.sum(~np.isnan(values), axis=0), 1)
         center = np.nansum(values, axis=0) / counts
         scale = np.sqrt(np.nansum((values - center) ** 2, axis=0) / counts)
@@ -218,7 +222,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
             The states, `(batch, T, D)`. The first of them is `y0`.
         """
         y0 = ops.convert_to_tensor(y0, self.variable_dtype)
-        self._build_for(y0.shape[-1])
+        self._build_for(y0.shape[-1], _number_of(args))
         return ops.cast(self._solve(y0, times, args, jumps), self.compute_dtype)
 
     def forecast_errors(self, x: Any, horizon: int | None = None) -> np.ndarray:
@@ -285,23 +289,29 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         x, validation_data = arguments.get("x"), arguments.get("validation_data")
         if are_arrays(x):
             x = dictionary_of_arrays(x)
+            refuse_rounded_arrays(x["times"])
             if trains:
-                self._build_for(x["values"].shape[-1])
+                self._build_for(x["values"].shape[-1], x["controls"].shape[-1] if "controls" in x else None)
                 if not bool(self.is_adapted.numpy()):
                     self.adapt(x)
                 if self.initial_states == "trained":
                     x = {**x, "index": np.arange(len(x["values"]), dtype="int32")}
                     self._make_scaled_states(x)
-        if isinstance(validation_data, list | tuple) and len(validation_data) == 1:
-            (validation_data,) = validation_data
+        others: Sequence = ()
+        if isinstance(validation_data, list | tuple) and (len(validation_data) == 1 or validation_data[1] is None):
+            validation_data, *others = validation_data  # `(x,)`, `(x, None)` or `(x, None, sample_weight)`
         if are_arrays(validation_data):
-            validation_data = (dictionary_of_arrays(validation_data),)
+            validation_data = (dictionary_of_arrays(validation_data), *others)
+            refuse_rounded_arrays(validation_data[0]["times"])
         known = {} if validation_data is None else {"validation_data": validation_data}
         return {**arguments, "x": x, **known}
 
     def predict(self, x: Any, **kwargs: Any) -> np.ndarray:
         """Returns the states at all times from the first observation on, like `keras.Model.predict`."""
-        return super().predict(dictionary_of_arrays(x) if are_arrays(x) else x, **kwargs)
+        if are_arrays(x):
+            x = dictionary_of_arrays(x)
+            refuse_rounded_arrays(x["times"])
+        return super().predict(x, **kwargs)
 
     def compute_output_spec(self, inputs: Any, training: bool | None = None) -> keras.KerasTensor:
         return keras.KerasTensor(tuple(as_dictionary(inputs)["values"].shape), dtype=self.compute_dtype)
@@ -321,15 +331,19 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         if not self.built:
             return None
         states = None if self.scaled_states is None else tuple(self.scaled_states.shape)
-        return {"dim": self.center.shape[0], "scaled_states": states}
+        return {"dim": self.center.shape[0], "scaled_states": states, "controls": self._num_controls}
 
     def build_from_config(self, config: dict[str, Any]) -> None:
-        self._build_for(config["dim"])
+        self._build_for(config["dim"], config.get("controls"))
         if config["scaled_states"] is not None:
             self._add_scaled_states(tuple(config["scaled_states"]))
 
-    def _build_for(self, dim: int | None) -> None:
-        """Makes the weights for states of this length."""
+    def _build_for(self, dim: int | None, num_controls: int | None = None) -> None:
+        """Makes the weights for states of this length, and those of a field that takes controls if there are any."""
+        if num_controls is not None and self._num_controls is None:
+            self._num_controls = num_controls
+            if self.built:
+                self._build_field(dim)
         if self.built:
             return
         if dim is None:
@@ -341,14 +355,26 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         self.horizon = self.add_weight((), no_limit, "int32", trainable=False, name="horizon")
         if self.vector_field is None:
             self.vector_field = ScaledNetwork(self.units, dim, dtype=self.dtype_policy)
-        if isinstance(self.vector_field, keras.Layer) and call_arguments(self.vector_field)[0] < 3:
-            t, y = (keras.KerasTensor((None, n), dtype=self.variable_dtype) for n in (1, dim))
-            build(self.vector_field, t, y)
+        self._build_field(dim)
         self.built = True
+
+    def _build_field(self, dim: int | None) -> None:
+        """Makes the weights of the field, unless it takes arguments that are not known yet."""
+        field, args = self.vector_field, None
+        if not isinstance(field, keras.Layer):
+            return
+        if call_arguments(field)[0] == 3:
+            if self._num_controls is None:
+                return
+            zeros = ops.zeros((1, 2, self._num_controls), self.variable_dtype)
+            path = control_path([0.0, 1.0], zeros, interpolation=self.interpolation)
+            args = tf.nest.map_structure(lambda x: keras.KerasTensor((None, *x.shape[1:]), dtype=x.dtype), path)
+        t, y = (keras.KerasTensor((None, n), dtype=self.variable_dtype) for n in (1, dim))
+        build(field, t, y, args)
 
     def _prepared(self, x: Any, keep_times: bool = False) -> Trajectories:
         trajectories = prepare(x, self.variable_dtype, self.interpolation, keep_times)
-        self._build_for(trajectories.values.shape[-1])
+        self._build_for(trajectories.values.shape[-1], _number_of(trajectories.controls))
         return trajectories
 
     def _follow(self, y0: tf.Tensor, trajectories: Trajectories, training: bool | None = False) -> tf.Tensor:
@@ -402,6 +428,10 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         states = self.add_weight(shape=shape, initializer="zeros", name="scaled_states")
         self.scaled_states = states
         return states
+
+
+def _number_of(controls: Any) -> int | None:
+    return controls.coefficients.shape[-1] if isinstance(controls, ControlPath) else None
 
 
 def _other_data(states: Any, received: str) -> str:

@@ -8,13 +8,13 @@ import tensorflow as tf
 from keras import ops
 
 from keras_node.arguments import non_negative_integer, positive_integer
-from keras_node.control import last_valid
+from keras_node.control import last_valid, running_maximum
 from keras_node.layers.irregular_times import check_order, elapsed_times, with_start
 from keras_node.layers.ode_layer import ODELayer
 from keras_node.models.likelihood_model import LikelihoodModel
 from keras_node.nested_layers import NestedLayers
 from keras_node.solve_options import Gradient, Solver
-from keras_node.times import prepare_times
+from keras_node.times import prepare_times, refuse_rounded_arrays
 
 _SMALLEST_SCALE = 1e-5  # softplus underflows to zero, where the KL divergence is infinite
 
@@ -179,11 +179,19 @@ class LatentODE(NestedLayers, LikelihoodModel):
         if self.noise_scale is None:
             self.log_noise_scale = self.add_weight(shape=(features,), initializer="zeros", name="log_noise_scale")
 
+    def prepare_data(self, arguments: dict[str, Any], trains: bool) -> dict[str, Any]:
+        """Refuses times that Keras would round."""
+        del trains
+        for series in (arguments.get("x"), arguments.get("y")):
+            if isinstance(series, list | tuple) and len(series) == 3:
+                refuse_rounded_arrays(series[0])
+        return arguments
+
     def call(self, inputs: tuple, training: bool | None = None) -> tf.Tensor:
         times, values, _ = self._series(inputs)
         # Steps without observations keep their times too, unless these go back, as in padding.
         given = prepare_times(inputs[0], values.dtype)
-        times = ops.maximum(ops.where(ops.isfinite(given), given, times), times)
+        times = running_maximum(ops.maximum(ops.where(ops.isfinite(given), given, times), times))
         return self.decode(self.posterior(inputs, training).mean(), times, training)
 
     @property

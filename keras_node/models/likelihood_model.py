@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,8 @@ class LikelihoodModel(keras.Model):
         with tf.GradientTape() as tape:
             loss = self.compute_loss(x, y, sample_weight=sample_weight, training=True)
             loss = self.optimizer.scale_loss(loss)
+        if not self.optimizer.built:
+            self._build_optimizer()
         self.optimizer.apply(tape.gradient(loss, self.trainable_weights), self.trainable_weights)
         return self.get_metrics_result()
 
@@ -120,13 +123,15 @@ class LikelihoodModel(keras.Model):
         _refuse_class_weight(arguments)
         return super().train_on_batch(**arguments)
 
-    # If a trace of a training step makes variables, TensorFlow traces the step once more. So they are made before it.
+    # If a trace of a training step makes variables, TensorFlow traces the step once more.
 
-    def make_train_function(self, force: bool = False) -> Callable:
-        if self.built and not self.optimizer.built:
-            with self.distribute_strategy.scope():
-                self.optimizer.build(self.trainable_variables)
-        return super().make_train_function(force)
+    def _build_optimizer(self) -> None:
+        """Makes the variables of the optimizer outside of the trace, as soon as all weights are known."""
+        # TensorFlow sees what variables a trace makes, but only those of its own thread. If anything fails here, the
+        # optimizer stays as it is, and tries again by itself when it is applied.
+        thread = threading.Thread(target=self.optimizer.build, args=(self.trainable_weights,))
+        thread.start()
+        thread.join()
 
     def _build_ahead(self, x: Any) -> None:
         """Makes the weights of the model for the data of `fit`, if these tell their shapes."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import numpy as np
+import keras
 import tensorflow as tf
 
 # A solve computes a state and its density together. But nothing here is kept from one call to the next, because the
@@ -52,7 +52,7 @@ def make_distribution(flow: Any, condition: Any = None) -> Any:
     from tensorflow_probability import bijectors as tfb
     from tensorflow_probability import distributions as tfd
 
-    batch_shape = () if condition is None else tuple(np.shape(condition)[:-1])
+    batch_shape = () if condition is None else keras.ops.shape(condition)[:-1]
     zeros = tf.zeros((*batch_shape, flow.event_dim), flow.variable_dtype)
 
     class FlowDistribution(tfd.Distribution):

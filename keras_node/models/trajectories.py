@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from keras_node.control import control_path, fill_linearly, last_valid
+from keras_node.control import control_path, fill_linearly, last_valid, running_maximum
 from keras_node.times import prepare_times
 
 _KEYS = ("times", "values", "mask", "controls", "jump_times", "jump_amounts", "index")
@@ -72,7 +72,7 @@ def prepare(x: Any, dtype: str, interpolation: str, keep_times: bool = False) ->
     given = ops.broadcast_to(times, ops.shape(values)[:2])
     valid = ops.any(observed, axis=-1)
     times = last_valid(ops.where(valid, given, 0), valid)
-    kept = ops.maximum(ops.where(ops.isfinite(given), given, times), times)
+    kept = running_maximum(ops.maximum(ops.where(ops.isfinite(given), given, times), times))
     values = fill_linearly(ops.expand_dims(ops.cast(times, dtype), -1), values, observed)
     jumps: tuple = ()
     if "jump_times" in x:
