@@ -199,11 +199,11 @@ def pieces(
 
 
 def running_maximum(x: tf.Tensor) -> tf.Tensor:
-    """Returns the largest value up to every step, `(batch, T)`."""
-    steps = x.shape[1]
+    """Returns the largest value up to every step, on the last axis."""
+    steps = x.shape[-1]
     for power in range(31 if steps is None else (steps - 1).bit_length()):
         shift = 2**power
-        x = ops.concatenate([x[:, :shift], ops.maximum(x[:, shift:], x[:, :-shift])], axis=1)
+        x = ops.concatenate([x[..., :shift], ops.maximum(x[..., shift:], x[..., :-shift])], axis=-1)
     return x
 
 

@@ -8,7 +8,7 @@ from scipy.interpolate import CubicHermiteSpline
 
 import keras_node
 from keras_node import ControlPath, control_path
-from keras_node.control import INTERPOLATIONS
+from keras_node.control import INTERPOLATIONS, running_maximum
 
 BATCH, STEPS, CHANNELS = 3, 6, 2
 RNG = np.random.default_rng(0)
@@ -249,3 +249,14 @@ def test_what_does_not_fit_is_refused():
         control_path(TIMES, VALUES.astype(int))
     with pytest.raises(ValueError, match=r"Received: t.shape=\(3, 2\)"):
         control_path(TIMES, VALUES)(np.zeros((3, 2)))
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("steps", [1, 2, 5, 8])
+def test_the_largest_value_so_far(steps, mode):
+    x = np.random.default_rng(steps).normal(size=(3, steps)).astype("float32")
+    run = running_maximum
+    if mode != "eager":
+        run = tf.function(run, input_signature=[tf.TensorSpec((None, None))], jit_compile=mode == "xla")
+        np.testing.assert_array_equal(running_maximum(tf.constant(x[0])), np.maximum.accumulate(x[0]))
+    np.testing.assert_array_equal(run(tf.constant(x)), np.maximum.accumulate(x, axis=1))

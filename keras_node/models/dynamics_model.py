@@ -89,14 +89,17 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         `times`: `(batch, T)`, or `(T,)` if all trajectories share them, in any unit; they must not decrease from one
         observation to the next. `values`: `(batch, T, D)`, where a NaN is a missing value. `mask`: `(batch, T)` or
         `(batch, T, D)`, false for a missing value. `controls`: `(batch, T, C)`, at the same times. `jump_times`:
-        `(batch, J)`, and `jump_amounts`: `(batch, J, D)`.
+        `(batch, J)`, and `jump_amounts`: `(batch, J, D)`. Keras hands arrays to a model in float32, so `fit`,
+        `evaluate` and `predict` refuse arrays of times that this would bring closer or farther apart, such as seconds
+        since 1970: count these from an origin close to them.
 
     Output shape:
         `(batch, T, D)`: the states at all `times`, from the first observation on.
 
     Masking:
-        The mask is an input. What was not observed has no effect on the loss. The model neither reads nor returns a
-        Keras mask.
+        The mask is an input. What was not observed has no effect on the loss. If the time of a step without
+        observations is earlier than that of a step before it, as in padding with zeros, the output repeats the latest
+        state so far. The model neither reads nor returns a Keras mask.
 
     Raises:
         ValueError: for an option out of range, for data of another shape, and for targets.

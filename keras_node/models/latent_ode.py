@@ -82,9 +82,9 @@ class LatentODE(NestedLayers, LikelihoodModel):
 
     Masking:
         The mask is an input. A value whose mask is false has no effect on `q` and the loss, and neither has the time of
-        a step that is masked in all channels. If the time of such a step is earlier than that of the last observation,
-        as in padding with zeros, the output repeats the reconstruction of that observation. The model neither reads nor
-        returns a Keras mask.
+        a step that is masked in all channels. If the time of such a step is earlier than that of a step before it, as
+        in padding with zeros, the output repeats the reconstruction of the latest step so far. The model neither reads
+        nor returns a Keras mask.
 
     Raises:
         ValueError: for an option out of range, for inputs of another shape, and for times that decrease.
