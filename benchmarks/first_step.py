@@ -120,7 +120,7 @@ def measure(name, profile, build_optimizer):
     model.fit(x, y, BATCH, epochs=10, verbose=0)
     later = (time.process_time() - start) / 10
     start = time.process_time()
-    model.predict(x, BATCH, verbose=0)
+    model.predict(x, batch_size=BATCH, verbose=0)
     predict = time.process_time() - start
     print(f"| {name} | {first:.1f} | {more:.1f} | {later:.2f} | {predict:.1f} |", flush=True)
     if profile:

@@ -470,7 +470,7 @@ def test_a_moment_without_value_before_padding():
     model = DynamicsModel(lambda t, y, args: -y, solver=RK4, jit_compile=False)
     model.compile("adam")
     expected = np.exp(-np.array([[0.0, 1, 2, 3], [0, 1, 2, 2]]))
-    np.testing.assert_allclose(model.predict(x, verbose=0)[..., 0], expected, rtol=1e-3)
+    np.testing.assert_allclose(model.predict(x, 1, verbose=0)[..., 0], expected, rtol=1e-3)
     assert np.isfinite(model.evaluate(x, verbose=0)).all()
 
 

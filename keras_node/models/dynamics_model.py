@@ -309,12 +309,12 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         known = {} if validation_data is None else {"validation_data": validation_data}
         return {**arguments, "x": x, **known}
 
-    def predict(self, x: Any, **kwargs: Any) -> np.ndarray:
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         """Returns the states at all times from the first observation on, like `keras.Model.predict`."""
         if are_arrays(x):
             x = dictionary_of_arrays(x)
             refuse_rounded_arrays(x["times"])
-        return super().predict(x, **kwargs)
+        return super().predict(x, *args, **kwargs)
 
     def compute_output_spec(self, inputs: Any, training: bool | None = None) -> keras.KerasTensor:
         return keras.KerasTensor(tuple(as_dictionary(inputs)["values"].shape), dtype=self.compute_dtype)
