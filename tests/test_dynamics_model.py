@@ -484,6 +484,8 @@ def test_arrays_of_times_that_keras_would_round_are_refused():
         ):
             call((times, values), verbose=0)
     np.testing.assert_allclose(model((times, values))[0, :, 0], np.exp(-np.linspace(0, 1, 5)), rtol=1e-3)
+    close = np.array([0.0, 0.5, 0.5 + 1e-9, 1.0, 1.5])  # two observations at nearly the same time
+    assert np.isfinite(model.predict((close, values), verbose=0)).all()
     latent = keras_node.LatentODE(2)
     latent.compile("adam")
     with pytest.raises(ValueError, match="Count times from an origin"):
