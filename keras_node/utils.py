@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from keras_node.table_columns import elapsed, numbers, places
+
 __all__ = ["Series", "series_from_frame"]
 
 
@@ -48,15 +50,17 @@ def series_from_frame(
     Args:
         frame: a pandas or polars DataFrame, or a dict of columns.
         id: the column that tells the series apart. Defaults to `"id"`.
-        time: the column of times: numbers, or dates (`datetime64`). Defaults to `"time"`.
+        time: the column of times: numbers, dates or durations. Dates with a time zone are moved to UTC. Defaults to
+            `"time"`.
         value: in a long table the column of values; in a wide table the columns of the channels, a list. Defaults to
             `"value"`.
         variable: in a long table the column that names the channel of a value. By default the table is wide.
         channels: in a long table the channels, in the order of the last axis. Give them when you convert test data, so
             that it has the channels of the training data; rows of other variables are left out. By default all
             variables, sorted.
-        unit: how long one unit of elapsed time is. For dates one of NumPy's units, such as `"D"` or `"h"`; for numbers
-            the number by which differences of times are divided. Choose it so that typical gaps are near 1. Defaults to
+        unit: how long one unit of elapsed time is. For dates and durations one of `"W"`, `"D"`, `"h"`, `"m"`
+            (minutes), `"s"`, `"ms"`, `"us"` and `"ns"`; for numbers the number by which differences of times are
+            divided. Choose it so that typical gaps are near 1. Defaults to
             `1.0`.
         origin: the time that becomes 0: `"first"` (default) for the first time of every series, or one time for all.
             Times are subtracted before they are rounded to float32, so that seconds since 1970 keep their differences.
@@ -67,8 +71,9 @@ def series_from_frame(
         A `keras_node.utils.Series`: `ids`, `times`, `values`, `mask` and `channels`.
 
     Raises:
-        ValueError: if a column is missing, if a series has two values of a channel at one time, if a time is missing,
-            or if a series is longer than `length`.
+        ValueError: if a column is missing or of another length, if an id, a time or the name of a variable is missing,
+            if a value is not a number that float32 can hold, if a series has two values of a channel at one time, if no
+            row belongs to one of the `channels`, or if a series is longer than `length`.
 
     Example:
         >>> table = {
@@ -87,28 +92,40 @@ def series_from_frame(
         array([[ True,  True],
                [ True, False]])
     """
-    names, rows = _distinct(_column(frame, id))
-    elapsed = _elapsed(_column(frame, time), rows, len(names), unit, origin)
+    names, rows = places(frame, id)
+    times_elapsed = elapsed(frame, time, rows, unit, origin)
     if variable is None:
         if channels is not None:
             raise ValueError(
                 "`channels` is for long tables; in a wide table `value` lists the columns. "
-                f"Received: channels={list(channels)!r}, variable=None"
+                f"Received: channels={channels!r}, variable=None"
             )
-        channel_names = tuple(value) if isinstance(value, list) else (value,)
-        table = np.stack([_numbers(frame, column) for column in channel_names], axis=-1)
-        rows, elapsed = (np.repeat(x, len(channel_names)) for x in (rows, elapsed))
-        places, given = np.tile(np.arange(len(channel_names)), len(table)), table.ravel()
+        channel_names = _distinct_list("value", value if isinstance(value, list) else [value])
+        given = np.stack([numbers(frame, name, len(rows)) for name in channel_names], axis=-1).ravel()
+        channel_places = np.tile(np.arange(len(channel_names)), len(rows))
+        rows, times_elapsed = (np.repeat(x, len(channel_names)) for x in (rows, times_elapsed))
     else:
-        kinds = _column(frame, variable)
-        channel_names = tuple(np.unique(kinds).tolist() if channels is None else channels)
-        index = {name: i for i, name in enumerate(channel_names)}
-        places = np.array([index.get(kind, -1) for kind in kinds.tolist()], int)
-        known = places >= 0
-        rows, elapsed, places, given = (x[known] for x in (rows, elapsed, places, _numbers(frame, value)))
+        if isinstance(value, list):
+            raise ValueError(
+                "In a long table the values stand in one column: give its name, or leave out `variable` if the table "
+                f"is wide. Received: value={value!r}, variable={variable!r}"
+            )
+        kinds, kind = places(frame, variable, len(rows))
+        listed = kinds.tolist()
+        channel_names = _distinct_list("channels", sorted(listed, key=_rank) if channels is None else channels)
+        place_of = {name: place for place, name in enumerate(channel_names)}
+        channel_places = np.array([place_of.get(name, -1) for name in listed], int)[kind]
+        known = channel_places >= 0
+        if len(rows) and not np.any(known):
+            raise ValueError(
+                f"No row of the table belongs to one of the channels. Received: channels={list(channel_names)!r} for "
+                f"a table with {listed!r} in column {variable!r}"
+            )
+        given = numbers(frame, value, len(rows))
+        rows, times_elapsed, channel_places, given = (x[known] for x in (rows, times_elapsed, channel_places, given))
 
     # One observation for every series and time, in order; `observation` says to which of them a value belongs.
-    moments, observation = np.unique(np.stack([rows, elapsed], axis=-1), axis=0, return_inverse=True)
+    moments, observation = np.unique(np.stack([rows, times_elapsed], axis=-1), axis=0, return_inverse=True)
     observation, owner = observation.reshape(-1), moments[:, 0].astype(int)
     counts = np.bincount(owner, minlength=len(names))
     position = np.arange(len(owner)) - np.searchsorted(owner, owner)
@@ -121,62 +138,30 @@ def series_from_frame(
     times = np.where(np.isfinite(times), times, 0)
 
     present = ~np.isnan(given)
-    cells = np.stack([owner[observation], position[observation], places], axis=-1)[present]
+    cells = np.stack([owner[observation], position[observation], channel_places], axis=-1)[present]
     _refuse_twice(cells, names, times, channel_names)
     values = np.full((*mask.shape, len(channel_names)), np.nan, np.float32)
     values[tuple(cells.T)] = given[present]
     return Series(names, times.astype(np.float32), values, mask, channel_names)
 
 
-def _column(frame: Any, name: Hashable) -> np.ndarray:
-    try:
-        return np.asarray(frame[name])
-    except (KeyError, IndexError) as error:
-        columns = list(getattr(frame, "columns", frame))
-        raise ValueError(f"The table has no column {name!r}. Received: a table with the columns {columns}") from error
+def _distinct_list(argument: str, names: Any) -> tuple[Hashable, ...]:
+    """Returns the names of channels as a tuple. None may occur twice."""
+    if isinstance(names, str) or not len(names) or len(set(names)) < len(names):
+        raise ValueError(f"`{argument}` must list the channels, each of them once. Received: {argument}={names!r}")
+    return tuple(names)
 
 
-def _numbers(frame: Any, name: Any) -> np.ndarray:
-    column = _column(frame, name)
-    try:
-        return column.astype(np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"Column {name!r} must hold numbers; encode text first, for example one-hot. Received: dtype {column.dtype}"
-        ) from error
-
-
-def _distinct(column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct entries in the order in which they appear, and for every row the place of its entry."""
-    names, first, inverse = np.unique(column, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    return names[order], place[inverse.reshape(-1)]
-
-
-def _elapsed(column: np.ndarray, rows: np.ndarray, count: int, unit: str | float, origin: Any) -> np.ndarray:
-    """The times since the origin, in units, as float64."""
-    dates = column.dtype.kind == "M"
-    if dates != isinstance(unit, str):
-        advice = "give a NumPy unit of time, such as unit='h'" if dates else "give the length of a unit as a number"
-        raise ValueError(f"For times of dtype {column.dtype}, {advice}. Received: unit={unit!r}")
-    if not dates:
-        column = column.astype(np.float64)
-    if np.any(np.isnat(column) if dates else ~np.isfinite(column)):
-        raise ValueError("Some times are missing or not finite. Drop these rows, or fill the times in first.")
-    if isinstance(origin, str) and origin == "first":
-        start = np.full(count, column.max() if count else 0, column.dtype)
-        np.minimum.at(start, rows, column)
-        start = start[rows]
-    else:
-        start = np.asarray(origin, column.dtype)
-    return (column - start) / (np.array(1, f"m8[{unit}]") if dates else float(unit))
+def _rank(name: Hashable) -> tuple[str, Hashable]:
+    """The order of channels: numbers by value, text by letters, numbers before text if there are both."""
+    return ("" if isinstance(name, (int, float)) else type(name).__name__, name)
 
 
 def _length(length: int | None, counts: np.ndarray, names: np.ndarray) -> int:
     """The length to pad to."""
     longest = int(counts.max(initial=0))
+    if length is not None and (isinstance(length, bool) or not isinstance(length, (int, np.integer)) or length < 1):
+        raise ValueError(f"`length` must be a whole number above 0. Received: length={length!r}")
     if length is not None and longest > length:
         name = names.tolist()[counts.argmax()]
         raise ValueError(

@@ -7,6 +7,8 @@ from keras_node.utils import series_from_frame
 
 pd = pytest.importorskip("pandas")
 
+ROWS = {"id": ["a", "a"], "time": [0.0, 1.0], "value": [1.0, 2.0]}
+
 
 def long_table(seed=0, drop=0.5):
     """A random long table with its rows shuffled, and the observations it holds by (id, time, variable)."""
@@ -61,6 +63,27 @@ def test_dates_become_elapsed_units_and_large_times_keep_their_differences():
     np.testing.assert_allclose(series_from_frame(seconds, unit=60.0).times, [[0.0, 0.05]], rtol=1e-6)
 
 
+def test_durations_and_dates_with_a_time_zone_become_elapsed_units():
+    hours = pd.date_range("2026-03-29", periods=4, freq="h", tz="Europe/Zurich")  # the clocks go forward in this night
+    table = {"id": ["a", "a", "a", "b"], "value": [1.0, 2.0, 3.0, 4.0]}
+    frame = pd.DataFrame({**table, "time": hours})
+    np.testing.assert_allclose(series_from_frame(frame, unit="h").times, [[0, 1, 2], [0, 0, 0]])
+    for origin in (hours[1], "2026-03-29T00:00"):
+        np.testing.assert_allclose(series_from_frame(frame, unit="m", origin=origin).times[0], [-60, 0, 60])
+    durations = {**table, "time": np.array([30, 60, 90, 90], "m8[m]")}
+    np.testing.assert_allclose(series_from_frame(durations, unit="h").times[0], [0, 0.5, 1])
+    origin = np.timedelta64(1, "h")
+    np.testing.assert_allclose(series_from_frame(durations, unit="h", origin=origin).times[0], [-0.5, 0, 0.5])
+
+
+def test_ids_of_several_types_and_missing_numbers():
+    frame = pd.DataFrame({"id": ["b", 1, "b"], "time": [0.0, 0.0, 1.0], "value": pd.array([1, 2, None], "Int64")})
+    series = series_from_frame(frame)
+    assert list(series.ids) == ["b", 1]
+    np.testing.assert_array_equal(series.values[..., 0], [[1, np.nan], [2, np.nan]])
+    np.testing.assert_array_equal(series.mask, [[True, True], [True, False]])
+
+
 def test_test_data_takes_the_channels_and_the_length_of_the_training_data():
     frame, _ = long_table()
     only_y = frame[frame["variable"] == "y"]
@@ -75,14 +98,40 @@ def test_test_data_takes_the_channels_and_the_length_of_the_training_data():
     [
         ({"id": [1], "value": [1.0]}, {}, r"no column 'time'.*\['id', 'value'\]"),
         ({"id": [1, 1], "time": [0, 0], "value": [1.0, 2.0]}, {}, "Series 1 has 2 values of 'value' at one time"),
-        ({"id": [1], "time": [np.nan], "value": [1.0]}, {}, "times are missing"),
+        ({"id": [1], "time": [np.nan], "value": [1.0]}, {}, "times in column .time. are missing"),
         ({"id": [1], "time": [0.0], "value": ["red"]}, {}, "'value' must hold numbers"),
         ({"id": [1, 1], "time": [0, 1], "value": [1.0, 2.0]}, {"length": 1}, "Series 1 has 2 observations"),
         ({"id": [1], "time": [0.0], "value": [1.0]}, {"unit": "h"}, "length of a unit as a number"),
         ({"id": [1], "time": np.array(["2026-01-01"], "M8[D]"), "value": [1.0]}, {}, "unit='h'"),
         ({"id": [1], "time": [0.0], "value": [1.0]}, {"channels": ["a"]}, "`channels` is for long tables"),
+        ({**ROWS, "id": ["a", None]}, {}, "an entry in every row.*None in row 1"),
+        ({**ROWS, "id": [1.0, np.nan]}, {}, "an entry in every row.*nan in row 1"),
+        ({**ROWS, "id": pd.array([1, None], "Int64")}, {}, "an entry in every row"),
+        ({**ROWS, "time": [0.0]}, {}, "1 entries in column 'time', and 2"),
+        ({**ROWS, "time": ["monday", "tuesday"]}, {}, "numbers, dates or durations"),
+        ({**ROWS, "time": np.array([1, 2], "m8[h]")}, {}, "a unit of time.*unit=1.0"),
+        ({**ROWS, "value": np.zeros((2, 2))}, {}, r"one entry for every row.*\(2, 2\)"),
+        ({**ROWS, "value": [1.0, 1e39]}, {}, "float32 cannot hold.*in row 1"),
+        (ROWS, {"unit": 0}, "number above 0.*unit=0"),
+        (ROWS, {"unit": -1.0}, "number above 0.*unit=-1.0"),
+        (ROWS, {"origin": "last"}, "one number.*origin='last'"),
+        (ROWS, {"origin": [0.0, 1.0]}, "one number"),
+        ({**ROWS, "time": np.array([1, 2], "M8[D]")}, {"unit": "M"}, "a unit of time.*unit='M'"),
+        ({**ROWS, "time": np.array([1, 2], "M8[D]")}, {"unit": "h", "origin": 0.0}, "one date.*origin=0.0"),
+        (ROWS, {"value": ["value", "value"]}, "`value` must list the channels, each of them once"),
+        (ROWS, {"value": []}, "`value` must list the channels"),
+        (ROWS, {"length": 2.5}, "whole number above 0.*length=2.5"),
+        ({**ROWS, "name": ["x", "y"]}, {"variable": "name", "channels": ["x", "x"]}, "each of them once"),
+        ({**ROWS, "name": ["x", "y"]}, {"variable": "name", "channels": ["z"]}, "one of the channels.*'x', 'y'"),
+        ({**ROWS, "name": ["x", "y"]}, {"variable": "name", "value": ["value"]}, "stand in one column"),
+        ({**ROWS, "name": ["x", None]}, {"variable": "name"}, "Column 'name' must have an entry"),
     ],
 )
 def test_mistakes_are_named(table, options, message):
     with pytest.raises(ValueError, match=message):
         series_from_frame(table, **options)
+
+
+def test_what_is_not_a_table_is_refused():
+    with pytest.raises(TypeError, match=r"a DataFrame or a dict of columns.* ndarray"):
+        series_from_frame(np.zeros((3, 3)))

@@ -17,11 +17,13 @@ from keras_node.models.trajectories import (
     Trajectories,
     are_arrays,
     as_dictionary,
+    center_and_scale,
     dictionary_of_arrays,
     prepare,
     until,
     windows,
 )
+from keras_node.models.window_states import WindowStates, gaps
 from keras_node.signatures import build, call_arguments
 from keras_node.solve_options import Gradient, Solver, SolvingLayer
 from keras_node.times import refuse_rounded_arrays
@@ -161,11 +163,12 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
                 'A `continuity` of 0 or more needs `initial_states="trained"`: the gap to an observed state is in the '
                 f"loss already. Received: continuity={continuity}, initial_states={initial_states!r}"
             )
+        # Keras orders weights by the layers as they are set. The field may come later, so it comes last.
+        self.scaled_states = WindowStates(name="window_states") if initial_states == "trained" else None
         self.vector_field = vector_field
         self.set_options(solver, gradient, jit_compile, track_stats)
         if self.continuity:
             self.trackers.append(keras.metrics.Mean(name="gap"))
-        self.scaled_states: keras.Variable | None = None
         self._num_controls: int | None = None
 
     # For a model, `jit_compile` is the option of `compile`, for the whole model.
@@ -178,16 +181,16 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
     @property
     def window_states(self) -> tf.Tensor:
         """The trained initial states of the windows of the training data, `(N, windows, D)`, in the units of values."""
-        if self.scaled_states is None:
+        if self.scaled_states is None or not self.scaled_states.built:
             raise ValueError(
                 'Only a model with `initial_states="trained"` that has been trained has states of windows. '
                 f"Received: a model with initial_states={self.initial_states!r}"
             )
-        return self.center + self.scale * self.scaled_states
+        return self.center + self.scale * self.scaled_states.states
 
     def build(self, inputs_shape: Any) -> None:
         shapes = as_dictionary(inputs_shape)
-        self._build_for(shapes["values"][-1], shapes["controls"][-1] if "controls" in shapes else None)
+        self._build_for(shapes["values"][-1], *shapes.get("controls", ())[-1:])
 
     def call(self, inputs: Any, training: bool | None = None) -> tf.Tensor:
         trajectories = self._prepared(inputs, keep_times=True)
@@ -200,16 +203,11 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
             x: trajectories, as arrays.
         """
         x = dictionary_of_arrays(x)
-        values = np.asarray(x["values"], "float64")
-        mask = np.asarray(x.get("mask", True), bool)
-        values = np.where(mask if mask.ndim != 2 else mask[..., None], values, np.nan).reshape(-1, values.shape[-1])
-        self._build_for(values.shape[-1], x["controls"].shape[-1] if "controls" in x else None)
-        counts = np.maximum(np.sum(~np.isnan(values), axis=0), 1)
-        center = np.nansum(values, axis=0) / counts
-        scale = np.sqrt(np.nansum((values - center) ** 2, axis=0) / counts)
+        self.build({name: part.shape for name, part in x.items()})
+        center, scale = center_and_scale(x)
         for scaled in (self, self.vector_field) if isinstance(self.vector_field, ScaledNetwork) else (self,):
             scaled.center.assign(center)
-            scaled.scale.assign(np.where(scale > 0, scale, 1))
+            scaled.scale.assign(scale)
         self.is_adapted.assign(True)
 
     def forecast(self, y0: Any, times: Any, args: Any = None, jumps: Any = None) -> tf.Tensor:
@@ -260,14 +258,16 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         length = self.window or trajectories.times.shape[1] - 1
         cut, number_of_windows = windows(trajectories, length)
         is_seen = ops.any(cut.observed, axis=(1, 2))
-        trained = bool(training) and self.initial_states == "trained"
+        trained = self.scaled_states if training else None
         if training:
             cut = until(cut, self.horizon)
-        starts = self._trained_states(trajectories, number_of_windows) if trained else cut.values[:, 0]
+        starts = cut.values[:, 0]
+        if trained is not None:
+            starts = self.center + self.scale * trained.take(trajectories.index, number_of_windows)
         states = self._follow(starts, cut, training)
         errors = states - cut.values
         # An observed initial state has no error.
-        counted = cut.observed if trained else cut.observed & (ops.arange(length + 1) > 0)[:, None]
+        counted = cut.observed if trained is not None else cut.observed & (ops.arange(length + 1) > 0)[:, None]
         # What was not observed, or what a shorter horizon does not reach, may be anything.
         errors = ops.where(counted, errors, 0)
 
@@ -279,12 +279,12 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         losses = tf.math.divide_no_nan(total, ops.sum(counts, axis=(1, 2)))
         measures = {"mse": (squares, counts)}
         if self.continuity:
-            gaps, known = self._gaps(states, starts, is_seen, number_of_windows)
-            reached = ops.cast(self.horizon >= length, gaps.dtype) if training else 1
+            squares, known = gaps(states[:, -1] / self.scale, starts / self.scale, is_seen, number_of_windows)
+            reached = ops.cast(self.horizon >= length, squares.dtype) if training else 1
             known = known * reached
-            mean = tf.math.divide_no_nan(ops.sum(known * gaps, axis=(1, 2)), ops.sum(known, axis=(1, 2)))
-            losses += self.continuity * mean if trained else 0
-            measures["gap"] = gaps, known
+            mean = tf.math.divide_no_nan(ops.sum(known * squares, axis=(1, 2)), ops.sum(known, axis=(1, 2)))
+            losses += self.continuity * mean if trained is not None else 0
+            measures["gap"] = squares, known
         return losses, measures
 
     def prepare_data(self, arguments: dict[str, Any], trains: bool) -> dict[str, Any]:
@@ -294,12 +294,14 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
             x = dictionary_of_arrays(x)
             refuse_rounded_arrays(x["times"])
             if trains:
-                self._build_for(x["values"].shape[-1], x["controls"].shape[-1] if "controls" in x else None)
+                self.build({name: part.shape for name, part in x.items()})
                 if not bool(self.is_adapted.numpy()):
                     self.adapt(x)
-                if self.initial_states == "trained":
+                if self.scaled_states is not None:
+                    cut, _ = windows(self._prepared(x), self.window or x["values"].shape[1] - 1)
+                    observed = (cut.values[:, 0] - self.center) / self.scale
+                    self.scaled_states.begin_at(observed, len(x["values"]))
                     x = {**x, "index": np.arange(len(x["values"]), dtype="int32")}
-                    self._make_scaled_states(x)
         others: Sequence = ()
         if isinstance(validation_data, list | tuple) and (len(validation_data) == 1 or validation_data[1] is None):
             validation_data, *others = validation_data  # `(x,)`, `(x, None)` or `(x, None, sample_weight)`
@@ -333,13 +335,15 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
     def get_build_config(self) -> dict[str, Any] | None:
         if not self.built:
             return None
-        states = None if self.scaled_states is None else tuple(self.scaled_states.shape)
-        return {"dim": self.center.shape[0], "scaled_states": states, "controls": self._num_controls}
+        states = self.scaled_states
+        shape = None if states is None or not states.built else tuple(states.states.shape)
+        return {"dim": self.center.shape[0], "scaled_states": shape, "controls": self._num_controls}
 
     def build_from_config(self, config: dict[str, Any]) -> None:
         self._build_for(config["dim"], config.get("controls"))
-        if config["scaled_states"] is not None:
-            self._add_scaled_states(tuple(config["scaled_states"]))
+        if self.scaled_states is not None and config["scaled_states"] is not None:
+            self.scaled_states.build(tuple(config["scaled_states"]))
+            self.scaled_states.built = True
 
     def _build_for(self, dim: int | None, num_controls: int | None = None) -> None:
         """Makes the weights for states of this length, and those of a field that takes controls if there are any."""
@@ -394,51 +398,6 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         solution = self.options.solve(self.vector_field, y0, times, args=args, jumps=jumps, training=training)
         return ops.moveaxis(solution.ys, 0, 1)
 
-    def _trained_states(self, trajectories: Trajectories, number_of_windows: int) -> tf.Tensor:
-        """Returns the initial states of the windows of a batch."""
-        if trajectories.index is None or self.scaled_states is None:
-            raise ValueError(
-                'With `initial_states="trained"` the model needs to know which trajectory is which: pass arrays to '
-                '`fit`, not a data set, or choose `initial_states="observed"`. Received: data without an `index`'
-            )
-        if self.scaled_states.shape[1] != number_of_windows:
-            raise ValueError(_other_data(self.scaled_states, f"trajectories with {number_of_windows} windows"))
-        states = ops.take(self.window_states, trajectories.index, axis=0)
-        return ops.reshape(states, (-1, self.center.shape[0]))
-
-    def _gaps(
-        self, states: tf.Tensor, starts: tf.Tensor, seen: tf.Tensor, number_of_windows: int
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the squared gaps between windows, `(batch, W - 1, D)`, and 1 for those that count."""
-        shape = (-1, number_of_windows, self.center.shape[0])
-        ends, starts = ops.reshape(states[:, -1], shape), ops.reshape(starts, shape)
-        gaps = ((ends[:, :-1] - starts[:, 1:]) / self.scale) ** 2
-        seen = ops.reshape(ops.cast(seen, gaps.dtype), (-1, number_of_windows))[:, 1:, None]
-        return gaps, ops.broadcast_to(seen, ops.shape(gaps))
-
-    def _make_scaled_states(self, x: dict[str, Any]) -> None:
-        """Makes the trained initial states of these trajectories, which begin at the observed ones."""
-        cut, number_of_windows = windows(self._prepared(x), self.window or x["values"].shape[1] - 1)
-        shape = (len(x["values"]), number_of_windows, self.center.shape[0])
-        if self.scaled_states is not None:
-            if tuple(self.scaled_states.shape) != shape:
-                raise ValueError(_other_data(self.scaled_states, f"{shape[0]} trajectories with {shape[1]} windows"))
-            return
-        observed = (cut.values[:, 0] - self.center) / self.scale
-        self._add_scaled_states(shape).assign(ops.reshape(observed, shape))
-
-    def _add_scaled_states(self, shape: tuple) -> keras.Variable:
-        states = self.add_weight(shape=shape, initializer="zeros", name="scaled_states")
-        self.scaled_states = states
-        return states
-
 
 def _number_of(controls: Any) -> int | None:
     return controls.coefficients.shape[-1] if isinstance(controls, ControlPath) else None
-
-
-def _other_data(states: Any, received: str) -> str:
-    return (
-        f"The model has trained initial states for {states.shape[0]} trajectories with {states.shape[1]} windows: "
-        f"train it on the same ones, or make a new model. Received: {received}"
-    )

@@ -153,3 +153,14 @@ def dictionary_of_arrays(x: Any) -> dict[str, Any]:
     if x["times"].ndim == 1:
         x["times"] = np.broadcast_to(x["times"], x["values"].shape[:2])
     return x
+
+
+def center_and_scale(x: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the mean and the standard deviation of each channel of what was observed. That of a constant is 1."""
+    values = np.asarray(x["values"], "float64")
+    mask = np.asarray(x.get("mask", True), bool)
+    values = np.where(mask if mask.ndim != 2 else mask[..., None], values, np.nan).reshape(-1, values.shape[-1])
+    counts = np.maximum(np.sum(~np.isnan(values), axis=0), 1)
+    center = np.nansum(values, axis=0) / counts
+    scale = np.sqrt(np.nansum((values - center) ** 2, axis=0) / counts)
+    return center, np.where(scale > 0, scale, 1)
