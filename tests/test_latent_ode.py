@@ -362,6 +362,30 @@ def test_regularizers_of_layers_count(float64):
     )
 
 
+def test_arrays_with_shared_times_train_like_those_with_own_times():
+    _, values, _ = series()
+    shared, mask = np.linspace(0.2, 2.0, STEPS, dtype="float32"), np.ones(values.shape, bool)
+    own = np.tile(shared, (BATCH, 1))
+
+    def results(times):
+        keras.utils.set_random_seed(0)
+        model, x = latent_ode(solver=RungeKutta("rk4", num_steps=2), jit_compile=False), (times, values, mask)
+        model.compile("adam", run_eagerly=True)
+        history = model.fit(x, x, validation_data=(x, x), batch_size=BATCH - 1, shuffle=False, verbose=0).history
+        return [*history.values(), model.evaluate(x, verbose=0), model.predict(x, batch_size=2, verbose=0)]
+
+    for with_shared, with_own in zip(results(shared), results(own), strict=True):
+        np.testing.assert_array_equal(with_shared, with_own)
+
+
+@pytest.mark.parametrize("method", ["fit", "evaluate", "predict"])
+def test_arrays_of_times_that_keras_would_round_are_refused(method):
+    model, (times, values, mask) = latent_ode(t0=1.7e9), series("float64")
+    model.compile("adam")
+    with pytest.raises(ValueError, match="would change most differences of these times"):
+        getattr(model, method)((1.7e9 + times, values, mask), verbose=0)
+
+
 def test_errors_say_what_arrived():
     x = series()
     with pytest.raises(ValueError, match=r"leave `loss` out.*Received: loss='mse'"):

@@ -1,20 +1,22 @@
 """A variational autoencoder for irregular series, whose latent state follows an ODE."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras import ops
 
 from keras_node.arguments import non_negative_integer, positive_integer
-from keras_node.control import last_valid, running_maximum
+from keras_node.control import running_maximum
 from keras_node.layers.irregular_times import check_order, elapsed_times, with_start
 from keras_node.layers.ode_layer import ODELayer
 from keras_node.models.likelihood_model import LikelihoodModel
+from keras_node.models.observed_series import check_shapes, prepare, with_own_times
 from keras_node.nested_layers import NestedLayers
 from keras_node.solve_options import Gradient, Solver
-from keras_node.times import prepare_times, refuse_rounded_arrays
+from keras_node.times import prepare_times
 
 _SMALLEST_SCALE = 1e-5  # softplus underflows to zero, where the KL divergence is infinite
 
@@ -162,7 +164,7 @@ class LatentODE(NestedLayers, LikelihoodModel):
         self.seed_generator = keras.random.SeedGenerator()
 
     def build(self, inputs_shape: Any) -> None:
-        _check_shapes(inputs_shape)
+        check_shapes(inputs_shape)
         _, values_shape, _ = inputs_shape
         features = values_shape[-1]
         self.encoder.build((None, None, 2 * features + 1))
@@ -180,12 +182,16 @@ class LatentODE(NestedLayers, LikelihoodModel):
             self.log_noise_scale = self.add_weight(shape=(features,), initializer="zeros", name="log_noise_scale")
 
     def prepare_data(self, arguments: dict[str, Any], trains: bool) -> dict[str, Any]:
-        """Refuses times that Keras would round."""
+        """Gives each series its times, and refuses times that Keras would round."""
         del trains
-        for series in (arguments.get("x"), arguments.get("y")):
-            if isinstance(series, list | tuple) and len(series) == 3:
-                refuse_rounded_arrays(series[0])
-        return arguments
+        prepared = {name: with_own_times(arguments.get(name)) for name in ("x", "y")}
+        if isinstance(arguments.get("validation_data"), list | tuple):
+            prepared["validation_data"] = tuple(with_own_times(part) for part in arguments["validation_data"])
+        return {**arguments, **prepared}
+
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+        """Returns the reconstructions at all times, like `keras.Model.predict`."""
+        return super().predict(with_own_times(x), *args, **kwargs)
 
     def call(self, inputs: tuple, training: bool | None = None) -> tf.Tensor:
         times, values, _ = self._series(inputs)
@@ -338,32 +344,11 @@ class LatentODE(NestedLayers, LikelihoodModel):
         return {**config, **self.dynamics.options.get_config()}
 
     def _series(self, series: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Returns times for a solve, values with zeros where none was observed, and a mask of what was observed."""
-        if not isinstance(series, list | tuple) or len(series) != 3:
-            raise ValueError(f"A batch of series must be a tuple `(times, values, mask)`. Received: {series!r}")
-        times = prepare_times(series[0], self.variable_dtype)
-        values, mask = (ops.convert_to_tensor(x) for x in series[1:])
-        shapes = tuple(tuple(x.shape) for x in (times, values, mask))
-        _check_shapes(shapes)
+        """Returns the times, values and mask of a batch, and makes the weights of the model for them."""
+        times, values, observed = prepare(series, self.variable_dtype, self.dynamics.t0)
         if not self.built:
-            self.build(shapes)
-        observed = ops.cast(mask, "bool")
-        values = ops.where(observed, ops.cast(values, self.variable_dtype), 0)
-        if len(times.shape) == 2:
-            # The time of a step without observations may be anything, and must not make a solve turn back.
-            front = [(0, 0), (1, 0)]
-            valid = with_start(ops.any(observed, axis=-1))
-            times = last_valid(ops.pad(times, front, constant_values=self.dynamics.t0), valid)[:, 1:]
+            self.build([tuple(x.shape) for x in (times, values, observed)])
         return times, values, observed
-
-
-def _check_shapes(shapes: Sequence) -> None:
-    ranks = [len(shape) if isinstance(shape, list | tuple) else None for shape in shapes]
-    if ranks not in ([1, 3, 3], [2, 3, 3]):
-        raise ValueError(
-            "A batch of series must be a tuple `(times, values, mask)`: `times` of shape (batch, T) or (T,), and "
-            f"`values` and `mask` of shape (batch, T, features). Received: data of shape {shapes}"
-        )
 
 
 def _network(units: int, outputs: int, dtype: Any, name: str) -> keras.Sequential:
