@@ -225,7 +225,7 @@ def _checked_halves(problem: Problem, ys: Nest, stats: Stats, status: tf.Tensor)
     return ys, stats._replace(num_evaluations=stats.num_evaluations + 3), status
 
 
-def leave_start(problem: Problem, trajectory: Trajectory) -> Trajectory:
+def add_gradient_at_start(problem: Problem, trajectory: Trajectory) -> Trajectory:
     """Adds the gradient of times that equal the first one. No step leads to them, but moving one moves its state."""
     ts, solver = problem.ts, problem.forward_solver
     if not problem.times_vary:

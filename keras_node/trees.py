@@ -35,7 +35,7 @@ def each(function: Callable[..., Any], *nests: Nest) -> Nest:
 
 def where(condition: tf.Tensor, x: Nest, y: Nest) -> Nest:
     """Selects `x` or `y`, leaf by leaf. `condition` is a scalar or has shape `(batch,)`."""
-    known = _known(condition)
+    known = _static_value(condition)
     if known is not None:
         return x if known else y
     return each(lambda a, b: tf.where(align(condition, a), a, b), x, y)
@@ -84,7 +84,7 @@ def constants(x: Nest) -> Nest:
 
 def poison(failed: tf.Tensor, x: Nest) -> Nest:
     """Returns `x` with NaN where a solve has failed. `failed` is a scalar or has shape `(batch,)`."""
-    if _known(failed) is False:
+    if _static_value(failed) is False:
         return x
 
     def leaf(a: tf.Tensor) -> tf.Tensor:
@@ -95,7 +95,7 @@ def poison(failed: tf.Tensor, x: Nest) -> Nest:
     return each(leaf, x)
 
 
-def _known(condition: tf.Tensor) -> bool | None:
+def _static_value(condition: tf.Tensor) -> bool | None:
     """The value of a scalar if it is known before the graph runs; in eager mode it always is."""
     known = tf.get_static_value(condition) if condition.shape.rank == 0 else None
     return None if known is None else bool(known)

@@ -8,7 +8,7 @@ from steep import MATRIX, OWN, Y0, field, gradients_of
 
 import keras_node
 from keras_node.gradients.direct import DirectGradient
-from keras_node.solve import leave_start, solve
+from keras_node.solve import add_gradient_at_start, solve
 
 COUPLING = 0.97
 REVERSIBLE = keras_node.ReversibleAdjoint(COUPLING)
@@ -18,7 +18,7 @@ class Backpropagation(DirectGradient):
     """Ordinary backpropagation through the same steps."""
 
     def __call__(self, problem):
-        return leave_start(problem, solve(problem._replace(coupling=COUPLING))[0])
+        return add_gradient_at_start(problem, solve(problem._replace(coupling=COUPLING))[0])
 
 
 def rk4_change(matrix, t, dt, y):

@@ -80,9 +80,9 @@ class BacksolveAdjoint:
         if num_checkpoints is not None:
             num_checkpoints = positive_integer("num_checkpoints", num_checkpoints)
         self.num_checkpoints = num_checkpoints
-        self._known: Nest = None
+        self._known_result: Nest = None
 
-    def given(self, y1: Nest) -> "BacksolveAdjoint":
+    def with_known_result(self, y1: Nest) -> "BacksolveAdjoint":
         """Returns the same gradient for a solve between two times whose result `y1` is already known.
 
         A call of it does not solve forward again. With `num_checkpoints` it does, because it needs states in between.
@@ -93,7 +93,7 @@ class BacksolveAdjoint:
         if self.num_checkpoints is not None:
             return self
         gradient = copy.copy(self)
-        gradient._known = y1
+        gradient._known_result = y1
         return gradient
 
     def __call__(self, problem: Problem) -> Trajectory:
@@ -106,8 +106,8 @@ class BacksolveAdjoint:
                 f'Received: norm="full", ts of shape {tuple(problem.ts.shape)}, solver={solver!r}'
             )
 
-        if self._known is not None:
-            return solve_with_gradient(problem, self._recall, self._backward)
+        if self._known_result is not None:
+            return solve_with_gradient(problem, self._from_known_result, self._backward)
         if self.num_checkpoints is None:
             return solve_with_gradient(problem, self._forward, self._backward)
         if problem.solver.num_steps is not None:
@@ -145,9 +145,9 @@ class BacksolveAdjoint:
             reached = tf.reduce_max(reached)  # the backward solve has joint steps
         return trajectory, (reached,)
 
-    def _recall(self, problem: Problem) -> tuple[Trajectory, tuple]:
+    def _from_known_result(self, problem: Problem) -> tuple[Trajectory, tuple]:
         """The trajectory of a known result."""
-        ys = tf.nest.map_structure(lambda a, b: tf.stack([a, tf.cast(b, a.dtype)]), problem.y0, self._known)
+        ys = tf.nest.map_structure(lambda a, b: tf.stack([a, tf.cast(b, a.dtype)]), problem.y0, self._known_result)
         return Trajectory(ys, Stats.zeros(), tf.constant(0)), ()
 
     def _backward(self, problem: Problem, memory: tuple, ys: Nest, dys: Nest) -> tuple[Gradients, Stats, tf.Tensor]:

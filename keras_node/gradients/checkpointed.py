@@ -12,7 +12,7 @@ from keras_node.gradients.record import Record, Recorder
 from keras_node.gradients.replay import Replay
 from keras_node.loop_start import step_limit
 from keras_node.solution import Stats, Status
-from keras_node.solve import Problem, Trajectory, leave_start, solve, solve_clock
+from keras_node.solve import Problem, Trajectory, add_gradient_at_start, solve, solve_clock
 from keras_node.trees import Nest
 from keras_node.vjp import vjp
 
@@ -78,7 +78,7 @@ class CheckpointedAdjoint:
             record, status = memory
             return _backward(problem, record, status, capacity, dys)
 
-        return leave_start(problem, solve_with_gradient(problem, forward, backward))
+        return add_gradient_at_start(problem, solve_with_gradient(problem, forward, backward))
 
     def get_config(self) -> dict[str, Any]:
         return {"num_checkpoints": self.num_checkpoints}

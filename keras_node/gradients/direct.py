@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_node.solve import Problem, Trajectory, leave_start, solve
+from keras_node.solve import Problem, Trajectory, add_gradient_at_start, solve
 
 
 @keras.saving.register_keras_serializable(package="keras_node")
@@ -32,7 +32,7 @@ class DirectGradient:
     def __call__(self, problem: Problem) -> Trajectory:
         """Solves the problem with this gradient. The layers and `keras_node.odeint` call it."""
         trajectory, _ = solve(problem, num_derivatives=2)
-        return leave_start(problem, trajectory)
+        return add_gradient_at_start(problem, trajectory)
 
     def get_config(self) -> dict[str, Any]:
         return {}

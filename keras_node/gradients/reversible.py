@@ -14,7 +14,7 @@ from keras_node.gradients.replay import Replay, is_due, select, through_outputs
 from keras_node.interpolation import Progress
 from keras_node.loop_start import step_limit
 from keras_node.solution import Stats, Status
-from keras_node.solve import Problem, Trajectory, leave_start, solve, solve_clock
+from keras_node.solve import Problem, Trajectory, add_gradient_at_start, solve, solve_clock
 from keras_node.solvers.reversible import change, mixed_part, mixture
 from keras_node.solvers.step import Rates, Step, rk_step, with_dense_stages
 from keras_node.trees import Nest
@@ -86,7 +86,7 @@ class ReversibleAdjoint:
             record, status = memory
             return _backward(problem, record, status, dys)
 
-        return leave_start(problem, solve_with_gradient(problem, forward, backward))
+        return add_gradient_at_start(problem, solve_with_gradient(problem, forward, backward))
 
     def get_config(self) -> dict[str, Any]:
         return {"coupling": self.coupling}

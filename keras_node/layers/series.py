@@ -54,7 +54,7 @@ class SeriesRNN(keras.layers.RNN):
             None if mask is None else self._steps(tf.cast(mask, tf.bool)),
             keeps_outputs=self.return_sequences,
             zero_output=self.zero_output_for_mask,
-            knows_solutions=hasattr(cell.gradient, "given"),
+            knows_solutions=hasattr(cell.gradient, "with_known_result"),
         )
         inputs = (x, states, scan.step.params)
         if isinstance(cell.gradient, DirectGradient):
@@ -99,7 +99,9 @@ class SeriesRNN(keras.layers.RNN):
                     return cell.gradient
                 if solved is None:
                     return _NoGradient()
-                return _Reporting(cell.gradient.given(solved[i]) if solved else cell.gradient, backward_statuses[i])
+                return _Reporting(
+                    cell.gradient.with_known_result(solved[i]) if solved else cell.gradient, backward_statuses[i]
+                )
 
             def move(y0: tf.Tensor, ts: Any, **options: Any) -> tf.Tensor:
                 options.update(
