@@ -144,6 +144,19 @@ def test_what_was_not_observed_has_no_effect(targets, float64):
     np.testing.assert_array_equal(model(given[0]), model(spoilt[0]))
 
 
+def test_missing_values_may_be_nan_and_a_mask_of_steps_is_enough(float64):
+    model, (times, values, mask) = latent_ode(), series("float64")
+    expected, _ = fixed_draw(model, (times, values, mask))
+    missing = np.where(mask, values, np.nan)
+    for given in ((times, missing), (times, missing, mask.any(-1)), (times, missing, np.ones_like(mask))):
+        np.testing.assert_array_equal(fixed_draw(model, given)[0], expected)
+    steps = mask.any(-1)
+    steps[:, 1] = False
+    by_steps, _ = fixed_draw(model, (times, missing, steps))
+    np.testing.assert_array_equal(by_steps, fixed_draw(model, (times, values, mask & steps[..., None]))[0])
+    assert abs(by_steps - expected) > 1e-3
+
+
 def test_more_padding_changes_nothing(float64):
     model, x = latent_ode(), series("float64")
     longer = [np.pad(a, [(0, 0), (0, 3)] + [(0, 0)] * (a.ndim - 2)) for a in x]
@@ -395,9 +408,9 @@ def test_errors_say_what_arrived():
     with pytest.raises(ValueError, match="how many channels an observation has"):
         latent_ode().sample(3, [0.0, 1.0])
     with pytest.raises(ValueError, match=r"tuple `\(times, values, mask\)`"):
-        latent_ode().compute_loss(x[:2])
+        latent_ode().compute_loss(x[:1])
     with pytest.raises(ValueError, match=r"\(batch, T, features\).*Received: data of shape"):
-        latent_ode()((x[0], x[1], x[2][..., 0]))
+        latent_ode()((x[0], x[1][..., 0], x[2]))
     model = latent_ode()
     model.compile("adam")
     with pytest.raises(ValueError, match=r"tuple `\(times, values, mask\)`.*Received: data of shape \(2, 7, 2\)"):

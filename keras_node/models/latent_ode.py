@@ -71,22 +71,23 @@ class LatentODE(NestedLayers, LikelihoodModel):
         **kwargs: arguments of `keras.Model`, such as `name` and `dtype`.
 
     Call arguments:
-        inputs: the observations, a tuple `(times, values, mask)`. `times` are in any unit and must not decrease from
-            one step with observations to the next. `mask` is true for each value that was observed. It is boolean, or 0
-            and 1, which several devices (`tf.distribute`) need.
+        inputs: the observations, a tuple `(times, values, mask)` or `(times, values)`. `times` are in any unit and must
+            not decrease from one step with observations to the next. A value that was not observed is NaN, or `mask` is
+            false there. The mask is boolean, or 0 and 1, which several devices (`tf.distribute`) need.
         training: Python boolean, passed to the layers.
 
     Input shape:
-        `times`: `(batch, T)`, or `(T,)` if all samples share them. `values` and `mask`: `(batch, T, features)`.
+        `times`: `(batch, T)`, or `(T,)` if all samples share them. `values`: `(batch, T, features)`. `mask`:
+        `(batch, T)` or `(batch, T, features)`.
 
     Output shape:
         `(batch, T, features)`: the reconstruction at all `times`, from the mean of `q`.
 
     Masking:
-        The mask is an input. A value whose mask is false has no effect on `q` and the loss, and neither has the time of
-        a step that is masked in all channels. If the time of such a step is earlier than that of a step before it, as
-        in padding with zeros, the output repeats the reconstruction of the latest step so far. The model neither reads
-        nor returns a Keras mask.
+        The mask is an input. A value that is NaN or whose mask is false has no effect on `q` and the loss, and neither
+        has the time of a step without any value. If the time of such a step is earlier than that of a step before it,
+        as in padding with zeros, the output repeats the reconstruction of the latest step so far. The model neither
+        reads nor returns a Keras mask.
 
     Raises:
         ValueError: for an option out of range, for inputs of another shape, and for times that decrease.
@@ -165,7 +166,7 @@ class LatentODE(NestedLayers, LikelihoodModel):
 
     def build(self, inputs_shape: Any) -> None:
         check_shapes(inputs_shape)
-        _, values_shape, _ = inputs_shape
+        values_shape = inputs_shape[1]
         features = values_shape[-1]
         self.encoder.build((None, None, 2 * features + 1))
         self.posterior_parameters.build(self.encoder.compute_output_shape((None, None, 2 * features + 1)))

@@ -1,4 +1,4 @@
-"""Batches of series `(times, values, mask)`, prepared for an encoder and for a solve."""
+"""Batches of series, `(times, values, mask)` or `(times, values)`, prepared for an encoder and for a solve."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,13 +14,19 @@ from keras_node.times import prepare_times, refuse_rounded_arrays
 
 def prepare(series: Any, dtype: str, t0: float) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Returns times for a solve, values with zeros where none was observed, and a mask of what was observed."""
-    if not isinstance(series, list | tuple) or len(series) != 3:
-        raise ValueError(f"A batch of series must be a tuple `(times, values, mask)`. Received: {series!r}")
+    if not isinstance(series, list | tuple) or len(series) not in (2, 3):
+        raise ValueError(
+            f"A batch of series must be a tuple `(times, values, mask)` or `(times, values)`. Received: {series!r}"
+        )
     times = prepare_times(series[0], dtype)
-    values, mask = (ops.convert_to_tensor(x) for x in series[1:])
-    check_shapes([tuple(x.shape) for x in (times, values, mask)])
-    observed = ops.cast(mask, "bool")
-    values = ops.where(observed, ops.cast(values, dtype), 0)
+    values, *masks = (ops.convert_to_tensor(x) for x in series[1:])
+    check_shapes([tuple(x.shape) for x in (times, values, *masks)])
+    values = ops.cast(values, dtype)
+    observed = ~ops.isnan(values)
+    for mask in masks:
+        mask = ops.cast(mask, "bool")
+        observed &= mask if len(mask.shape) == 3 else mask[..., None]
+    values = ops.where(observed, values, 0)
     if len(times.shape) == 2:
         # The time of a step without observations may be anything, and must not make a solve turn back.
         valid = with_start(ops.any(observed, axis=-1))
@@ -29,23 +35,28 @@ def prepare(series: Any, dtype: str, t0: float) -> tuple[tf.Tensor, tf.Tensor, t
 
 
 def check_shapes(shapes: Sequence) -> None:
-    """Checks the shapes of times, values and mask."""
+    """Checks the shapes of times, values and the mask, if there is one."""
     ranks = [len(shape) if isinstance(shape, list | tuple) else None for shape in shapes]
-    if ranks not in ([1, 3, 3], [2, 3, 3]):
+    if ranks[:1] not in ([1], [2]) or ranks[1:] not in ([3], [3, 2], [3, 3]):
         raise ValueError(
-            "A batch of series must be a tuple `(times, values, mask)`: `times` of shape (batch, T) or (T,), and "
-            f"`values` and `mask` of shape (batch, T, features). Received: data of shape {tuple(shapes)}"
+            "A batch of series must be a tuple `(times, values, mask)` or `(times, values)`: `times` of shape "
+            "(batch, T) or (T,), `values` (batch, T, features), and `mask` (batch, T) or (batch, T, features). "
+            f"Received: data of shape {tuple(shapes)}"
         )
 
 
 def with_own_times(series: Any) -> Any:
     """Returns series whose shared times, `(T,)`, are repeated for each of them: Keras cuts batches of the first axis.
 
-    What is not a tuple of three arrays, such as a data set, stays as it is.
+    What is not a tuple of two or three arrays, such as a data set, stays as it is.
     """
-    if not isinstance(series, list | tuple) or len(series) != 3 or not all(hasattr(x, "shape") for x in series):
+    if (
+        not isinstance(series, list | tuple)
+        or len(series) not in (2, 3)
+        or not all(hasattr(x, "shape") for x in series)
+    ):
         return series
-    times, values, mask = series
+    times, values, *mask = series
     refuse_rounded_arrays(times)
     check_shapes([tuple(x.shape) for x in series])
-    return np.broadcast_to(times, values.shape[:2]) if len(times.shape) == 1 else times, values, mask
+    return np.broadcast_to(times, values.shape[:2]) if len(times.shape) == 1 else times, values, *mask
