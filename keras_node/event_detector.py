@@ -170,10 +170,13 @@ class EventDetector:
         values = self._values(step.t + step.dt, step.y1)
         directions = tf.constant(self.directions, sides.dtype)[:, None]
         counts = (sides != 0) & ((directions == 0) | (directions == -sides))
+        resolution = self._resolution(step.t + step.dt, end)
         # At the last time an event may be missed by the rounding error of a time.
-        part = tf.abs(tf.math.divide_no_nan(self._resolution(step.t + step.dt, end), step.dt))
+        part = tf.abs(tf.math.divide_no_nan(resolution, step.dt))
         nearly = tf.where(last, tf.minimum(part, 0.5) * tf.abs(values - before), 0)
-        crossed = moved & ~detected.landing & counts & (sides * values <= nearly)
+        # A function that starts at zero, as after its event, has no sign within the rounding error of a time.
+        has_sign = (before != 0) | (end > resolution)
+        crossed = moved & ~detected.landing & counts & has_sign & (sides * values <= nearly)
         found = tf.reduce_any(crossed, axis=0)
         step = with_dense_stages(tableau, step, tf.reduce_any(found))
         fraction = tf.where(crossed, self._fractions(tableau, step, crossed, sides, before, values), 2.0)
@@ -182,10 +185,10 @@ class EventDetector:
         elapsed = self.time(start + first * (end - start)) - self.origin
         target = tf.cast(tf.abs(elapsed), start.dtype)
         arrives = moved & detected.landing
-        goes_on = moved & ~found & ~arrives
+        known = moved & ~found & ~arrives & has_sign
         return detected._replace(
-            sides=tf.where(goes_on & (values != 0), tf.sign(values), sides),
-            values=tf.where(goes_on, values, before),
+            sides=tf.where(known & (values != 0), tf.sign(values), sides),
+            values=tf.where(known, values, before),
             landing=found,
             landed=detected.landed | arrives,
             target=tf.where(found, tf.minimum(target, end), detected.target),

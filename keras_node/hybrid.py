@@ -184,7 +184,7 @@ class HybridSolve:
             # A loop of at most one round, because converters to other formats know it better than a condition.
             t, y, after, passes, rate, _ = tf.while_loop(
                 lambda *values: values[-1],
-                lambda t, y, *_: (*self._land(t, y, index, sides), False),
+                lambda t, y, *_: (*self._land(t, y, index, sides, phase.t, end), False),
                 (stopped, y, y, solved, rate, tf.reduce_any(index >= 0)),
                 maximum_iterations=1,
             )
@@ -198,7 +198,8 @@ class HybridSolve:
         if self.jumps is not None:
             amount = tf.nest.map_structure(lambda a: pick(a, phase.next_jump), self.jumps.amounts)
             after = trees.where(jumps, trees.add(y, amount), after)
-        goes_on = jumps | (happened & ~_is_among(index, self.terminal))
+        # At the last time the state is the one before a jump or a reset, so nothing comes after it.
+        goes_on = (jumps | (happened & ~_is_among(index, self.terminal))) & self._is_before(t, self.ts[-1])
         failed = status != int(Status.SUCCESS)
         here = trees.where(goes_on, after, trees.where(failed | phase.done, phase.y, y))
         return _Phase(
@@ -240,9 +241,18 @@ class HybridSolve:
         return own._replace(y0=phase.y, ts=ts, times_vary=True, on_backward=None, detector=detector, is_phase=True)
 
     def _land(
-        self, t: tf.Tensor, y: Nest, index: tf.Tensor, sides: tf.Tensor
+        self, t: tf.Tensor, y: Nest, index: tf.Tensor, sides: tf.Tensor, start: tf.Tensor, end: tf.Tensor
     ) -> tuple[tf.Tensor, Nest, Nest, tf.Tensor, tf.Tensor]:
-        """The times of events, the states before and after, whether events happen at all, and rates of functions."""
+        """The times of events, the states before and after, whether events happen at all, and rates of functions.
+
+        Args:
+            t: where the solver has landed.
+            y: the states there.
+            index: the number of the event of each sample.
+            sides: on which side of zero each function was.
+            start: the times at which the phase starts.
+            end: the times at which it ends if no event happens. The event is not after it.
+        """
         assert self.functions is not None
         problem = self.problem
         now = tf.cast(t, problem.dtype)
@@ -251,7 +261,11 @@ class HybridSolve:
         dt, y, passes, rate = self.functions.land(
             lambda t, y: problem.vector_field(t, y, problem.params), now, y, index, ahead
         )
-        return t + tf.cast(dt, t.dtype), y, self.functions.reset(now + dt, y, index), passes, rate
+        after = self.functions.reset(now + dt, y, index)
+        t = t + tf.cast(dt, t.dtype)
+        # By its rounding error, the correction may lead out of the phase. The derivative is that of the event.
+        inside = tf.clip_by_value(t, tf.minimum(start, end), tf.maximum(start, end))
+        return t + tf.stop_gradient(inside - t), y, after, passes, rate
 
     def _outputs(self, phase: _Phase, t: tf.Tensor, ys: Nest) -> Nest:
         """The states at the times of the solve, with those that lie in a phase that has ended at `t`."""

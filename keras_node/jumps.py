@@ -40,12 +40,13 @@ def prepare_jumps(jumps: Any, ts: tf.Tensor, y0: Nest) -> Jumps:
     """
     check_jumps(jumps)
     times = tf.cast(tf.convert_to_tensor(prepare_times(jumps[0], ts.dtype, axis=0)), ts.dtype)
-    if times.shape.rank not in (1, 2):
+    if times.shape.rank not in (1, 2) or not _fits(times.shape[1:], ts.shape[1:]):
         raise ValueError(
-            f"The times of `jumps` must be of shape (D,) or (D, batch). Received: shape={tuple(times.shape)}"
+            "The times of `jumps` must be of shape (D,) if all samples share them, or (D, batch). "
+            f"Received, with the axis of the jumps first: shape={tuple(times.shape)} for a batch of {ts.shape[1]}"
         )
-    first, last = ts[0], ts[-1]
-    times = times if times.shape.rank == 2 else times[:, None] + tf.zeros_like(first)
+    first, last, given = ts[0], ts[-1], times
+    times = (times if times.shape.rank == 2 else times[:, None]) + tf.zeros_like(first)
     # The states at `ts` are those before a jump at the same time, so a jump at the last time changes nothing.
     inside = tf.where(last < first, (times <= first) & (times > last), (times >= first) & (times < last))
     times = tf.where(inside, times, last)
@@ -53,13 +54,25 @@ def prepare_jumps(jumps: Any, ts: tf.Tensor, y0: Nest) -> Jumps:
 
     def leaf(amount: Any, y: tf.Tensor) -> tf.Tensor:
         amount = tf.cast(tf.convert_to_tensor(amount), y.dtype)
-        if amount.shape.rank not in (y.shape.rank, y.shape.rank + 1):
+        is_shared = amount.shape.rank == y.shape.rank
+        fits = amount.shape[:1].is_compatible_with(given.shape[:1]) and (
+            amount.shape[1:].is_compatible_with(y.shape[1:]) if is_shared else _fits(amount.shape[1:], y.shape)
+        )
+        if not fits:
             raise ValueError(
-                "The amounts of `jumps` must have the shape of the state after the axis of the jumps: (D, ...) if all "
-                "samples share them, or (D, batch, ...). "
-                f"Received: amounts of shape {tuple(amount.shape)} for a state of shape {tuple(y.shape)}"
+                "The amounts of `jumps` must have one entry for each time, and then the shape of the state: (D, ...) "
+                "if all samples share them, or (D, batch, ...). "
+                "Received, with the axis of the jumps first: "
+                f"amounts of shape {tuple(amount.shape)} for times of shape {tuple(given.shape)} and a "
+                f"state of shape {tuple(y.shape)}"
             )
-        amount = amount if amount.shape.rank > y.shape.rank else amount[:, None]
+        if None in (amount.shape[0], given.shape[0]):
+            numbers = tf.shape(amount)[0], tf.shape(given)[0]
+            with tf.control_dependencies(
+                [tf.debugging.assert_equal(*numbers, "`jumps` need one amount for each time")]
+            ):
+                amount = tf.identity(amount)
+        amount = amount[:, None] if is_shared else amount
         mask = tf.reshape(inside, tf.concat([tf.shape(inside), tf.ones([y.shape.rank - 1], tf.int32)], axis=0))
         nothing = tf.zeros_like(y)
         return tf.concat([reorder(tf.where(mask, amount, nothing), order), nothing[None]], axis=0)
@@ -88,3 +101,8 @@ def map_amounts(function: Callable[[Any, tf.Tensor], tf.Tensor], amounts: Nest, 
     if not fits:
         raise ValueError(f"The amounts of `jumps` must have the structure of the state. Received: amounts={amounts!r}")
     return keras.tree.map_structure_up_to(y0, function, amounts, y0)
+
+
+def _fits(shape: tf.TensorShape, expected: tf.TensorShape) -> bool:
+    """Whether a shape that begins with the batch is the expected one. A batch of 1 serves for all samples."""
+    return shape.rank == 0 or shape.is_compatible_with(expected) or shape.is_compatible_with([1, *expected[1:]])

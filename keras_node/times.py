@@ -25,7 +25,16 @@ def as_numbers(times: Times) -> np.ndarray | None:
     """Returns times that are numbers, or arrays of them, as float64, and `None` for times that may need a gradient."""
     if any(_is_tensor(t) for t in tf.nest.flatten(times)):
         return None
-    return np.asarray(times, dtype="float64")
+    try:
+        numbers = np.asarray(times)
+        if numbers.dtype.kind not in "biuf":
+            raise TypeError
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "Times must be numbers in an array without gaps. Turn dates into the time since the first of them, such as "
+            f'`(dates - dates[0]) / np.timedelta64(1, "h")`. Received: {times!r}'
+        ) from error
+    return numbers.astype("float64")
 
 
 def prepare_times(times: Times, dtype: tf.DType | str, axis: int = -1) -> tf.Tensor:
@@ -57,6 +66,7 @@ def refuse_rounded_arrays(times: Any) -> None:
     """Raises for an array of times that Keras would round: `fit` hands arrays over in `keras.config.floatx()`."""
     times = np.asarray(times)
     if times.dtype.kind != "f":
+        as_numbers(times)
         return
     with np.errstate(invalid="ignore"):  # the times of padding may be anything
         steps, rounded = np.diff(times), np.diff(times.astype(keras.config.floatx()))
@@ -73,7 +83,7 @@ def refuse_rounded_arrays(times: Any) -> None:
 
 def _tells_apart(numbers: np.ndarray, dtype: str, axis: int) -> bool:
     """Whether numbers stay different in `dtype`, and its rounding is small beside the time from first to last."""
-    if not numbers.size:
+    if not numbers.size or not numbers.ndim:
         return True
     with np.errstate(invalid="ignore", over="ignore"):  # times that are not finite are for the solve to report
         steps, rounded = np.diff(numbers, axis=axis), np.diff(numbers.astype(dtype), axis=axis)

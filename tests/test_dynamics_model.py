@@ -306,19 +306,53 @@ def test_options_out_of_range(options, message):
         DynamicsModel(**options)
 
 
+VALUES = np.ones((2, 7, 1))
+
+
 @pytest.mark.parametrize(
     ("x", "message"),
     [
         ((TIMES,), r"Received: tuple of length 1"),
         ({"times": TIMES, "value": np.ones((2, 7, 1))}, r"Received: \['times', 'value'\]"),
-        ({"times": TIMES, "values": np.ones((2, 7, 1)), "jump_times": np.ones((2, 1))}, "both `jump_times`"),
-        ((TIMES, np.ones((2, 7))), r"Received: shapes \(7,\), \(2, 7\) and None"),
+        ({"times": TIMES, "values": VALUES, "jump_times": np.ones((2, 1))}, "both `jump_times`"),
+        ((TIMES, np.ones((2, 7))), r"`values` must be .*Received: values of shape \(2, 7\)"),
+        ((TIMES[:-1], VALUES), r"`times` must be of shape \(batch, T\) or \(T,\).*'times': \(6,\)"),
+        ((np.tile(TIMES, (3, 1)), VALUES), r"`times` must be .*\(3, 7\)"),
+        ((TIMES, VALUES, np.ones((2, 6))), r"`mask` must be of shape .*\(2, 6\)"),
+        ({"times": TIMES, "values": VALUES, "controls": np.ones((7, 2))}, r"`controls` must be .*\(7, 2\)"),
+        (
+            {"times": TIMES, "values": VALUES, "jump_times": np.ones((2, 1)), "jump_amounts": np.ones((2, 2, 1))},
+            r"`jump_amounts` must be of shape \(batch, J, D\).*\(2, 2, 1\)",
+        ),
+        ({"times": TIMES, "values": VALUES, "jump_times": [1.0], "jump_amounts": [[1.0]]}, "`jump_times` must be"),
+        ((np.arange(7).astype("M8[D]"), VALUES), "Times must be numbers"),
         ((TIMES[:1], np.ones((2, 1, 1))), "known number of steps, 2 or more"),
     ],
 )
 def test_data_of_another_shape(x, message):
     with pytest.raises(ValueError, match=message):
         model_of().fit(x, verbose=0)
+
+
+@pytest.mark.parametrize("order", [[6, 5, 4, 3, 2, 1, 0], [0, 1, 2, 4, 3, 5, 6]])
+def test_observed_times_must_not_decrease(order):
+    model, times = model_of(), np.tile(TIMES, (2, 1))
+    times[1] = TIMES[order]
+    message = "must not decrease from one valid step to the next.*sample 1"
+    for method in (model.fit, model.evaluate, model.predict):
+        with pytest.raises(ValueError, match=message):
+            method((times, VALUES), verbose=0)
+    with pytest.raises(ValueError, match=message):
+        model((times, VALUES))
+    signature = [(tf.TensorSpec([None, 7], tf.float64), tf.TensorSpec([None, 7, 1], tf.float64))]
+    with pytest.raises(tf.errors.InvalidArgumentError, match="must not decrease"):
+        tf.function(model, input_signature=signature)((times, VALUES))
+    y = tf.function(model, jit_compile=True)((tf.constant(times), tf.constant(VALUES)))
+    assert np.isnan(y[1]).all()
+    # The times of steps without observations may be anything.
+    mask = np.ones((2, 7), bool)
+    mask[1] = np.maximum.accumulate(times[1]) == times[1]
+    assert np.isfinite(model((times, VALUES, mask))).all()
 
 
 def test_data_sets_do_not_tell_trajectories_apart():

@@ -334,6 +334,64 @@ def test_an_event_exactly_at_the_last_time_counts(t1, dtype):
         np.testing.assert_allclose(solution.events.ts[0], start + t1, rtol=1e-6 if dtype == "float32" else 1e-14)
 
 
+def moving(y):
+    return tf.ones_like(y)
+
+
+@pytest.mark.parametrize(("gradient", "mode", "speed"), [(*pair, (-1) ** i) for i, pair in enumerate(PAIRS)])
+def test_an_event_at_the_last_time_is_noted_once(gradient, mode, speed):
+    event = Event(lambda y: y[:, 0] - speed, terminal=False)
+
+    @MODES[mode]
+    def run(y0):
+        with tf.GradientTape() as tape:
+            tape.watch(y0)
+            solution = keras_node.odeint(moving, y0, [0.0, 1.0 * speed], event=event, gradient=gradient, solver="bosh3")
+            total = tf.reduce_sum(solution.events.ts[0])
+        return solution, tape.gradient(total, y0)
+
+    solution, gradient = run(f64([[0.0], [0.5 * speed]]))
+    np.testing.assert_array_equal(solution.events.count, [1, 1])
+    np.testing.assert_allclose(solution.events.ts[0], [1.0 * speed, 0.5 * speed], rtol=1e-14)
+    assert abs(solution.events.ts[0, 0]) <= 1
+    np.testing.assert_allclose(gradient, [[-1.0], [-1.0]], rtol=1e-12)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_events_at_the_rounding_error_of_the_last_time_are_noted_once(per_sample):
+    y0 = np.random.default_rng(0).uniform(1.5, 5, 2000).astype("float32")
+    t1 = np.log(y0.astype("float64")).astype("float32")
+    solution = keras_node.odeint(
+        lambda y: -y,
+        tf.constant(y0[:, None]),
+        np.stack([0 * t1, t1]),
+        event=Event(lambda y: y[:, 0] - 1, terminal=False),
+        solver=keras_node.RungeKutta(rtol=1e-6, atol=1e-7, per_sample=per_sample),
+    )
+    np.testing.assert_array_equal(solution.events.count, np.ones(2000))
+    np.testing.assert_allclose(solution.events.ts[0], t1, rtol=2e-6)
+    assert np.all(solution.events.ts[0] <= t1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_state_at_the_last_time_is_the_one_before_a_reset(dtype):
+    event, y0 = Event(lambda y: y[:, 0] - 1, reset=lambda y: 0 * y), tf.constant([[0.0], [0.5]], dtype)
+    solution = keras_node.odeint(moving, y0, np.arange(5.0), event=event)
+    np.testing.assert_allclose(solution.ys[:, 0, 0], [0, 1, 1, 1, 1], rtol=1e-6)
+    np.testing.assert_allclose(solution.ys[:, 1, 0], [0.5, 0.5, 0.5, 0.5, 0.5], rtol=1e-6)
+    np.testing.assert_array_equal(solution.events.count, [4, 4])
+    np.testing.assert_allclose(solution.events.ts[:4], [[1, 0.5], [2, 1.5], [3, 2.5], [4, 3.5]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("amount", "times"), [(0.5, [1.0]), (-0.5, [1.0, 1.5])])
+def test_an_event_at_the_time_of_a_jump_is_noted_once(amount, times):
+    event, y0 = Event(lambda y: y[:, 0] - 1, terminal=False), f64([[0.0]])
+    solution = keras_node.odeint(moving, y0, [0.0, 2.0], event=event, jumps=([1.0], [[amount]]))
+    np.testing.assert_array_equal(solution.events.count, [len(times)])
+    np.testing.assert_allclose(solution.events.ts[: len(times), 0], times, rtol=1e-13)
+    np.testing.assert_allclose(solution.ys[-1], [[2 + amount]], rtol=1e-13)
+
+
 @pytest.mark.parametrize(("dtype", "rtol"), [("float32", 5e-7), ("float64", 1e-14)])
 def test_event_times_are_as_exact_as_the_precision_allows(dtype, rtol):
     heights = np.array([0.01, 3.0, 500.0])

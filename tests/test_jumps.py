@@ -120,7 +120,13 @@ def test_a_dose_can_carry_the_state_over_the_surface_of_an_event():
     ("jumps", "message"),
     [
         ([1.0, 2.0, 3.0], r"pair `\(times, amounts\)`"),
-        (([[[1.0]]], [[1.0]]), r"shape \(D,\) or \(D, batch\)"),
+        (([[[1.0]]], [[1.0]]), r"of shape \(D,\) if all samples share them, or \(D, batch\)"),
+        ((1.0, [[1.0]]), r"of shape \(D,\) if all samples share them"),
+        (([[1.0, 2.0]], [[1.0]]), r"or \(D, batch\).*shape=\(1, 2\) for a batch of 1"),
+        (([1.0], [[1.0], [2.0]]), r"one entry for each time.*shape \(2, 1\) for times of shape \(1,\)"),
+        (([1.0, 2.0], [[1.0]]), r"one entry for each time.*shape \(1, 1\) for times of shape \(2,\)"),
+        (([1.0], [[1.0, 2.0]]), r"the shape of the state.*a state of shape \(1, 1\)"),
+        (([1.0], [[[1.0], [2.0]]]), r"the shape of the state.*shape \(1, 2, 1\)"),
         (([1.0], np.ones((1, 1, 1, 1))), r"\(D, \.\.\.\) if all samples share"),
         (([1.0], np.float64(1.0)), r"\(D, \.\.\.\) if all samples share"),
         (([1.0], {"dose": [[1.0]]}), "structure of the state. Received: amounts={'dose'"),
@@ -129,6 +135,27 @@ def test_a_dose_can_carry_the_state_over_the_surface_of_an_event():
 def test_an_error_says_what_jumps_must_be(jumps, message):
     with pytest.raises(ValueError, match=message):
         keras_node.odeint(lambda t, y: -y, f64([[1.0]]), [0.0, 4.0], jumps=jumps)
+
+
+@pytest.mark.parametrize("numbers", [(2, 1), (1, 2), (3, 2)])
+def test_an_unknown_number_of_amounts_must_be_that_of_the_times(numbers):
+    signature = [tf.TensorSpec([None], tf.float64), tf.TensorSpec([None, 1], tf.float64)]
+
+    @tf.function(input_signature=signature)
+    def run(times, amounts):
+        return keras_node.odeint(lambda y: 0 * y, f64([[1.0]]), [0.0, 4.0], jumps=(times, amounts), solver="rk4").ys[-1]
+
+    times, amounts = tf.range(1.0, 4.0, dtype=tf.float64), f64([[1.0], [10.0], [100.0]])
+    np.testing.assert_allclose(run(times, amounts), [[112.0]])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="one amount for each time"):
+        run(times[: numbers[0]], amounts[: numbers[1]])
+
+
+def test_a_batch_axis_of_one_is_for_all_samples():
+    for times, amounts in (([[1.0]], [[10.0]]), ([1.0], [[[10.0]]]), ([[1.0]], [[[10.0]]])):
+        y0 = f64([[1.0], [2.0]])
+        ys = keras_node.odeint(lambda y: 0 * y, y0, [0.0, 4.0], jumps=(times, f64(amounts)), solver="rk4").ys
+        np.testing.assert_allclose(ys[-1], [[11.0], [12.0]])
 
 
 def test_a_second_derivative_where_times_lie_on_both_sides_of_a_dose():

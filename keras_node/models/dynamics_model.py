@@ -26,7 +26,6 @@ from keras_node.models.trajectories import (
 from keras_node.models.window_states import WindowStates, gaps
 from keras_node.signatures import build, call_arguments
 from keras_node.solve_options import Gradient, Solver, SolvingLayer
-from keras_node.times import refuse_rounded_arrays
 
 _INTERPOLATIONS = ("hermite", "linear")
 _INITIAL_STATES = ("observed", "trained")
@@ -202,7 +201,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         Args:
             x: trajectories, as arrays.
         """
-        x = dictionary_of_arrays(x)
+        x = dictionary_of_arrays(x, self)
         self.build({name: part.shape for name, part in x.items()})
         center, scale = center_and_scale(x)
         for scaled in (self, self.vector_field) if isinstance(self.vector_field, ScaledNetwork) else (self,):
@@ -291,8 +290,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         """Makes dictionaries of arrays, and what a model needs to know of them before it is trained."""
         x, validation_data = arguments.get("x"), arguments.get("validation_data")
         if are_arrays(x):
-            x = dictionary_of_arrays(x)
-            refuse_rounded_arrays(x["times"])
+            x = dictionary_of_arrays(x, self)
             if trains:
                 self.build({name: part.shape for name, part in x.items()})
                 if not bool(self.is_adapted.numpy()):
@@ -306,16 +304,14 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         if isinstance(validation_data, list | tuple) and (len(validation_data) == 1 or validation_data[1] is None):
             validation_data, *others = validation_data  # `(x,)`, `(x, None)` or `(x, None, sample_weight)`
         if are_arrays(validation_data):
-            validation_data = (dictionary_of_arrays(validation_data), *others)
-            refuse_rounded_arrays(validation_data[0]["times"])
+            validation_data = (dictionary_of_arrays(validation_data, self), *others)
         known = {} if validation_data is None else {"validation_data": validation_data}
         return {**arguments, "x": x, **known}
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         """Returns the states at all times from the first observation on, like `keras.Model.predict`."""
         if are_arrays(x):
-            x = dictionary_of_arrays(x)
-            refuse_rounded_arrays(x["times"])
+            x = dictionary_of_arrays(x, self)
         return super().predict(x, *args, **kwargs)
 
     def compute_output_spec(self, inputs: Any, training: bool | None = None) -> keras.KerasTensor:
@@ -380,7 +376,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         build(field, t, y, args)
 
     def _prepared(self, x: Any, keep_times: bool = False) -> Trajectories:
-        trajectories = prepare(x, self.variable_dtype, self.interpolation, keep_times)
+        trajectories = prepare(x, self, self.interpolation, keep_times)
         self._build_for(trajectories.values.shape[-1], _number_of(trajectories.controls))
         return trajectories
 

@@ -2,12 +2,14 @@
 
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops
 
 from keras_node.control import control_path, fill_linearly, last_valid, running_maximum
-from keras_node.times import prepare_times
+from keras_node.layers.irregular_times import check_order, elapsed_times
+from keras_node.times import prepare_times, refuse_rounded_arrays
 
 _KEYS = ("times", "values", "mask", "controls", "jump_times", "jump_amounts", "index")
 
@@ -50,20 +52,20 @@ def as_dictionary(x: Any) -> dict[str, Any]:
     )
 
 
-def prepare(x: Any, dtype: str, interpolation: str, keep_times: bool = False) -> Trajectories:
+def prepare(x: Any, layer: keras.Layer, interpolation: str, keep_times: bool = False) -> Trajectories:
     """Checks a batch of observations, and fills in what is missing.
 
     Args:
         x: the observations.
-        dtype: the precision of the state.
+        layer: the model that receives them. Its variables have the precision of the state.
         interpolation: the kind of path through the controls.
         keep_times: whether steps without observations keep their times, as long as these do not go back, as padding
             does. By default they take the time of the last observation, so that what they hold has no effect.
     """
-    x = as_dictionary(x)
+    x, dtype = as_dictionary(x), layer.variable_dtype
     times, values = prepare_times(x["times"], dtype), ops.convert_to_tensor(x["values"])
     mask = None if x.get("mask") is None else ops.cast(x["mask"], "bool")
-    check_shapes(times.shape, values.shape, None if mask is None else mask.shape)
+    check_shapes({**x, "times": times, "values": values, "mask": mask})
     values = ops.cast(values, dtype)
     observed = ~ops.isnan(values)
     if mask is not None:
@@ -71,6 +73,9 @@ def prepare(x: Any, dtype: str, interpolation: str, keep_times: bool = False) ->
     values = ops.where(observed, values, 0)
     given = ops.broadcast_to(times, ops.shape(values)[:2])
     valid = ops.any(observed, axis=-1)
+    ordered = _in_order(given, valid)
+    with tf.control_dependencies(check_order(ordered, given, layer)):
+        values = ops.where(ordered[:, None, None], values, float("nan"))
     times = last_valid(ops.where(valid, given, 0), valid)
     kept = running_maximum(ops.maximum(ops.where(ops.isfinite(given), given, times), times))
     values = fill_linearly(ops.expand_dims(ops.cast(times, dtype), -1), values, observed)
@@ -84,17 +89,33 @@ def prepare(x: Any, dtype: str, interpolation: str, keep_times: bool = False) ->
     return Trajectories(kept if keep_times else times, values, observed, controls, jumps, index)
 
 
-def check_shapes(times: Any, values: Any, mask: Any) -> None:
-    """Checks the shapes of observations; that of the mask is `None` if there is no mask."""
-    if len(times) not in (1, 2) or len(values) != 3 or (mask is not None and len(mask) not in (2, 3)):
-        raise ValueError(
-            "`times` must be (batch, T) or (T,), `values` (batch, T, D), and `mask` (batch, T) or (batch, T, D). "
-            f"Received: shapes {tuple(times)}, {tuple(values)} and {None if mask is None else tuple(mask)}"
-        )
-    if values[1] is None or values[1] < 2:
+def check_shapes(x: dict[str, Any]) -> None:
+    """Checks the shapes of observations, as far as they are known."""
+    given = {name: part for name, part in x.items() if part is not None}
+    shapes = {name: tf.TensorShape(getattr(part, "shape", None) or np.shape(part)) for name, part in given.items()}
+    values = shapes["values"]
+    if values.rank != 3:
+        raise ValueError(f"`values` must be of shape (batch, T, D). Received: values of shape {tuple(values)}")
+    batch, steps, dim = values
+    if steps is None or steps < 2:
         raise ValueError(
             f"Trajectories must have a known number of steps, 2 or more. Received: values of shape {tuple(values)}"
         )
+    number = shapes.get("jump_times", [None, None])[-1]
+    allowed = {
+        "times": {"(batch, T)": [batch, steps], "(T,)": [steps]},
+        "mask": {"(batch, T)": [batch, steps], "(batch, T, D)": [batch, steps, dim]},
+        "controls": {"(batch, T, C)": [batch, steps, None]},
+        "jump_times": {"(batch, J)": [batch, number]},
+        "jump_amounts": {"(batch, J, D)": [batch, number, dim]},
+    }
+    for name in allowed:
+        if name in shapes and not any(shapes[name].is_compatible_with(shape) for shape in allowed[name].values()):
+            received = {name: tuple(shape) for name, shape in shapes.items() if name in ("values", *allowed)}
+            raise ValueError(
+                f"`{name}` must be of shape {' or '.join(allowed[name])} for values of shape (batch, T, D). "
+                f"Received the shapes: {received}"
+            )
 
 
 def windows(trajectories: Trajectories, length: int) -> tuple[Trajectories, int]:
@@ -146,20 +167,31 @@ def are_arrays(x: Any) -> bool:
     return isinstance(x, dict | list | tuple)
 
 
-def dictionary_of_arrays(x: Any) -> dict[str, Any]:
-    """Returns trajectories as a dictionary of arrays, with times for each trajectory."""
+def dictionary_of_arrays(x: Any, layer: keras.Layer) -> dict[str, Any]:
+    """Returns trajectories as a dictionary of arrays, with times for each trajectory, after it has checked them."""
     x = {name: np.asarray(part) for name, part in as_dictionary(x).items() if part is not None}
-    check_shapes(x["times"].shape, x["values"].shape, x["mask"].shape if "mask" in x else None)
-    if x["times"].ndim == 1:
-        x["times"] = np.broadcast_to(x["times"], x["values"].shape[:2])
+    check_shapes(x)
+    refuse_rounded_arrays(x["times"])
+    x["times"] = np.broadcast_to(x["times"], x["values"].shape[:2])
+    check_order(_in_order(x["times"], np.any(~np.isnan(observed_values(x)), axis=-1)), x["times"], layer)
     return x
+
+
+def _in_order(times: tf.Tensor, valid: tf.Tensor) -> tf.Tensor:
+    """Whether the times of valid steps do not decrease, `(batch,)`."""
+    elapsed, _ = elapsed_times(times, valid, None, backwards=False)
+    return ops.all(ops.isfinite(elapsed) & (elapsed >= 0), axis=1)
+
+
+def observed_values(x: dict[str, Any]) -> np.ndarray:
+    """Returns the values of arrays, with NaN where the mask is false."""
+    mask = np.asarray(x.get("mask", True), bool)
+    return np.where(mask[..., None] if mask.ndim == 2 else mask, np.asarray(x["values"], "float64"), np.nan)
 
 
 def center_and_scale(x: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Returns the mean and the standard deviation of each channel of what was observed. That of a constant is 1."""
-    values = np.asarray(x["values"], "float64")
-    mask = np.asarray(x.get("mask", True), bool)
-    values = np.where(mask if mask.ndim != 2 else mask[..., None], values, np.nan).reshape(-1, values.shape[-1])
+    values = observed_values(x).reshape(-1, x["values"].shape[-1])
     counts = np.maximum(np.sum(~np.isnan(values), axis=0), 1)
     center = np.nansum(values, axis=0) / counts
     scale = np.sqrt(np.nansum((values - center) ** 2, axis=0) / counts)
