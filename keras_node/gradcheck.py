@@ -8,11 +8,13 @@ import numpy as np
 import tensorflow as tf
 
 from keras_node import gradients, solvers
+from keras_node.arguments import positive_integer
+from keras_node.checks import checked_times
 from keras_node.gradients import Gradient
 from keras_node.odeint import odeint
 from keras_node.signatures import build
 from keras_node.solvers.runge_kutta import RungeKutta
-from keras_node.times import Times
+from keras_node.times import Times, prepare_times
 from keras_node.trees import Nest
 
 
@@ -64,14 +66,15 @@ def gradcheck(
         vector_field: the field, as in `keras_node.odeint`. A layer is copied in float64 with its weights, so it must be
             a layer that Keras can save. A callable must compute in the precision of its arguments.
         y0: the initial state. It is converted to float64.
-        ts: the times, `(T,)` or `(T, batch)`. They are converted to float64.
+        ts: the times, `(T,)` or `(T, batch)`. They are converted to float64. Times that are equal move together.
         args: nest of tensors for a field `f(t, y, args)`. Defaults to `None`.
         solver: the solver to check with, as in `keras_node.odeint`. Defaults to `"tsit5"`.
         gradient: the gradient to check, as in `keras_node.odeint`. Defaults to `None`.
         training: passed to a field that takes it. A field with noise differs from call to call, so it has no
             finite differences. Defaults to `None`.
         num_directions: number of random directions for each tensor. Defaults to `3`.
-        epsilon: how far to move along a direction. Defaults to `1e-5`.
+        epsilon: how far to move along a direction, above 0. Times move by less, 1e-4 of the shortest interval, if that
+            is shorter, but so far that float64 shows it. Defaults to `1e-5`.
         seed: seed of the random loss and directions. Defaults to `0`.
         verbose: whether to print the table. Defaults to `True`.
 
@@ -79,7 +82,8 @@ def gradcheck(
         A list of `GradientCheck`, one for each tensor.
 
     Raises:
-        TypeError, ValueError: for arguments that `keras_node.odeint` refuses.
+        TypeError, ValueError: for arguments that `keras_node.odeint` refuses, and for a number of directions or an
+            `epsilon` that is not above 0.
 
     Example:
         >>> checks = keras_node.gradcheck(lambda t, y: -t * y, tf.ones((3, 2)), [0.0, 1.0], verbose=False)
@@ -90,8 +94,12 @@ def gradcheck(
     """
     rng = np.random.default_rng(seed)
     solver = solvers.get(solver)
-    y0, args = _to_float64(y0), _to_float64(args)
-    ts = tf.convert_to_tensor(np.asarray(ts, np.float64))
+    num_directions = positive_integer("num_directions", num_directions)
+    if not 0 < epsilon < np.inf:
+        raise ValueError(f"`epsilon` must be a number above 0. Received: epsilon={epsilon!r}")
+    y0 = tf.nest.map_structure(lambda y: tf.cast(y, tf.float64), _to_float64(y0))
+    args = _to_float64(args)
+    ts, _ = checked_times(prepare_times(ts, "float64"))
     field, weights = vector_field, []
     if isinstance(vector_field, keras.Layer):
         field = _float64_copy(vector_field, ts, y0, args)
@@ -127,18 +135,34 @@ def gradcheck(
 
     checks = []
     for i, (name, x, computed) in enumerate(zip(names, inputs, by_gradient(inputs), strict=True)):
-        pairs = []
+        pairs: list[tuple[float, float]] = []
         for _ in range(num_directions):
-            direction = rng.normal(size=x.shape)
-            direction = tf.constant(direction / max(np.linalg.norm(direction), 1e-300))
-            ends = [by_solve([*inputs[:i], x + sign * epsilon * direction, *inputs[i + 1 :]]) for sign in (1, -1)]
-            pairs.append((float(tf.reduce_sum(computed * direction)), float(ends[0] - ends[1]) / (2 * epsilon)))
+            direction, distance = rng.normal(size=x.shape), float(epsilon)
+            if name == "ts":
+                direction, distance = _of_times(x.numpy(), direction, epsilon)
+            direction *= distance / max(float(np.linalg.norm(direction)), 1e-300)
+            points = [x + direction, x - direction]
+            ends = [by_solve([*inputs[:i], point, *inputs[i + 1 :]]) for point in points]
+            # This is how far the points are from each other after rounding.
+            moved = points[0] - points[1]
+            change = float(tf.reduce_sum(computed * moved)), float(ends[0] - ends[1])
+            pairs.append((change[0] / (2 * distance), change[1] / (2 * distance)))
         scale = max(max(abs(difference) for _, difference in pairs), 1e-300)
         worst = max(pairs, key=lambda pair: abs(pair[0] - pair[1]))
         checks.append(GradientCheck(name, int(tf.size(x)), *worst, abs(worst[0] - worst[1]) / scale))
     if verbose:
         _print(checks)
     return checks
+
+
+def _of_times(ts: np.ndarray, direction: np.ndarray, epsilon: float) -> tuple[np.ndarray, float]:
+    """A direction in which times can move, and how far they can, so that they stay in order and equal ones equal."""
+    gaps = np.abs(np.diff(ts, axis=0))
+    for i in np.flatnonzero(np.any(gaps == 0, axis=tuple(range(1, ts.ndim)))):
+        direction[i + 1] = np.where(gaps[i] == 0, direction[i], direction[i + 1])
+    shortest = float(np.min(gaps, where=gaps > 0, initial=np.inf))
+    visible = 16 * float(np.spacing(np.max(np.abs(ts))))
+    return direction, min(max(min(epsilon, 1e-4 * shortest), visible), shortest / 4)
 
 
 def _tight(solver: RungeKutta) -> RungeKutta:

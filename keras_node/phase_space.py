@@ -16,7 +16,7 @@ def halves(y: Nest) -> Any:
     if isinstance(y, list | tuple):
         if len(y) == 2:
             return y
-    elif len(y.shape) and y.shape[-1] is not None and y.shape[-1] % 2 == 0:
+    elif not isinstance(y, dict) and len(y.shape) and y.shape[-1] is not None and y.shape[-1] % 2 == 0:
         return ops.split(y, 2, axis=-1)
     raise ValueError(
         "The state must hold positions and as many velocities or momenta, either as the two halves of its last axis or "

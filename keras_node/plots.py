@@ -12,6 +12,7 @@ from keras_node.layers.ode_layer import ODELayer
 from keras_node.models.dynamics_model import DynamicsModel
 from keras_node.models.trajectories import prepare
 from keras_node.odeint import odeint
+from keras_node.signatures import call_arguments
 from keras_node.solve import Problem, solve
 from keras_node.solve_options import Solver
 from keras_node.trees import Nest
@@ -53,7 +54,8 @@ def phase_portrait(
         The matplotlib Axes.
 
     Raises:
-        ValueError: if `y0` is not of shape `(N, 2)`.
+        ValueError: if `y0` is not of shape `(N, 2)`, or `ts` not of shape `(T,)`.
+        TypeError: if the field takes `args`.
         ImportError: if you pass no `ax` and matplotlib is not installed.
 
     Example:
@@ -64,6 +66,13 @@ def phase_portrait(
     """
     if y0 is not None and (np.ndim(y0) != 2 or np.shape(y0)[1] != 2):
         raise ValueError(f"`y0` must hold states in the plane, with shape (N, 2). Received: y0 of shape {np.shape(y0)}")
+    if np.ndim(ts) != 1:
+        raise ValueError(f"`ts` must be of shape (T,), such as [0.0, 1.0]. Received: ts of shape {np.shape(ts)}")
+    if call_arguments(vector_field)[0] == 3:
+        raise TypeError(
+            "`phase_portrait` draws a field of `(y)` or `(t, y)`: fix its `args`, for example "
+            f"`lambda t, y: field(t, y, args)`. Received: {vector_field!r}"
+        )
     grid = np.meshgrid(np.linspace(*xlim, num_arrows), np.linspace(*ylim, num_arrows))
     points = tf.constant(np.stack(grid, axis=-1).reshape(-1, 2), keras.config.floatx())
     time = tf.cast(ts[0], points.dtype)
@@ -112,7 +121,8 @@ def trajectories(layer: ODELayer, inputs: Any, ts: Any = None, *, args: Any = No
     if not isinstance(layer, ODELayer):
         raise TypeError(f"`layer` must be a `keras_node.ODELayer`. Received: layer={layer!r}")
     ts = np.linspace(layer.t0, layer.t1, 100) if ts is None else np.asarray(ts)
-    states = layer(inputs, ts=ts, args=args)
+    states = layer(inputs, ts=ts, args=args, training=False)
+    states = states[0] if layer.return_events else states
     if tf.nest.is_nested(states):
         raise ValueError(f"The state must be one tensor. Received: a state of type {type(states).__name__}")
     ax = _axes(ax)
@@ -237,6 +247,7 @@ def forecast(model: DynamicsModel, x: Any, index: int = 0, *, ax: "Axes | None" 
         The matplotlib Axes.
 
     Raises:
+        ValueError: if there is no trajectory with this number.
         ImportError: if you pass no `ax` and matplotlib is not installed.
 
     Example:
@@ -246,7 +257,10 @@ def forecast(model: DynamicsModel, x: Any, index: int = 0, *, ax: "Axes | None" 
         >>> len(ax.lines)  # points and a line for each channel
         4
     """
-    trajectory = prepare(x, model.variable_dtype, model.interpolation, keep_times=True)
+    trajectory = prepare(x, model, model.interpolation, keep_times=True)
+    number = trajectory.values.shape[0]
+    if not 0 <= index < number:
+        raise ValueError(f"`index` must be the number of one of {number} trajectories. Received: index={index!r}")
     states, times = np.asarray(model(x))[index], np.asarray(trajectory.times)[index]
     values = np.where(trajectory.observed, trajectory.values, np.nan)[index]
     ax = _axes(ax)
@@ -308,6 +322,11 @@ class _AttemptedSteps(DirectGradient):
 
 
 def _axes(ax: "Axes | None") -> "Axes":
+    if ax is not None and not hasattr(ax, "plot"):
+        raise TypeError(
+            "`ax` must be one matplotlib Axes. `plt.subplots(1, 2)` returns an array of them: pass one. "
+            f"Received: a {type(ax).__name__}"
+        )
     if ax is not None:
         return ax
     try:

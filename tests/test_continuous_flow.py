@@ -498,3 +498,30 @@ def test_conditions_of_an_unknown_number():
     x, log_prob = draw(condition)
     np.testing.assert_allclose(x, model.sample(4, condition, seed=1), rtol=1e-5)
     np.testing.assert_allclose(log_prob, model.log_prob(x, condition), rtol=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["likelihood", "flow_matching"])
+def test_inputs_of_several_ranks_after_one_another(objective):
+    model = flow(lambda t, x: turning(t, x, 1.0), solver=COARSE, seed=0, objective=objective)
+    model.compile("sgd")
+    for x in (points(6, "float32"), points(6, "float32").reshape(2, 3, 2), points(6, "float32").reshape(2, 1, 3, 2)):
+        expected = model.log_prob(x)
+        np.testing.assert_allclose(model.predict(x, verbose=0), expected, rtol=1e-5)
+        np.testing.assert_allclose(model.evaluate(x, verbose=0), -np.mean(expected), rtol=1e-5)
+        assert np.isfinite(model.fit(x, verbose=0).history["loss"])
+
+
+def test_vectors_and_conditions_broadcast_against_each_other():
+    model = flow(turning, solver=COARSE, seed=0)
+    x, conditions = points(5, "float32"), points(4, "float32")[:, :1]
+    pairs = np.repeat(x, 4, axis=0), np.tile(conditions, (5, 1))
+    expected = np.reshape(model.log_prob(*pairs), (5, 4))
+    np.testing.assert_allclose(model.log_prob(x[:, None], conditions), expected, rtol=1e-5)
+    distribution = model.as_distribution(conditions)
+    np.testing.assert_allclose(distribution.log_prob(x[:, None]), expected, rtol=1e-5)
+    np.testing.assert_allclose(distribution.log_prob(x[0]), expected[0], rtol=1e-5)
+    z, log_det = model.inverse(x[:, None], conditions)
+    assert z.shape == (5, 4, 2) and log_det.shape == (5, 4)
+    np.testing.assert_allclose(model.as_bijector(conditions).inverse(x[:, None]), z, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"must broadcast. Received: x.shape=\(5, 2\), condition.shape=\(4, 1\)"):
+        model.log_prob(x, conditions)

@@ -64,3 +64,32 @@ def test_loose_tolerances_show():
         checks = keras_node.gradcheck(lambda t, y: tf.sin(5 * t) * y, Y0, [0.0, 2.0], solver=solver, verbose=False)
         errors.append(checks[0].error)
     assert errors[0] > 10 * errors[1] > 0
+
+
+@pytest.mark.parametrize("ts", [[0.0, 0.5, 0.5, 1.0, 1.0], [2.0, 2.0, 1.0], [1.7e9, 1.7e9 + 1.0], [0.0, 1e-7, 2e-7]])
+def test_times_may_be_equal_large_or_close_to_each_other(ts):
+    rate = 1 / np.ptp(ts)
+    solver = keras_node.RungeKutta("dopri5", rtol=1e-11, atol=1e-11)
+    checks = keras_node.gradcheck(lambda y: -rate * y, np.array([[1.0, 2.0]]), ts, solver=solver, verbose=False)
+    assert [check.name for check in checks] == ["y0", "ts"]
+    assert checks[0].error < 1e-8 and checks[1].error < 1e-6
+    assert abs(checks[1].gradient) > 0.01 * rate
+
+
+def test_a_state_of_integers_is_converted():
+    checks = keras_node.gradcheck(lambda y: -y, np.array([[1, 2]]), [0, 1], solver="rk4", verbose=False)
+    assert checks[0].error < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_directions": 0}, "`num_directions` must be a positive integer"),
+        ({"epsilon": 0.0}, "`epsilon` must be a number above 0. Received: epsilon=0.0"),
+        ({"ts": 1.0}, r"`ts` must be of shape \(T,\)"),
+        ({"ts": [0.0, 2.0, 1.0]}, "finite and monotonic"),
+    ],
+)
+def test_mistakes_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        keras_node.gradcheck(lambda y: -y, Y0, **{"ts": [0.0, 1.0], **options})

@@ -415,6 +415,13 @@ def test_errors_say_what_arrived():
     model.compile("adam")
     with pytest.raises(ValueError, match=r"tuple `\(times, values, mask\)`.*Received: data of shape \(2, 7, 2\)"):
         model.fit(np.ones((2, 7, 2)), verbose=0)
+    for part in (x[0][:, 1:], *x[1:]), (*x[:2], x[2][..., :1]), (*x[:2], x[2][:, 1:]):
+        with pytest.raises(ValueError, match=r"\(batch, T, features\).*Received: data of shape"):
+            latent_ode()(part)
+    for channels in (1, 3):
+        y = np.arange(1.0, STEPS + 1, dtype="float32"), np.ones((BATCH, STEPS, channels), "float32")
+        with pytest.raises(ValueError, match=r"the channels that the decoder returns.*for 2 channels"):
+            latent_ode().compute_loss(x, y)
     with pytest.raises(ValueError, match="must not decrease"):
         latent_ode()((-x[0], *x[1:]))
     with pytest.raises(ValueError, match=r"`noise_scale` must be positive, or `None`. Received: noise_scale=0.0"):

@@ -166,3 +166,34 @@ def test_without_matplotlib_only_drawing_fails():
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert 'pip install "keras-node[plots]"' in result.stdout
+
+
+def test_trajectories_of_a_layer_with_events_or_penalties():
+    event = keras_node.Event(lambda y: y[:, 0] - 0.5)
+    noted = keras_node.ODELayer(lambda y: -y, event=event, return_events=True, solver=TIGHT)
+    lines = plots.trajectories(noted, tf.ones((2, 1)), ts=[0.0, 0.5, 1.0]).lines
+    np.testing.assert_allclose(lines[1].get_ydata(), [1, np.exp(-0.5), 0.5], rtol=1e-5)
+    penalized = keras_node.ODELayer(rotation, kinetic_energy=0.1, solver=keras_node.RungeKutta("rk4", num_steps=2))
+    assert len(plots.trajectories(penalized, tf.ones((3, 2))).lines) == 6
+
+
+@pytest.mark.parametrize(
+    ("draw", "error", "message"),
+    [
+        (lambda: plots.phase_portrait(rotation, (-1, 1), (-1, 1), ts=1.0), ValueError, r"`ts` must be of shape \(T,\)"),
+        (lambda: plots.phase_portrait(lambda t, y, a: a * y, (-1, 1), (-1, 1)), TypeError, "fix its `args`"),
+        (
+            lambda: plots.phase_portrait(rotation, (-1, 1), (-1, 1), ax=plt.subplots(1, 2)[1]),
+            TypeError,
+            "one matplotlib Axes.*Received: a ndarray",
+        ),
+        (
+            lambda: plots.forecast(keras_node.DynamicsModel(units=2), (np.linspace(0, 1, 3), np.ones((4, 3, 1))), 4),
+            ValueError,
+            "one of 4 trajectories. Received: index=4",
+        ),
+    ],
+)
+def test_mistakes_in_a_call_are_named(draw, error, message):
+    with pytest.raises(error, match=message):
+        draw()

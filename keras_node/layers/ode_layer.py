@@ -237,7 +237,7 @@ class ODELayer(SolvingLayer):
         times = self._times(ts)
         jumps = jumps_to_solve(jumps, y0, self.augment_dims, self.variable_dtype)
         solve = self.options.solve
-        if self.penalties:
+        if self.penalties and training is not False:
             self.penalties.check(self.solver, bool(as_events(self.event)) or jumps is not None, ts is not None)
             solve = functools.partial(self.penalties.solve, self) if training else solve
         solution = solve(

@@ -190,6 +190,11 @@ class ODERNN(SolvingLayer):
         if mask is not None:
             # Padding may hold any value, and the gradient of a masked NaN would still be NaN.
             mask = ops.cast(mask, "bool")
+            if not tf.TensorShape(mask.shape).is_compatible_with(x.shape[:2]):
+                raise ValueError(
+                    "`mask` must be of shape (batch, T), with one entry for every step of `x`. "
+                    f"Received: mask.shape={tuple(mask.shape)} with x.shape={tuple(x.shape)}"
+                )
             x = ops.where(ops.expand_dims(mask, -1), x, 0)
         goes_on = self.stateful and initial_state is None
         start = ops.cast(self.last_time, times.dtype) if goes_on else None

@@ -238,7 +238,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
             energy = self.kinetic_energy * kinetic_energy + self.jacobian_norm * jacobian_norm
             # With several devices, one of them may get no samples.
             self.add_loss(tf.math.divide_no_nan(ops.sum(energy), ops.cast(tf.size(energy), energy.dtype)))
-        log_base = -0.5 * (ops.sum(z**2, axis=-1) + self.event_dim * math.log(2 * math.pi))
+        log_base = -0.5 * (tf.reduce_sum(z**2, axis=-1) + self.event_dim * math.log(2 * math.pi))
         return log_base + integrals[0]
 
     def sample_losses(self, x: Any, y: Any, y_pred: Any, training: bool) -> tuple[tf.Tensor, dict[str, tuple]]:
@@ -250,9 +250,9 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
             )
         if training and self.objective == "flow_matching":
             x, condition = split(x)
-            rows, condition = self._rows(x, condition)
+            rows, condition, axes = self._rows(x, condition)
             matching = FlowMatching(self.vector_field, self.t1, self.coupling, self.seed_generator)
-            return tf.reshape(matching(rows, condition, training=True), tf.shape(x)[:-1]), {}
+            return tf.reshape(matching(rows, condition, training=True), axes), {}
         return -(self(x, training=training) if y_pred is None else y_pred), {}
 
     def compute_loss(
@@ -287,7 +287,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         batch = () if condition is None else ops.shape(condition)[:-1]
         seed = self.seed_generator if seed is None else seed
         z = keras.random.normal((n, *batch, self.event_dim), dtype=self.variable_dtype, seed=seed)
-        rows, condition = self._rows(z, condition)
+        rows, condition, _ = self._rows(z, condition)
         solution = self.options.solve(self.vector_field, rows, [0.0, self.t1], args=condition)
         return tf.reshape(solution.ys[-1], tf.shape(z))
 
@@ -370,7 +370,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         self, x: Any, condition: Any, ts: list, energies: bool = False, training: bool | None = None
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """Returns the states at the end, and the integrals of the columns of `DensityField` over time."""
-        rows, condition = self._rows(x, condition)
+        rows, condition, axes = self._rows(x, condition)
         field = DensityField(self.vector_field, energies)
         solution = self.options.solve(
             field,
@@ -380,16 +380,16 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
             training=training,
         )
         rows, integrals = (y[-1] for y in solution.ys)
-        shape = tf.shape(x)
-        return tf.reshape(rows, shape), [tf.reshape(i, shape[:-1]) for i in tf.unstack(integrals, axis=-1)]
+        states = tf.reshape(rows, tf.concat([axes, [self.event_dim]], axis=0))
+        return states, [tf.reshape(i, axes) for i in tf.unstack(integrals, axis=-1)]
 
-    def _rows(self, x: Any, condition: Any) -> tuple[tf.Tensor, tf.Tensor | None]:
-        """Returns the vectors and their conditions with one batch axis each, after it has built the model for them."""
-        rows, condition = as_rows(x, condition, self.event_dim, self.variable_dtype)
+    def _rows(self, x: Any, condition: Any) -> tuple[tf.Tensor, tf.Tensor | None, tf.Tensor]:
+        """Returns the vectors and their conditions as rows, and their axes, after it has built the model for them."""
+        rows, condition, axes = as_rows(x, condition, self.event_dim, self.variable_dtype)
         if not self.built:
             shape = tuple(rows.shape)
             self.build(shape if condition is None else (shape, tuple(condition.shape)))
-        return rows, condition
+        return rows, condition, axes
 
     def _noise(self, like: tf.Tensor) -> tf.Tensor | None:
         return None if self.trace == "exact" else draw_noise(self.noise, like, self.seed_generator)

@@ -26,20 +26,40 @@ def split(inputs: Any) -> tuple:
 
 def check_length(shape: Any, event_dim: int) -> None:
     """Checks the shape of vectors."""
+    if isinstance(shape, tf.TensorShape) and shape.rank is None:
+        return  # Keras hides the rank if a model has seen several. Vectors of another length do not become rows.
     if len(shape) == 0 or shape[-1] not in (event_dim, None):
         raise ValueError(f"`x` must be of shape (..., {event_dim}). Received: x.shape={tuple(shape)}")
 
 
-def as_rows(x: Any, condition: Any, event_dim: int, dtype: str) -> tuple[tf.Tensor, tf.Tensor | None]:
-    """Returns vectors and their conditions with one batch axis each. The conditions broadcast against the vectors."""
+def as_rows(x: Any, condition: Any, event_dim: int, dtype: str) -> tuple[tf.Tensor, tf.Tensor | None, tf.Tensor]:
+    """Returns vectors and their conditions with one batch axis each, and the shape of the axes that it stands for.
+
+    Vectors `(..., event_dim)` and conditions `(..., features)` broadcast against each other.
+    """
     x = ops.convert_to_tensor(x, dtype)
     check_length(x.shape, event_dim)
+    axes = tf.shape(x)[:-1]
     if condition is not None:
         condition = ops.convert_to_tensor(condition, dtype)
-        features = condition.shape[-1]
-        shape = tf.concat([tf.shape(x)[:-1], [features]], axis=0)
-        condition = tf.reshape(tf.broadcast_to(condition, shape), (-1, features))
-    return tf.reshape(x, (-1, event_dim)), condition
+        if None in (x.shape.rank, condition.shape.rank):
+            raise ValueError(
+                "With a condition, a flow takes inputs of one rank only, because Keras hides their shapes after the "
+                f"second: use a new model. Received: x.shape={x.shape}, condition.shape={condition.shape}"
+            )
+        features, shapes = condition.shape[-1], (x.shape[:-1], condition.shape[:-1])
+        try:
+            tf.broadcast_static_shape(*shapes)
+        except ValueError as error:
+            raise ValueError(
+                "The axes of `x` and `condition` before the last one must broadcast. "
+                f"Received: x.shape={tuple(x.shape)}, condition.shape={tuple(condition.shape)}"
+            ) from error
+        if not shapes[0].is_fully_defined() or shapes[0] != shapes[1]:
+            axes = tf.broadcast_dynamic_shape(axes, tf.shape(condition)[:-1])
+            x, condition = (tf.broadcast_to(a, tf.concat([axes, tf.shape(a)[-1:]], axis=0)) for a in (x, condition))
+        condition = tf.reshape(condition, (-1, features))
+    return tf.reshape(x, (-1, event_dim)), condition, axes
 
 
 def _is_shape(x: list | tuple) -> bool:

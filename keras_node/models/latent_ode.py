@@ -322,6 +322,11 @@ class LatentODE(NestedLayers, LikelihoodModel):
 
         times, values, observed = self._series(x if y is None else y)
         mean = ops.cast(self.decode(z0, times, training), values.dtype)
+        if mean.shape[-1] != values.shape[-1]:
+            raise ValueError(
+                "`y` must have the channels that the decoder returns. "
+                f"Received: values of shape {tuple(values.shape)} for {mean.shape[-1]} channels"
+            )
         scale = ops.exp(self.log_noise_scale) if self.noise_scale is None else self.noise_scale
         log_prob = tfd.Normal(mean, scale).log_prob(values)
         nll = -ops.sum(ops.where(observed, log_prob, 0), axis=(1, 2))

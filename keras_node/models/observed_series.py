@@ -36,13 +36,24 @@ def prepare(series: Any, dtype: str, t0: float) -> tuple[tf.Tensor, tf.Tensor, t
 
 def check_shapes(shapes: Sequence) -> None:
     """Checks the shapes of times, values and the mask, if there is one."""
-    ranks = [len(shape) if isinstance(shape, list | tuple) else None for shape in shapes]
-    if ranks[:1] not in ([1], [2]) or ranks[1:] not in ([3], [3, 2], [3, 3]):
+    if not _fit(shapes):
         raise ValueError(
             "A batch of series must be a tuple `(times, values, mask)` or `(times, values)`: `times` of shape "
             "(batch, T) or (T,), `values` (batch, T, features), and `mask` (batch, T) or (batch, T, features). "
             f"Received: data of shape {tuple(shapes)}"
         )
+
+
+def _fit(shapes: Sequence) -> bool:
+    if len(shapes) not in (2, 3) or not all(isinstance(shape, list | tuple) for shape in shapes):
+        return False
+    times, values, *masks = (tf.TensorShape(shape) for shape in shapes)
+    if values.rank != 3:
+        return False
+    steps = values[:2]
+    return any(times.is_compatible_with(shape) for shape in (steps, steps[1:])) and all(
+        any(mask.is_compatible_with(shape) for shape in (steps, values)) for mask in masks
+    )
 
 
 def with_own_times(series: Any) -> Any:
