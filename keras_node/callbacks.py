@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from keras_node.arguments import positive_integer
+from keras_node.arguments import number, positive_integer, positive_number
 from keras_node.metrics import SolverMetric
 
 
@@ -37,13 +37,10 @@ class SolverMonitor(keras.callbacks.Callback):
 
     def __init__(self, max_evaluations: float = 1000, max_failed: float = 0.0, stop: bool = False) -> None:
         super().__init__()
-        if not max_evaluations > 0 or not 0 <= max_failed <= 1:
-            raise ValueError(
-                "`max_evaluations` must be positive and `max_failed` between 0 and 1. "
-                f"Received: max_evaluations={max_evaluations}, max_failed={max_failed}"
-            )
-        self.max_evaluations = max_evaluations
-        self.max_failed = max_failed
+        self.max_evaluations = positive_number("max_evaluations", max_evaluations)
+        self.max_failed = number("max_failed", max_failed)
+        if not 0 <= self.max_failed <= 1:
+            raise ValueError(f"`max_failed` must be between 0 and 1. Received: max_failed={max_failed!r}")
         self.stop = stop
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:

@@ -141,6 +141,11 @@ class EventFunctions:
 
 def _one_per_sample(value: Any, t: tf.Tensor, y: Nest, function: Any) -> tf.Tensor:
     """Checks the value of an event function and returns it as `(batch,)`, in the precision of the state."""
+    if value is None:
+        raise ValueError(
+            "An event function must return one number for each sample: look for a `return` that is missing. "
+            f"Received: None from {function!r}"
+        )
     value = tf.convert_to_tensor(value)
     leaf = tf.nest.flatten(y)[0]
     if value.shape.rank is None or value.shape.rank == 0 or any(size != 1 for size in value.shape[1:]):

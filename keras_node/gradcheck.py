@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_node import gradients, solvers
-from keras_node.arguments import positive_integer
+from keras_node.arguments import positive_integer, positive_number
 from keras_node.checks import checked_times
 from keras_node.gradients import Gradient
 from keras_node.odeint import odeint
@@ -95,8 +95,7 @@ def gradcheck(
     rng = np.random.default_rng(seed)
     solver = solvers.get(solver)
     num_directions = positive_integer("num_directions", num_directions)
-    if not 0 < epsilon < np.inf:
-        raise ValueError(f"`epsilon` must be a number above 0. Received: epsilon={epsilon!r}")
+    epsilon = positive_number("epsilon", epsilon)
     y0 = tf.nest.map_structure(lambda y: tf.cast(y, tf.float64), _to_float64(y0))
     args = _to_float64(args)
     ts, _ = checked_times(prepare_times(ts, "float64"))

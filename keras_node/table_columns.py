@@ -1,6 +1,7 @@
 """The columns of a table as NumPy arrays, checked: ids and names, numbers, and times."""
 
 import datetime
+import numbers
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -31,7 +32,7 @@ def column(frame: Any, name: Hashable, rows: int | None = None) -> np.ndarray:
     return entries
 
 
-def numbers(frame: Any, name: Hashable, rows: int) -> np.ndarray:
+def numeric(frame: Any, name: Hashable, rows: int) -> np.ndarray:
     """Returns a column of numbers as float64. A missing number is NaN."""
     entries = column(frame, name, rows)
     try:
@@ -134,7 +135,7 @@ def _one(unit: str | float, dtype: np.dtype, name: Hashable) -> Any:
                 f"{_UNITS}. Received: unit={unit!r}"
             )
         return np.array(1, f"m8[{unit}]")
-    if isinstance(unit, bool) or not isinstance(unit, (int, float, np.number)) or not 0 < unit < np.inf:
+    if isinstance(unit, bool) or not isinstance(unit, numbers.Real) or not 0 < unit < np.inf:
         raise ValueError(
             f"For times of dtype {dtype} in column {name!r}, give the length of a unit as a number above 0. "
             f"Received: unit={unit!r}"

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_node.table_columns import elapsed, numbers, places
+from keras_node.arguments import positive_integer
+from keras_node.table_columns import elapsed, numeric, places
 
 __all__ = ["Series", "series_from_frame"]
 
@@ -101,7 +102,7 @@ def series_from_frame(
                 f"Received: channels={channels!r}, variable=None"
             )
         channel_names = _distinct_list("value", value if isinstance(value, list) else [value])
-        given = np.stack([numbers(frame, name, len(rows)) for name in channel_names], axis=-1).ravel()
+        given = np.stack([numeric(frame, name, len(rows)) for name in channel_names], axis=-1).ravel()
         channel_places = np.tile(np.arange(len(channel_names)), len(rows))
         rows, times_elapsed = (np.repeat(x, len(channel_names)) for x in (rows, times_elapsed))
     else:
@@ -121,7 +122,7 @@ def series_from_frame(
                 f"No row of the table belongs to one of the channels. Received: channels={list(channel_names)!r} for "
                 f"a table with {listed!r} in column {variable!r}"
             )
-        given = numbers(frame, value, len(rows))
+        given = numeric(frame, value, len(rows))
         rows, times_elapsed, channel_places, given = (x[known] for x in (rows, times_elapsed, channel_places, given))
 
     # One observation for every series and time, in order; `observation` says to which of them a value belongs.
@@ -160,8 +161,7 @@ def _rank(name: Hashable) -> tuple[str, Hashable]:
 def _length(length: int | None, counts: np.ndarray, names: np.ndarray) -> int:
     """The length to pad to."""
     longest = int(counts.max(initial=0))
-    if length is not None and (isinstance(length, bool) or not isinstance(length, (int, np.integer)) or length < 1):
-        raise ValueError(f"`length` must be a whole number above 0. Received: length={length!r}")
+    length = None if length is None else positive_integer("length", length)
     if length is not None and longest > length:
         name = names.tolist()[counts.argmax()]
         raise ValueError(

@@ -87,7 +87,13 @@ class VectorField:
             # An explicit method does not get here. Its field may have a method of this name for another purpose.
             assert self._jacobian is not None
             with tf.name_scope("jacobian"):
-                return FieldCall(self._jacobian)(t, y, args, **self._keywords)
+                value = FieldCall(self._jacobian)(t, y, args, **self._keywords)
+            if value is None:
+                raise ValueError(
+                    "A Jacobian must return a matrix for each sample: look for a `return` that is missing. "
+                    f"Received: None from {self._jacobian!r}"
+                )
+            return value
 
         return self._with(params, t, y, evaluate)
 

@@ -85,7 +85,7 @@ def test_a_state_of_integers_is_converted():
     ("options", "message"),
     [
         ({"num_directions": 0}, "`num_directions` must be a positive integer"),
-        ({"epsilon": 0.0}, "`epsilon` must be a number above 0. Received: epsilon=0.0"),
+        ({"epsilon": 0.0}, "`epsilon` must be positive. Received: epsilon=0.0"),
         ({"ts": 1.0}, r"`ts` must be of shape \(T,\)"),
         ({"ts": [0.0, 2.0, 1.0]}, "finite and monotonic"),
     ],

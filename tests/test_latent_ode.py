@@ -424,5 +424,5 @@ def test_errors_say_what_arrived():
             latent_ode().compute_loss(x, y)
     with pytest.raises(ValueError, match="must not decrease"):
         latent_ode()((-x[0], *x[1:]))
-    with pytest.raises(ValueError, match=r"`noise_scale` must be positive, or `None`. Received: noise_scale=0.0"):
+    with pytest.raises(ValueError, match=r"`noise_scale` must be positive. Received: noise_scale=0.0"):
         latent_ode(noise_scale=0.0)

@@ -120,7 +120,7 @@ def test_test_data_takes_the_channels_and_the_length_of_the_training_data():
         ({**ROWS, "time": np.array([1, 2], "M8[D]")}, {"unit": "h", "origin": 0.0}, "one date.*origin=0.0"),
         (ROWS, {"value": ["value", "value"]}, "`value` must list the channels, each of them once"),
         (ROWS, {"value": []}, "`value` must list the channels"),
-        (ROWS, {"length": 2.5}, "whole number above 0.*length=2.5"),
+        (ROWS, {"length": 2.5}, "positive integer.*length=2.5"),
         ({**ROWS, "name": ["x", "y"]}, {"variable": "name", "channels": ["x", "x"]}, "each of them once"),
         ({**ROWS, "name": ["x", "y"]}, {"variable": "name", "channels": ["z"]}, "one of the channels.*'x', 'y'"),
         ({**ROWS, "name": ["x", "y"]}, {"variable": "name", "value": ["value"]}, "stand in one column"),

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from keras_node.arguments import non_negative_integer, positive_integer
+from keras_node.arguments import non_negative_integer, positive_integer, positive_number
 from keras_node.control import running_maximum
 from keras_node.layers.irregular_times import check_order, elapsed_times, with_start
 from keras_node.layers.ode_layer import ODELayer
@@ -139,11 +139,9 @@ class LatentODE(NestedLayers, LikelihoodModel):
     ) -> None:
         # Without autocast, times keep their digits under a mixed policy.
         super().__init__(autocast=False, **kwargs)
-        if noise_scale is not None and not noise_scale > 0:
-            raise ValueError(f"`noise_scale` must be positive, or `None`. Received: noise_scale={noise_scale}")
         self.latent_dim = latent_dim = positive_integer("latent_dim", latent_dim)
         self.units = units = positive_integer("units", units)
-        self.noise_scale = noise_scale
+        self.noise_scale = None if noise_scale is None else positive_number("noise_scale", noise_scale)
         self.kl_annealing_steps = non_negative_integer("kl_annealing_steps", kl_annealing_steps)
 
         dtype = self.dtype_policy
