@@ -6,6 +6,13 @@ from typing import Any, ClassVar
 import keras
 
 
+def keep_frozen(layer: keras.layers.Layer) -> None:
+    """Freezes the layers in a frozen layer: Keras tells those that the layer already has, but not those made later."""
+    if not layer.trainable:
+        layer.trainable = True  # to set what it is already would do nothing
+        layer.trainable = False
+
+
 class NestedLayers(keras.layers.Layer):
     """A layer with constructor arguments that are layers or registered callables, which its config includes.
 

@@ -15,7 +15,7 @@ from keras_node.gradients.direct import DirectGradient
 from keras_node.gradients.reversible import ReversibleAdjoint
 from keras_node.jit_compile import CompileLater, check_jit_compile
 from keras_node.metrics import SolverMetric, SolverMetrics
-from keras_node.nested_layers import NestedLayers
+from keras_node.nested_layers import NestedLayers, keep_frozen
 from keras_node.odeint import odeint
 from keras_node.solution import Solution
 from keras_node.solvers.runge_kutta import RungeKutta
@@ -137,6 +137,7 @@ class SolvingLayer(NestedLayers):
         self.solves_so_far = self.options.compile_later.largest_and_solves  # so that TensorFlow can save its graphs
         if self.options.metrics is not None:
             self.statistic_metrics = self.options.metrics.metrics  # Keras finds metrics that are attributes
+        keep_frozen(self)
 
     @property
     def solver(self) -> RungeKutta:

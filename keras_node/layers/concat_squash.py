@@ -7,6 +7,8 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from keras_node.nested_layers import keep_frozen
+
 
 @keras.saving.register_keras_serializable(package="keras_node")
 class ConcatSquash(keras.layers.Layer):
@@ -54,6 +56,7 @@ class ConcatSquash(keras.layers.Layer):
         self.dense = keras.layers.Dense(units, dtype=self.dtype_policy)
         self.gate = keras.layers.Dense(units, activation="sigmoid", dtype=self.dtype_policy)
         self.shift = keras.layers.Dense(units, use_bias=False, dtype=self.dtype_policy)
+        keep_frozen(self)
 
     def build(self, t_shape: tuple, inputs_shape: tuple, condition_shape: tuple | None = None) -> None:
         context_shape = (None, 1 if condition_shape is None else 1 + condition_shape[-1])
@@ -132,6 +135,7 @@ class ConcatSquashField(keras.layers.Layer):
         ]
         for layer, features in zip(self.layers, (inputs_shape[-1], *self.hidden_units), strict=True):
             layer.build(t_shape, (None, features), condition_shape)
+        keep_frozen(self)
 
     def call(self, t: tf.Tensor, inputs: tf.Tensor, condition: tf.Tensor | None) -> tf.Tensor:
         for layer in self.layers:

@@ -62,7 +62,12 @@ def as_array(times: Any) -> Any:
 
 
 def check_steps(x: Any, layer: keras.Layer) -> None:
-    """Raises for a series without steps, because it has no last state."""
+    """Raises for a ragged series, and for one without steps, because it has no last state."""
+    if isinstance(x, tf.RaggedTensor):
+        raise TypeError(
+            "A batch of series must be a dense tensor: pad what is ragged, for example with `x.to_tensor()`, and mask "
+            f"the padding. Received: a RaggedTensor of shape {tuple(x.shape)}, in layer {layer.name!r}"
+        )
     shape = tf.TensorShape(getattr(x, "shape", None))
     if shape.rank is not None and shape.rank > 1 and shape[1] == 0:
         raise ValueError(

@@ -11,6 +11,7 @@ from keras_node.arguments import positive_integer
 from keras_node.control import INTERPOLATIONS, differentiate, increments, pieces, polynomial
 from keras_node.layers.irregular_times import as_array, check_order, check_steps
 from keras_node.layers.series import SeriesRNN, for_short_intervals
+from keras_node.nested_layers import keep_frozen
 from keras_node.signatures import build, call_arguments
 from keras_node.solution import Solution
 from keras_node.solve_options import Gradient, SolveOptions, Solver, SolvingLayer
@@ -147,13 +148,16 @@ class NeuralCDE(SolvingLayer):
         degree = 3 if self.interpolation == "hermite" else 1
         shapes = (None, 1) if self.solver.per_sample else (), (None, self.units), (None, degree, channels)
         build(controlled, *(keras.KerasTensor(shape, dtype=self.variable_dtype) for shape in shapes))
-        cell = _Cell(controlled, self.units, self.options, dtype=self.variable_dtype, autocast=False, name="cell")
+        cell = _Cell(
+            controlled, self.units, x_shape[-1], self.options, dtype=self.variable_dtype, autocast=False, name="cell"
+        )
         self.rnn = SeriesRNN(
             cell, return_sequences=self.return_sequences, autocast=False, dtype=self.variable_dtype, name="rnn"
         )
         self.rnn.build((x_shape[0], None, degree, channels))
         self.initial = keras.layers.Dense(self.units, dtype=self.variable_dtype, name="initial")
         self.initial.build((None, x_shape[-1]))
+        keep_frozen(self)
 
     def call(
         self,
@@ -165,6 +169,8 @@ class NeuralCDE(SolvingLayer):
     ) -> tf.Tensor:
         times = prepare_times(times, self.variable_dtype)
         x = ops.cast(x, times.dtype)
+        if x.shape[-1] is None:
+            x = tf.ensure_shape(x, (None, None, self.rnn.cell.channels))
         knots, coefficients, ordered = pieces(times, x, x_mask if mask is None else mask, self.interpolation)
         with tf.control_dependencies(check_order(ordered, times, self)):
             x0 = ops.cast(coefficients[:, 0, 0], self.variable_dtype)
@@ -231,10 +237,11 @@ class _Cell(keras.layers.Layer):
 
     is_nested, dropout_cells = False, ()
 
-    def __init__(self, field: keras.Layer, units: int, options: SolveOptions, **kwargs: Any) -> None:
+    def __init__(self, field: keras.Layer, units: int, channels: int, options: SolveOptions, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.field = field
         self.state_size = units
+        self.channels = channels
         self.options = options
         self.gradient, self.statistics = options.gradient, options.metrics
 

@@ -276,9 +276,9 @@ class ODELayer(SolvingLayer):
     ) -> Nest:
         del training, jumps
         ts_shape = None if ts is None else shape_of(ts)
-        if args is not None:
-            own_times = ts_shape is not None and len(ts_shape) == 2
-            self._build_nested(tf.nest.map_structure(lambda x: tuple(x.shape), inputs), own_times, args)
+        # Only a call tells whether there are `args`, and Keras calls this for every symbolic one.
+        own_times = ts_shape is not None and len(ts_shape) == 2
+        self._build_nested(tf.nest.map_structure(lambda x: tuple(x.shape), inputs), own_times, args, is_called=True)
 
         def output(x: keras.KerasTensor) -> keras.KerasTensor:
             return keras.KerasTensor(self._shapes.output(tuple(x.shape), ts_shape), dtype=self.compute_dtype)
@@ -313,7 +313,7 @@ class ODELayer(SolvingLayer):
         """The times of a solve, `(T + 1,)` or `(T + 1, batch)`."""
         return [self.t0, self.t1] if ts is None else times_to_solve(ts, self.t0, self.variable_dtype)
 
-    def _build_nested(self, inputs_shape: Nest, own_times: bool, args: Any) -> None:
+    def _build_nested(self, inputs_shape: Nest, own_times: bool, args: Any, is_called: bool = False) -> None:
         def spec(shape: tuple) -> keras.KerasTensor:
             return keras.KerasTensor(shape, dtype=self.variable_dtype)
 
@@ -322,10 +322,10 @@ class ODELayer(SolvingLayer):
         events = as_events(self.event)
         own_time = spec((None,) + (1,) * (rank - 1))
         t = own_time if own_times or self.solver.per_sample or events else spec(())
-        if isinstance(self.vector_field, keras.Layer) and (
-            args is not None or call_arguments(self.vector_field)[0] < 3
-        ):
-            build(self.vector_field, t, y, args)
+        if isinstance(self.vector_field, keras.Layer):
+            known = call_arguments(self.vector_field)[0] < 3 or (is_called and not self.vector_field.built)
+            if args is not None or known:
+                build(self.vector_field, t, y, args)
         for event in events:
             event.build(own_time, y, args)
 

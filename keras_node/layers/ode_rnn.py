@@ -10,6 +10,7 @@ from keras import ops
 from keras_node.layers.irregular_times import as_array, check_order, check_steps, elapsed_times
 from keras_node.layers.ode_rnn_cell import ODERNNCell
 from keras_node.layers.series import SeriesRNN
+from keras_node.nested_layers import keep_frozen
 from keras_node.solve_options import Gradient, Solver, SolvingLayer
 from keras_node.times import prepare_times
 
@@ -160,6 +161,7 @@ class ODERNN(SolvingLayer):
             dtype=self.dtype_policy,
             name="rnn",
         )
+        keep_frozen(self)
 
     def __call__(self, x: Any, times: Any = None, *args: Any, **kwargs: Any) -> Any:
         check_steps(x, self)

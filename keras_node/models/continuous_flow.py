@@ -207,6 +207,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
     def build(self, input_shape: Any) -> None:
         x, condition = split(input_shape)
         check_length(x, self.event_dim)
+        self.inputs_shape = input_shape
         if condition is not None and self.num_arguments < 3:
             raise ValueError(
                 "A condition needs a vector field `f(t, x, condition)`. Leave the condition out, or change the field. "
@@ -250,9 +251,9 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
             )
         if training and self.objective == "flow_matching":
             x, condition = split(x)
-            rows, condition, axes = self._rows(x, condition)
+            rows, condition, shape = self._rows(x, condition)
             matching = FlowMatching(self.vector_field, self.t1, self.coupling, self.seed_generator)
-            return tf.reshape(matching(rows, condition, training=True), axes), {}
+            return tf.reshape(matching(rows, condition, training=True), shape[:-1]), {}
         return -(self(x, training=training) if y_pred is None else y_pred), {}
 
     def compute_loss(
@@ -370,7 +371,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         self, x: Any, condition: Any, ts: list, energies: bool = False, training: bool | None = None
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """Returns the states at the end, and the integrals of the columns of `DensityField` over time."""
-        rows, condition, axes = self._rows(x, condition)
+        rows, condition, shape = self._rows(x, condition)
         field = DensityField(self.vector_field, energies)
         solution = self.options.solve(
             field,
@@ -380,16 +381,15 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
             training=training,
         )
         rows, integrals = (y[-1] for y in solution.ys)
-        states = tf.reshape(rows, tf.concat([axes, [self.event_dim]], axis=0))
-        return states, [tf.reshape(i, axes) for i in tf.unstack(integrals, axis=-1)]
+        return tf.reshape(rows, shape), [tf.reshape(i, shape[:-1]) for i in tf.unstack(integrals, axis=-1)]
 
     def _rows(self, x: Any, condition: Any) -> tuple[tf.Tensor, tf.Tensor | None, tf.Tensor]:
-        """Returns the vectors and their conditions as rows, and their axes, after it has built the model for them."""
-        rows, condition, axes = as_rows(x, condition, self.event_dim, self.variable_dtype)
+        """Returns the vectors and their conditions as rows, and their shape, after it has built the model for them."""
+        rows, condition, shape = as_rows(x, condition, self.event_dim, self.variable_dtype)
         if not self.built:
-            shape = tuple(rows.shape)
-            self.build(shape if condition is None else (shape, tuple(condition.shape)))
-        return rows, condition, axes
+            known = tuple(rows.shape)
+            self.build(known if condition is None else (known, tuple(condition.shape)))
+        return rows, condition, shape
 
     def _noise(self, like: tf.Tensor) -> tf.Tensor | None:
         return None if self.trace == "exact" else draw_noise(self.noise, like, self.seed_generator)

@@ -24,6 +24,7 @@ from keras_node.models.trajectories import (
     windows,
 )
 from keras_node.models.window_states import WindowStates, gaps
+from keras_node.nested_layers import keep_frozen
 from keras_node.signatures import build, call_arguments
 from keras_node.solve_options import Gradient, Solver, SolvingLayer
 
@@ -188,8 +189,9 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         return self.center + self.scale * self.scaled_states.states
 
     def build(self, inputs_shape: Any) -> None:
+        self.inputs_shape = inputs_shape
         shapes = as_dictionary(inputs_shape)
-        self._build_for(shapes["values"][-1], *shapes.get("controls", ())[-1:])
+        self._build_for(shapes["values"][-1], shapes["controls"][-1] if "controls" in shapes else 0)
 
     def call(self, inputs: Any, training: bool | None = None) -> tf.Tensor:
         trajectories = self._prepared(inputs, keep_times=True)
@@ -314,6 +316,10 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
             x = dictionary_of_arrays(x, self)
         return super().predict(x, *args, **kwargs)
 
+    def input_spec_of(self, name: int | str | None, shape: tuple) -> tf.TensorSpec:
+        spec = super().input_spec_of(name, shape)
+        return tf.TensorSpec(spec.shape, "bool") if name in (2, "mask") else spec
+
     def compute_output_spec(self, inputs: Any, training: bool | None = None) -> keras.KerasTensor:
         return keras.KerasTensor(tuple(as_dictionary(inputs)["values"].shape), dtype=self.compute_dtype)
 
@@ -333,17 +339,28 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
             return None
         states = self.scaled_states
         shape = None if states is None or not states.built else tuple(states.states.shape)
-        return {"dim": self.center.shape[0], "scaled_states": shape, "controls": self._num_controls}
+        return {
+            "dim": self.center.shape[0],
+            "scaled_states": shape,
+            "controls": self._num_controls,
+            "inputs_shape": self.inputs_shape,
+        }
 
     def build_from_config(self, config: dict[str, Any]) -> None:
+        self.inputs_shape = config.get("inputs_shape")
         self._build_for(config["dim"], config.get("controls"))
         if self.scaled_states is not None and config["scaled_states"] is not None:
             self.scaled_states.build(tuple(config["scaled_states"]))
             self.scaled_states.built = True
 
     def _build_for(self, dim: int | None, num_controls: int | None = None) -> None:
-        """Makes the weights for states of this length, and those of a field that takes controls if there are any."""
-        if num_controls is not None and self._num_controls is None:
+        """Makes the weights for states of this length, and those of the field.
+
+        Args:
+            dim: length of the state.
+            num_controls: the number of controls that the field receives, or `None` if that is not known.
+        """
+        if num_controls not in (None, self._num_controls) and not self._num_controls:
             self._num_controls = num_controls
             if self.built:
                 self._build_field(dim)
@@ -360,15 +377,17 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
             self.vector_field = ScaledNetwork(self.units, dim, dtype=self.dtype_policy)
         self._build_field(dim)
         self.built = True
+        keep_frozen(self)
 
     def _build_field(self, dim: int | None) -> None:
-        """Makes the weights of the field, unless it takes arguments that are not known yet."""
+        """Makes the weights of the field, unless it takes controls whose number is not known yet."""
         field, args = self.vector_field, None
         if not isinstance(field, keras.Layer):
             return
-        if call_arguments(field)[0] == 3:
-            if self._num_controls is None:
-                return
+        takes_controls = call_arguments(field)[0] == 3
+        if takes_controls and self._num_controls is None:
+            return
+        if takes_controls and self._num_controls:
             zeros = ops.zeros((1, 2, self._num_controls), self.variable_dtype)
             path = control_path([0.0, 1.0], zeros, interpolation=self.interpolation)
             args = tf.nest.map_structure(lambda x: keras.KerasTensor((None, *x.shape[1:]), dtype=x.dtype), path)
@@ -396,4 +415,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
 
 
 def _number_of(controls: Any) -> int | None:
+    """The number of controls in the arguments of a field, if these tell it."""
+    if controls is None:
+        return 0
     return controls.coefficients.shape[-1] if isinstance(controls, ControlPath) else None

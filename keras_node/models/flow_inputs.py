@@ -33,13 +33,12 @@ def check_length(shape: Any, event_dim: int) -> None:
 
 
 def as_rows(x: Any, condition: Any, event_dim: int, dtype: str) -> tuple[tf.Tensor, tf.Tensor | None, tf.Tensor]:
-    """Returns vectors and their conditions with one batch axis each, and the shape of the axes that it stands for.
+    """Returns vectors and their conditions with one batch axis each, and the shape that the vectors had.
 
     Vectors `(..., event_dim)` and conditions `(..., features)` broadcast against each other.
     """
     x = ops.convert_to_tensor(x, dtype)
     check_length(x.shape, event_dim)
-    axes = tf.shape(x)[:-1]
     if condition is not None:
         condition = ops.convert_to_tensor(condition, dtype)
         if None in (x.shape.rank, condition.shape.rank):
@@ -56,10 +55,10 @@ def as_rows(x: Any, condition: Any, event_dim: int, dtype: str) -> tuple[tf.Tens
                 f"Received: x.shape={tuple(x.shape)}, condition.shape={tuple(condition.shape)}"
             ) from error
         if not shapes[0].is_fully_defined() or shapes[0] != shapes[1]:
-            axes = tf.broadcast_dynamic_shape(axes, tf.shape(condition)[:-1])
+            axes = tf.broadcast_dynamic_shape(tf.shape(x)[:-1], tf.shape(condition)[:-1])
             x, condition = (tf.broadcast_to(a, tf.concat([axes, tf.shape(a)[-1:]], axis=0)) for a in (x, condition))
         condition = tf.reshape(condition, (-1, features))
-    return tf.reshape(x, (-1, event_dim)), condition, axes
+    return tf.reshape(x, (-1, event_dim)), condition, tf.shape(x)
 
 
 def _is_shape(x: list | tuple) -> bool:

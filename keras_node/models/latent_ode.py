@@ -14,7 +14,7 @@ from keras_node.layers.irregular_times import check_order, elapsed_times, with_s
 from keras_node.layers.ode_layer import ODELayer
 from keras_node.models.likelihood_model import LikelihoodModel
 from keras_node.models.observed_series import check_shapes, prepare, with_own_times
-from keras_node.nested_layers import NestedLayers
+from keras_node.nested_layers import NestedLayers, keep_frozen
 from keras_node.solve_options import Gradient, Solver
 from keras_node.times import prepare_times
 
@@ -161,11 +161,17 @@ class LatentODE(NestedLayers, LikelihoodModel):
         )
         self.decoder = decoder
         self.seed_generator = keras.random.SeedGenerator()
+        keep_frozen(self)
 
     def build(self, inputs_shape: Any) -> None:
         check_shapes(inputs_shape)
+        self.inputs_shape = inputs_shape
         values_shape = inputs_shape[1]
         features = values_shape[-1]
+        if features is None:
+            raise ValueError(
+                f"The number of channels of `values` must be known. Received: values of shape {tuple(values_shape)}"
+            )
         self.encoder.build((None, None, 2 * features + 1))
         self.posterior_parameters.build(self.encoder.compute_output_shape((None, None, 2 * features + 1)))
         self.dynamics.build((None, self.latent_dim), (None, None))
@@ -179,6 +185,7 @@ class LatentODE(NestedLayers, LikelihoodModel):
             )
         if self.noise_scale is None:
             self.log_noise_scale = self.add_weight(shape=(features,), initializer="zeros", name="log_noise_scale")
+        keep_frozen(self)
 
     def prepare_data(self, arguments: dict[str, Any], trains: bool) -> dict[str, Any]:
         """Gives each series its times, and refuses times that Keras would round."""
@@ -320,11 +327,12 @@ class LatentODE(NestedLayers, LikelihoodModel):
 
         times, values, observed = self._series(x if y is None else y)
         mean = ops.cast(self.decode(z0, times, training), values.dtype)
-        if mean.shape[-1] != values.shape[-1]:
+        if values.shape[-1] not in (None, mean.shape[-1]):
             raise ValueError(
                 "`y` must have the channels that the decoder returns. "
                 f"Received: values of shape {tuple(values.shape)} for {mean.shape[-1]} channels"
             )
+        values = tf.ensure_shape(values, mean.shape)
         scale = ops.exp(self.log_noise_scale) if self.noise_scale is None else self.noise_scale
         log_prob = tfd.Normal(mean, scale).log_prob(values)
         nll = -ops.sum(ops.where(observed, log_prob, 0), axis=(1, 2))
@@ -332,6 +340,10 @@ class LatentODE(NestedLayers, LikelihoodModel):
         each = ops.ones_like(kl)
         measures = {"nll": (nll, each), "kl": (kl, each), "mse": (ops.square(mean - values), observed)}
         return nll + (self.kl_weight if training else 1) * kl, measures
+
+    def input_spec_of(self, name: int | str | None, shape: tuple) -> tf.TensorSpec:
+        spec = super().input_spec_of(name, shape)
+        return tf.TensorSpec(spec.shape, "bool") if name in (2, "mask") else spec
 
     def compute_output_shape(self, inputs_shape: Any) -> tuple:
         return tuple(inputs_shape[1])

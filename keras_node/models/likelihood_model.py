@@ -27,6 +27,8 @@ class LikelihoodModel(keras.Model):
 
     # The names of means that are reported in addition to the loss. `sample_losses` returns their values.
     measures: tuple[str, ...] = ()
+    # The shapes of the inputs, which `build` keeps for `export`.
+    inputs_shape: Any = None
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -123,6 +125,33 @@ class LikelihoodModel(keras.Model):
         _refuse_class_weight(arguments)
         return super().train_on_batch(**arguments)
 
+    def input_spec_of(self, name: int | str | None, shape: tuple) -> tf.TensorSpec:
+        """Returns what an exported model takes for an input of this shape: any number of samples.
+
+        Args:
+            name: the place of the input in a tuple, its key in a dictionary, or `None` for a single input.
+            shape: the shape with which the model was built.
+        """
+        del name
+        return tf.TensorSpec((None, *shape[1:]) if len(shape) > 1 else shape, self.variable_dtype)
+
+    @functools.wraps(keras.Model.export)
+    def export(self, *args: Any, **kwargs: Any) -> Any:
+        # Keras knows the inputs of a model that has been called, but not of one that has only been trained, and it
+        # takes every input for a number.
+        arguments = _bound(super().export, args, kwargs)
+        if (
+            arguments.get("input_signature") is None
+            and "input_signature" in inspect.signature(super().export).parameters
+        ):
+            if self.inputs_shape is None:
+                raise ValueError(
+                    "The model does not know the shapes of its inputs yet: train it or call it first, or pass "
+                    f"`input_signature`. Received: the model {self.name!r}, input_signature=None"
+                )
+            arguments["input_signature"] = [_with_names(self.input_spec_of, self.inputs_shape)]
+        return super().export(**arguments)
+
     # If a trace of a training step makes variables, TensorFlow traces the step once more.
 
     def _build_optimizer(self) -> None:
@@ -177,6 +206,15 @@ class LikelihoodModel(keras.Model):
         # `compile` of Keras creates another tracker for the loss, which this class does not use.
         others = [m for m in super().metrics if m not in self.trackers]
         return [*self.trackers, *(m for m in others if m.name != "loss")]
+
+
+def _with_names(function: Callable[[Any, tuple], Any], shapes: Any) -> Any:
+    """Calls a function with the name and the shape of every input."""
+    if isinstance(shapes, dict):
+        return {name: function(name, tuple(shape)) for name, shape in shapes.items()}
+    if all(d is None or isinstance(d, int) for d in shapes):
+        return function(None, tuple(shapes))
+    return tuple(function(name, tuple(shape)) for name, shape in enumerate(shapes))
 
 
 def _share_of_replica(count: tf.Tensor) -> Any:

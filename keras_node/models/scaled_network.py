@@ -6,6 +6,8 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from keras_node.nested_layers import keep_frozen
+
 
 @keras.saving.register_keras_serializable(package="keras_node")
 class ScaledNetwork(keras.layers.Layer):
@@ -27,6 +29,7 @@ class ScaledNetwork(keras.layers.Layer):
         self.network = keras.Sequential([*hidden, keras.layers.Dense(dim, dtype=self.dtype_policy)])
         self.network.build((None, dim))
         self.built = True
+        keep_frozen(self)
 
     def call(self, y: tf.Tensor) -> tf.Tensor:
         rates = self.network((y - self.center) / self.scale)
