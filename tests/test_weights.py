@@ -127,6 +127,16 @@ def test_weights_of_dynamics_load_before_the_first_call(way, tmp_path):
     np.testing.assert_array_equal(other((TIMES, SERIES)), model((TIMES, SERIES)))
 
 
+def test_weights_of_dynamics_with_trained_states_load_for_inference(tmp_path):
+    model, other = (dynamics_model(window=1, initial_states="trained")[0] for _ in range(2))
+    model.compile("sgd")
+    model.fit((TIMES, SERIES), verbose=0)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other((TIMES, SERIES))
+    other.load_weights(tmp_path / "model.weights.h5")
+    np.testing.assert_allclose(other((TIMES, SERIES)), model((TIMES, SERIES)), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("make", "inputs"),
     [

@@ -36,7 +36,8 @@ class NeuralCDE(SolvingLayer):
         vector_field: the field `f`, a Keras layer or model, or a registered callable. It maps `(batch, units)` to
             `(batch, units, 1 + channels)` or `(batch, units * (1 + channels))`; the column of time comes first. End it
             with a bounded activation, because a state that a path drives can grow fast. Defaults to a network with one
-            hidden layer of 128 units with `relu`, and a `tanh` at the end.
+            hidden layer of 128 units with `relu`, and a `tanh` at the end, as in the paper. With a smooth activation,
+            gradients are more accurate.
         interpolation: the kind of path, `"hermite"` (default), `"linear"` or `"rectilinear"` (see
             `keras_node.control_path`). With `"rectilinear"` no state depends on later observations, even if values are
             missing, at the price of twice as many solves: first the time passes while `x` stays, then `x` changes while
