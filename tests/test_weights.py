@@ -153,8 +153,8 @@ def test_an_export_knows_its_inputs_after_training(make, inputs, tmp_path):
     loaded = keras.models.load_model(tmp_path / "model.keras")  # it knows what the model knew that was trained
     loaded.export(tmp_path / "served", verbose=False)
     more = keras.tree.map_structure(lambda x: tf.constant(np.concatenate([x, x])), inputs)
-    served = tf.saved_model.load(tmp_path / "served").serve(more)
-    np.testing.assert_allclose(served, model(more), rtol=1e-5, atol=1e-6)
+    served = tf.saved_model.load(tmp_path / "served")
+    np.testing.assert_allclose(served.serve(more), model(more), rtol=1e-5, atol=1e-6)
 
 
 def test_an_export_without_known_inputs_says_what_to_do(tmp_path):
