@@ -71,6 +71,11 @@ class FieldCall:
             keywords[self._mask_name] = mask
         return self.function(*self._arguments(t, y, args), **keywords)
 
+    @property
+    def time_dtype(self) -> tf.DType | None:
+        """The precision to which a functional model rounds the time, that of its input; `None` for other fields."""
+        return None if self._inputs is None else tf.as_dtype(self._inputs[0].dtype)
+
     def build(self, t: tf.Tensor, y: Nest, args: Nest = None) -> Nest:
         """Builds a layer for arguments of these shapes, and returns the spec of its output."""
         t, y, args = (tf.nest.map_structure(_to_symbolic, x) for x in (t, y, args))

@@ -35,7 +35,7 @@ class VectorField:
         params: the tensors that the field reads and that may need a gradient: first the float leaves of `args`, then
             the `params` of `pure`.
         precision: the lowest precision of the rates that the field returned in its last evaluation, before they were
-            cast to that of the state.
+            cast to that of the state, and of the time that a functional model takes.
         has_jacobian: whether the Jacobian is given.
     """
 
@@ -130,6 +130,8 @@ class VectorField:
         with tf.name_scope("vector_field"):
             dy = self._call(t, y, args, **self._keywords)
         precisions = [d.dtype for d in tf.nest.flatten(dy) if _is_float(d)]
+        if self._call.time_dtype is not None:
+            precisions.append(self._call.time_dtype)
         self.precision = min(precisions, key=lambda dtype: dtype.size, default=None)
         return like_state(dy, y, self.function)
 

@@ -184,7 +184,7 @@ def test_it_is_saved_and_refused_where_it_has_no_effect():
 
 
 @pytest.mark.parametrize("mode", ["eager", "xla"])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float64, after inputs in float32"])
 def test_a_field_sees_its_side_of_a_kink_in_its_own_precision(dtype, mode):
     """For a float32 layer the next float64 before 0.3 is 0.3 itself."""
 
@@ -193,7 +193,10 @@ def test_a_field_sees_its_side_of_a_kink_in_its_own_precision(dtype, mode):
             before = keras.ops.cast(t < 0.3, y.dtype)
             return (8 * before - 5) * keras.ops.ones_like(y)
 
-    field = Field(dtype=dtype)
+    field = Field(dtype=dtype.split(",")[0])
+    if "inputs" in dtype:
+        t, y = keras.Input((1,)), keras.Input((1,))
+        field = keras.Model([t, y], field(t, y))
 
     def solve(ts, solver):
         run = lambda: keras_node.odeint(field, tf.zeros((2, 1), tf.float64), ts, solver=solver).ys[:, 0, 0]  # noqa: E731
