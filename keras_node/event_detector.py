@@ -175,7 +175,7 @@ class EventDetector:
         part = tf.abs(tf.math.divide_no_nan(resolution, step.dt))
         nearly = tf.where(last, tf.minimum(part, 0.5) * tf.abs(values - before), 0)
         # A function that starts at zero, as after its event, has no sign within the rounding error of a time.
-        has_sign = (before != 0) | (end > resolution)
+        has_sign = (before != 0) | (end > self._resolution(step.t + step.dt, tf.abs(self.span)))
         crossed = moved & ~detected.landing & counts & has_sign & (sides * values <= nearly)
         found = tf.reduce_any(crossed, axis=0)
         step = with_dense_stages(tableau, step, tf.reduce_any(found))

@@ -27,14 +27,15 @@ def as_numbers(times: Times) -> np.ndarray | None:
         return None
     try:
         numbers = np.asarray(times)
-        if numbers.dtype.kind not in "biuf":
+        if numbers.dtype.kind in "MmUSc":
             raise TypeError
+        numbers = numbers.astype("float64")
     except (TypeError, ValueError) as error:
         raise ValueError(
             "Times must be numbers in an array without gaps. Turn dates into the time since the first of them, such as "
             f'`(dates - dates[0]) / np.timedelta64(1, "h")`. Received: {times!r}'
         ) from error
-    return numbers.astype("float64")
+    return numbers
 
 
 def prepare_times(times: Times, dtype: tf.DType | str, axis: int = -1) -> tf.Tensor:

@@ -523,5 +523,8 @@ def test_vectors_and_conditions_broadcast_against_each_other():
     z, log_det = model.inverse(x[:, None], conditions)
     assert z.shape == (5, 4, 2) and log_det.shape == (5, 4)
     np.testing.assert_allclose(model.as_bijector(conditions).inverse(x[:, None]), z, rtol=1e-5)
-    with pytest.raises(ValueError, match=r"must broadcast. Received: x.shape=\(5, 2\), condition.shape=\(4, 1\)"):
-        model.log_prob(x, conditions)
+    symbolic = model((keras.Input((1, 2)), keras.Input((7, 1))))
+    assert symbolic.shape == (None, 7)
+    for condition, shape in ((conditions, r"\(4, 1\)"), (tf.constant(1.0), r"\(\)")):
+        with pytest.raises(ValueError, match=rf"must broadcast .*x.shape=\(5, 2\), condition.shape={shape}"):
+            model.log_prob(x, condition)

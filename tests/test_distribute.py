@@ -27,7 +27,7 @@ def test_two_devices_train_like_one(on_one_and_two):
     assert one[1] < one[0]
 
 
-@pytest.mark.parametrize("kind", ["flow", "latent_ode", "flow_matching"])
+@pytest.mark.parametrize("kind", ["flow", "latent_ode", "flow_matching", "dynamics"])
 def test_likelihoods_train_like_on_one_device_also_in_partial_batches(kind, on_one_and_two):
     """Losses, measures and weights, with sample weights, regularizers and energies."""
     one, two = on_one_and_two[kind]

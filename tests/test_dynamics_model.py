@@ -334,6 +334,26 @@ def test_data_of_another_shape(x, message):
         model_of().fit(x, verbose=0)
 
 
+@pytest.mark.parametrize("dtype", ["int32", "int64", "float32"])
+def test_times_may_be_integers(dtype):
+    times = np.arange(7, dtype=dtype)
+    model, expected = model_of(), model_of().evaluate((np.arange(7.0), VALUES), verbose=0)
+    model.compile("sgd", run_eagerly=True)
+    for given in (times, np.tile(times, (2, 1)), times.tolist()):
+        model.adapt((given, VALUES))
+        np.testing.assert_allclose(model.evaluate((given, VALUES), verbose=0), expected, rtol=1e-6)
+
+
+def test_a_model_adapts_to_times_that_only_a_data_set_can_hand_over():
+    times = 1.7e9 + np.tile(TIMES, (2, 1))
+    model, x = model_of(), {"times": times, "values": VALUES}
+    with pytest.raises(ValueError, match=r"pass a `tf.data.Dataset`"):
+        model.fit(x, verbose=0)
+    model.adapt(x)
+    near = model.evaluate(tf.data.Dataset.from_tensors(({**x, "times": times - 1.7e9},)), verbose=0)
+    np.testing.assert_allclose(model.evaluate(tf.data.Dataset.from_tensors((x,)), verbose=0), near, rtol=1e-4)
+
+
 @pytest.mark.parametrize("order", [[6, 5, 4, 3, 2, 1, 0], [0, 1, 2, 4, 3, 5, 6]])
 def test_observed_times_must_not_decrease(order):
     model, times = model_of(), np.tile(TIMES, (2, 1))

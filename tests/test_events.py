@@ -375,6 +375,21 @@ def test_events_at_the_rounding_error_of_the_last_time_are_noted_once(per_sample
     assert np.all(solution.events.ts[0] <= t1)
 
 
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_a_zero_within_a_rounding_error_of_the_start_is_noted_once_at_most(start):
+    level = start + np.float32(1.2e-7) * np.arange(-4, 40, dtype="float32")
+    solution = keras_node.odeint(
+        moving,
+        tf.fill((44, 1), start),
+        [start, start + 1.0],
+        event=Event(lambda y: y[:, 0] - level, reset=lambda y: y + 0.1),
+        solver=keras_node.RungeKutta(per_sample=True),
+    )
+    count = solution.events.count.numpy()
+    assert set(count[:4]) == {0} and set(count) <= {0, 1}
+    np.testing.assert_allclose(solution.ys[-1, :, 0], start + 1 + 0.1 * count, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_state_at_the_last_time_is_the_one_before_a_reset(dtype):
     event, y0 = Event(lambda y: y[:, 0] - 1, reset=lambda y: 0 * y), tf.constant([[0.0], [0.5]], dtype)

@@ -27,7 +27,23 @@ def grey_box(units=4):
     return keras_node.GreyBoxField(decay, {"rate": 0.5}, network(units))
 
 
-FIELDS = {"ConcatSquashField": lambda: keras_node.ConcatSquashField((6,)), "GreyBoxField": grey_box}
+@keras.saving.register_keras_serializable(package="tests")
+class TakesMore(keras.layers.Layer):
+    """A field that may take `args`, and makes its weights when it is called."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = keras.layers.Dense(4)
+
+    def call(self, t, y, args=None):
+        return self.dense(y)
+
+
+FIELDS = {
+    "TakesMore": TakesMore,
+    "ConcatSquashField": lambda: keras_node.ConcatSquashField((6,)),
+    "GreyBoxField": grey_box,
+}
 
 
 def with_layer(field):

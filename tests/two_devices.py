@@ -3,6 +3,7 @@
 Logical devices must be made before TensorFlow is used, so all of this runs in a separate process.
 """
 
+import contextlib
 import json
 
 import keras
@@ -28,6 +29,10 @@ class Drift(keras.layers.Layer):
 
     def call(self, y):
         return self.speed + keras.ops.zeros_like(y)
+
+
+TIMES = np.linspace(0, 1, 5, dtype="float32")
+TRAJECTORIES = np.random.default_rng(4).normal(size=(8, 5, 2)).astype("float32")
 
 
 def layers():
@@ -92,6 +97,17 @@ def train(make, data, eagerly):
     return np.concatenate([np.ravel(a) for a in (*results, *model.get_weights())]).tolist()
 
 
+def dynamics(scope):
+    """The losses and weights of a `DynamicsModel` that is made in a scope, and trained outside it."""
+    keras.utils.set_random_seed(0)
+    solver = keras_node.RungeKutta("midpoint", num_steps=1)
+    with scope:
+        model = keras_node.DynamicsModel(units=2, solver=solver, window=2, initial_states="trained", jit_compile=False)
+        model.compile(keras.optimizers.SGD(0.01), jit_compile=False)
+    history = model.fit((TIMES, TRAJECTORIES), batch_size=4, epochs=2, shuffle=False, verbose=0).history
+    return np.concatenate([np.ravel(a) for a in (*history.values(), *model.get_weights())]).tolist()
+
+
 def noise(strategy):
     """The noise that two devices draw in two steps of flow matching."""
     with strategy.scope():
@@ -116,6 +132,7 @@ def main():
     with strategy.scope():
         two = layers()
     results = {"layers": [one, two], "noise": noise(strategy)}
+    results["dynamics"] = [dynamics(scope) for scope in (contextlib.nullcontext(), strategy.scope())]
     for make, data in ((flow, points), (latent_ode, series), (flow_matching, (points, points))):
         one = train(make, data, eagerly=True)
         with strategy.scope():

@@ -322,10 +322,9 @@ class ODELayer(SolvingLayer):
         events = as_events(self.event)
         own_time = spec((None,) + (1,) * (rank - 1))
         t = own_time if own_times or self.solver.per_sample or events else spec(())
-        if isinstance(self.vector_field, keras.Layer):
-            known = call_arguments(self.vector_field)[0] < 3 or (is_called and not self.vector_field.built)
-            if args is not None or known:
-                build(self.vector_field, t, y, args)
+        field, knows_args = self.vector_field, args is not None or is_called
+        if isinstance(field, keras.Layer) and (knows_args or call_arguments(field)[0] < 3):
+            build(field, t, y, args)
         for event in events:
             event.build(own_time, y, args)
 

@@ -11,7 +11,7 @@ from keras import ops
 from keras_node.arguments import positive_integer
 from keras_node.layers.concat_squash import ConcatSquashField
 from keras_node.models.density_field import DensityField, draw_noise
-from keras_node.models.flow_inputs import as_rows, check_length, split
+from keras_node.models.flow_inputs import as_rows, check_length, leading_axes, split
 from keras_node.models.flow_matching import FlowMatching, checked_coupling, refuse_weights
 from keras_node.models.likelihood_model import LikelihoodModel
 from keras_node.models.probability import make_bijector, make_distribution
@@ -348,8 +348,8 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         return make_distribution(self, condition)
 
     def compute_output_spec(self, inputs: Any, training: bool | None = None) -> keras.KerasTensor:
-        x, _ = split(inputs)
-        return keras.KerasTensor(tuple(x.shape[:-1]), dtype=self.variable_dtype)
+        x, condition = (None if part is None else tf.TensorShape(part.shape) for part in split(inputs))
+        return keras.KerasTensor(tuple(leading_axes(x, condition)), dtype=self.variable_dtype)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()

@@ -16,6 +16,7 @@ from keras_node.models.scaled_network import ScaledNetwork
 from keras_node.models.trajectories import (
     Trajectories,
     are_arrays,
+    arrays_for_keras,
     as_dictionary,
     center_and_scale,
     dictionary_of_arrays,
@@ -63,6 +64,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
     error `mse`, in the units of the values; and with `continuity` the mean squared `gap` in units of `scale`.
 
     `evaluate` and validation compute the same loss, for windows that begin at observed states, over their whole length.
+    After `fit`, an exported model takes a dictionary with the keys of its training data.
 
     Args:
         vector_field: the field `f`, a Keras layer or model such as `keras_node.GreyBoxField`, or a registered callable.
@@ -292,28 +294,34 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         """Makes dictionaries of arrays, and what a model needs to know of them before it is trained."""
         x, validation_data = arguments.get("x"), arguments.get("validation_data")
         if are_arrays(x):
-            x = dictionary_of_arrays(x, self)
+            x = arrays_for_keras(x, self)
             if trains:
-                self.build({name: part.shape for name, part in x.items()})
-                if not bool(self.is_adapted.numpy()):
-                    self.adapt(x)
+                with self.distribute_strategy.scope():
+                    self._meet(x)
                 if self.scaled_states is not None:
-                    cut, _ = windows(self._prepared(x), self.window or x["values"].shape[1] - 1)
-                    observed = (cut.values[:, 0] - self.center) / self.scale
-                    self.scaled_states.begin_at(observed, len(x["values"]))
                     x = {**x, "index": np.arange(len(x["values"]), dtype="int32")}
         others: Sequence = ()
         if isinstance(validation_data, list | tuple) and (len(validation_data) == 1 or validation_data[1] is None):
             validation_data, *others = validation_data  # `(x,)`, `(x, None)` or `(x, None, sample_weight)`
         if are_arrays(validation_data):
-            validation_data = (dictionary_of_arrays(validation_data, self), *others)
+            validation_data = (arrays_for_keras(validation_data, self), *others)
         known = {} if validation_data is None else {"validation_data": validation_data}
         return {**arguments, "x": x, **known}
+
+    def _meet(self, x: dict[str, Any]) -> None:
+        """Makes all weights for training data, and measures these the first time."""
+        self.build({name: part.shape for name, part in x.items()})
+        if not bool(self.is_adapted.numpy()):
+            self.adapt(x)
+        if self.scaled_states is not None:
+            cut, _ = windows(self._prepared(x), self.window or x["values"].shape[1] - 1)
+            observed = (cut.values[:, 0] - self.center) / self.scale
+            self.scaled_states.begin_at(observed, len(x["values"]))
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         """Returns the states at all times from the first observation on, like `keras.Model.predict`."""
         if are_arrays(x):
-            x = dictionary_of_arrays(x, self)
+            x = arrays_for_keras(x, self)
         return super().predict(x, *args, **kwargs)
 
     def input_spec_of(self, name: int | str | None, shape: tuple) -> tf.TensorSpec:

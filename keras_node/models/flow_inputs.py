@@ -32,6 +32,21 @@ def check_length(shape: Any, event_dim: int) -> None:
         raise ValueError(f"`x` must be of shape (..., {event_dim}). Received: x.shape={tuple(shape)}")
 
 
+def leading_axes(x: tf.TensorShape, condition: tf.TensorShape | None) -> tf.TensorShape:
+    """Returns the axes before the last one, for which vectors and conditions of these shapes broadcast."""
+    if condition is None:
+        return x[:-1]
+    try:
+        if condition.rank == 0:
+            raise ValueError
+        return tf.broadcast_static_shape(x[:-1], condition[:-1])
+    except ValueError as error:
+        raise ValueError(
+            "`condition` must be of shape (..., features), and its axes before the last one must broadcast with those "
+            f"of `x`. Received: x.shape={tuple(x)}, condition.shape={tuple(condition)}"
+        ) from error
+
+
 def as_rows(x: Any, condition: Any, event_dim: int, dtype: str) -> tuple[tf.Tensor, tf.Tensor | None, tf.Tensor]:
     """Returns vectors and their conditions with one batch axis each, and the shape that the vectors had.
 
@@ -46,14 +61,9 @@ def as_rows(x: Any, condition: Any, event_dim: int, dtype: str) -> tuple[tf.Tens
                 "With a condition, a flow takes inputs of one rank only, because Keras hides their shapes after the "
                 f"second: use a new model. Received: x.shape={x.shape}, condition.shape={condition.shape}"
             )
-        features, shapes = condition.shape[-1], (x.shape[:-1], condition.shape[:-1])
-        try:
-            tf.broadcast_static_shape(*shapes)
-        except ValueError as error:
-            raise ValueError(
-                "The axes of `x` and `condition` before the last one must broadcast. "
-                f"Received: x.shape={tuple(x.shape)}, condition.shape={tuple(condition.shape)}"
-            ) from error
+        shapes = x.shape[:-1], condition.shape[:-1]
+        leading_axes(x.shape, condition.shape)
+        features = condition.shape[-1]
         if not shapes[0].is_fully_defined() or shapes[0] != shapes[1]:
             axes = tf.broadcast_dynamic_shape(tf.shape(x)[:-1], tf.shape(condition)[:-1])
             x, condition = (tf.broadcast_to(a, tf.concat([axes, tf.shape(a)[-1:]], axis=0)) for a in (x, condition))

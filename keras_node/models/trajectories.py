@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_node.control import control_path, fill_linearly, last_valid, running_maximum
 from keras_node.layers.irregular_times import check_order, elapsed_times
-from keras_node.times import prepare_times, refuse_rounded_arrays
+from keras_node.times import as_numbers, prepare_times, refuse_rounded_arrays
 
 _KEYS = ("times", "values", "mask", "controls", "jump_times", "jump_amounts", "index")
 
@@ -101,7 +101,7 @@ def check_shapes(x: dict[str, Any]) -> None:
         raise ValueError(
             f"Trajectories must have a known number of steps, 2 or more. Received: values of shape {tuple(values)}"
         )
-    number = shapes.get("jump_times", [None, None])[-1]
+    number = shapes["jump_times"][1] if "jump_times" in shapes and shapes["jump_times"].rank == 2 else None
     allowed = {
         "times": {"(batch, T)": [batch, steps], "(T,)": [steps]},
         "mask": {"(batch, T)": [batch, steps], "(batch, T, D)": [batch, steps, dim]},
@@ -171,9 +171,16 @@ def dictionary_of_arrays(x: Any, layer: keras.Layer) -> dict[str, Any]:
     """Returns trajectories as a dictionary of arrays, with times for each trajectory, after it has checked them."""
     x = {name: np.asarray(part) for name, part in as_dictionary(x).items() if part is not None}
     check_shapes(x)
-    refuse_rounded_arrays(x["times"])
     x["times"] = np.broadcast_to(x["times"], x["values"].shape[:2])
-    check_order(_in_order(x["times"], np.any(~np.isnan(observed_values(x)), axis=-1)), x["times"], layer)
+    times = as_numbers(x["times"])
+    check_order(_in_order(times, np.any(~np.isnan(observed_values(x)), axis=-1)), times, layer)
+    return x
+
+
+def arrays_for_keras(x: Any, layer: keras.Layer) -> dict[str, Any]:
+    """Returns `dictionary_of_arrays`, for Keras to cut batches of it, which rounds times."""
+    x = dictionary_of_arrays(x, layer)
+    refuse_rounded_arrays(x["times"])
     return x
 
 
