@@ -22,8 +22,8 @@ class LikelihoodModel(keras.Model):
     regularizers and the values that were passed to `add_loss`; they are not weighted.
 
     With several devices (`tf.distribute`), each device has a weight in proportion to its number of samples. So losses
-    and gradients are the same as on one device, even if a batch does not divide evenly or a device gets no samples. Only
-    the first batch must divide evenly, as for every model of Keras.
+    and gradients are the same as on one device, even if a batch does not divide evenly or a device gets no samples.
+    Only the first batch must divide evenly, as for every model of Keras.
     """
 
     # The names of means that are reported in addition to the loss. `sample_losses` returns their values.
