@@ -324,10 +324,6 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
             x = arrays_for_keras(x, self)
         return super().predict(x, *args, **kwargs)
 
-    def input_spec_of(self, name: int | str | None, shape: tuple) -> tf.TensorSpec:
-        spec = super().input_spec_of(name, shape)
-        return tf.TensorSpec(spec.shape, "bool") if name in (2, "mask") else spec
-
     def compute_output_spec(self, inputs: Any, training: bool | None = None) -> keras.KerasTensor:
         return keras.KerasTensor(tuple(as_dictionary(inputs)["values"].shape), dtype=self.compute_dtype)
 

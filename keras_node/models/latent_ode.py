@@ -341,10 +341,6 @@ class LatentODE(NestedLayers, LikelihoodModel):
         measures = {"nll": (nll, each), "kl": (kl, each), "mse": (ops.square(mean - values), observed)}
         return nll + (self.kl_weight if training else 1) * kl, measures
 
-    def input_spec_of(self, name: int | str | None, shape: tuple) -> tf.TensorSpec:
-        spec = super().input_spec_of(name, shape)
-        return tf.TensorSpec(spec.shape, "bool") if name in (2, "mask") else spec
-
     def compute_output_shape(self, inputs_shape: Any) -> tuple:
         return tuple(inputs_shape[1])
 

@@ -126,15 +126,17 @@ class LikelihoodModel(keras.Model):
         _refuse_class_weight(arguments)
         return super().train_on_batch(**arguments)
 
-    def input_spec_of(self, name: int | str | None, shape: tuple) -> tf.TensorSpec:
+    def _spec_of_export(self, name: int | str | None, shape: tuple) -> tf.TensorSpec:
         """Returns what an exported model takes for an input of this shape: any number of samples.
 
         Args:
             name: the place of the input in a tuple, its key in a dictionary, or `None` for a single input.
             shape: the shape with which the model was built.
         """
-        del name
-        return tf.TensorSpec((None, *shape[1:]) if len(shape) > 1 else shape, self.variable_dtype)
+        is_mask = name in (2, "mask")  # of `(times, values, mask)`
+        return tf.TensorSpec(
+            (None, *shape[1:]) if len(shape) > 1 else shape, "bool" if is_mask else self.variable_dtype
+        )
 
     @functools.wraps(keras.Model.export)
     def export(self, *args: Any, **kwargs: Any) -> Any:
@@ -150,7 +152,7 @@ class LikelihoodModel(keras.Model):
                     "The model does not know the shapes of its inputs yet: train it or call it first, or pass "
                     f"`input_signature`. Received: the model {self.name!r}, input_signature=None"
                 )
-            arguments["input_signature"] = [_with_names(self.input_spec_of, self.inputs_shape)]
+            arguments["input_signature"] = [_with_names(self._spec_of_export, self.inputs_shape)]
         return super().export(**arguments)
 
     # If a trace of a training step makes variables, TensorFlow traces the step once more.
