@@ -273,7 +273,7 @@ def integrate(
         converged=tf.equal(zeros, 0) if tableau.implicit else (),
         num_iterations=zeros if tableau.implicit else (),
     )
-    (s,) = tf.while_loop(
+    (s,) = trees.while_loop(
         lambda s: tf.reduce_any(s.running) if per_sample else s.running,
         lambda s: (body(s),),
         (start,),

@@ -108,7 +108,7 @@ class DenseOutput:
 
     def update(self, memory: Memory, step: Step, progress: Progress) -> Memory:
         step, memory = self.prepare(memory, step, progress)
-        (memory,) = tf.while_loop(
+        (memory,) = trees.while_loop(
             lambda memory: tf.reduce_any(self.due(memory, progress)),
             lambda memory: (self.emit(memory, step, progress),),
             (memory,),

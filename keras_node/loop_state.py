@@ -105,9 +105,10 @@ def conclude(s: LoopState, short: tf.Tensor, evaluations: int, solver: RungeKutt
         evaluations = evaluations + iterations
     if detected is not None:
         status = tf.where(detected.stuck, int(Status.GRAZING_EVENT), status)
+    failed = tf.not_equal(status, int(Status.SUCCESS))
     return Integral(
-        y1=trees.poison(status != 0, s.y),
-        quadrature=trees.poison(tf.reduce_any(status != 0), s.quadrature),
+        y1=trees.poison(failed, s.y),
+        quadrature=trees.poison(tf.reduce_any(failed) if solver.per_sample else failed, s.quadrature),
         memories=s.memories,
         stats=Stats(
             num_evaluations=evaluations,
@@ -133,7 +134,7 @@ def is_finite(x: Nest, per_sample: bool) -> tf.Tensor:
     for leaf in tf.nest.flatten(x):
         axes = np.arange(int(per_sample), leaf.shape.rank)
         flags.append(tf.raw_ops.All(input=tf.math.is_finite(leaf), axis=axes))
-    return tf.reduce_all(tf.stack(flags), axis=0)
+    return flags[0] if len(flags) == 1 else tf.reduce_all(tf.stack(flags), axis=0)
 
 
 def _evaluations_per_step(tableau: ButcherTableau, coupling: float | None) -> int:

@@ -279,4 +279,4 @@ def _graph() -> tf.Graph | None:
 
 
 def _is_float(x: Any) -> bool:
-    return tf.is_tensor(x) and x.dtype.is_floating
+    return (isinstance(x, tf.Tensor) or tf.is_tensor(x)) and x.dtype.is_floating

@@ -51,7 +51,7 @@ def error_scale(y: Nest, rtol: Tolerance, atol: Tolerance) -> Nest:
 
 def rms_norm(x: Nest, per_sample: bool) -> tf.Tensor:
     """Root mean square over all elements of all leaves, or with `per_sample` over the elements of each sample."""
-    total = sum_over(tf.nest.map_structure(tf.square, x), per_sample)
+    total = sum_over(trees.each(tf.square, x), per_sample)
     count = sum(_size(leaf, int(per_sample)) for leaf in tf.nest.flatten(x))
     # A state without elements has the error zero.
     count = max(count, 1) if isinstance(count, int) else tf.cast(tf.maximum(count, 1), total.dtype)

@@ -59,7 +59,28 @@ def weighted_sum(weights: Sequence[float | tf.Tensor], xs: Sequence[Nest]) -> Ne
     if not pairs:
         return each(tf.zeros_like, xs[0])
     weights, xs = zip(*pairs, strict=True)
-    return each(lambda *leaves: total([scale(w, leaf) for w, leaf in zip(weights, leaves, strict=True)]), *xs)
+
+    def leaf(*leaves: tf.Tensor) -> tf.Tensor:
+        pairs = zip(weights, leaves, strict=True)
+        return total([tf.raw_ops.Mul(x=a, y=w) if isinstance(w, float) else scale(w, a) for w, a in pairs])
+
+    return each(leaf, *xs)
+
+
+def while_loop(
+    condition: Callable[..., tf.Tensor],
+    body: Callable[..., tuple],
+    loop_vars: tuple[Nest, ...],
+    maximum_iterations: int | tf.Tensor,
+) -> tuple[Nest, ...]:
+    """Does the same as `tf.while_loop`, which in eager mode compares the structure of all its tensors at every step."""
+    if not tf.executing_eagerly():
+        return tf.while_loop(condition, body, loop_vars, maximum_iterations=maximum_iterations)
+    for _ in range(int(maximum_iterations)):
+        if not condition(*loop_vars):
+            break
+        loop_vars = body(*loop_vars)
+    return loop_vars
 
 
 def dense(gradient: tf.Tensor | tf.IndexedSlices) -> tf.Tensor:
@@ -102,4 +123,4 @@ def _static_value(condition: tf.Tensor) -> bool | None:
 
 
 def _is_zero(weight: float | tf.Tensor) -> bool:
-    return isinstance(weight, numbers.Number) and weight == 0
+    return isinstance(weight, float | int) and weight == 0

@@ -185,4 +185,4 @@ def _to_tensor(x: Any, dtype: tf.DType) -> tf.Tensor | None:
 
 
 def _is_float(x: Any) -> bool:
-    return tf.is_tensor(x) and x.dtype.is_floating
+    return (isinstance(x, tf.Tensor) or tf.is_tensor(x)) and x.dtype.is_floating

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import tensorflow as tf
 
 from keras_node import trees
+from keras_node.loop_state import is_finite
 from keras_node.pure_function import PureFunction
 from keras_node.solution import Stats, Status, check_status
 from keras_node.solve import Problem, Stop, Trajectory
@@ -73,7 +74,7 @@ def solve_with_gradient(
         stats, status = report
         # A failure is excused if it comes from the loss: if the upstream gradient is not finite (a loss scaler skips
         # this step), or if it is so large that a float16 field overflows.
-        excused = ~tf.reduce_all([tf.reduce_all(tf.math.is_finite(d)) for d in tf.nest.flatten(dys)])
+        excused = ~is_finite(dys, per_sample=False)
         if field.may_overflow:
             excused |= status == int(Status.NON_FINITE)
         if problem.on_backward is not None:
