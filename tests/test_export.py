@@ -96,6 +96,34 @@ def test_onnx_of_a_recurrent_layer(tmp_path):
     np.testing.assert_allclose(run_onnx(path, inputs), expected, atol=1e-5)
 
 
+def latent_ode_model():
+    mask = np.random.default_rng(3).uniform(size=(3, 5, 2)) < 0.7
+    return keras_node.LatentODE(2, units=4, solver=SOLVERS["fixed"]), (TIMES, np.stack([np.sin(TIMES)] * 2, axis=-1), mask)
+
+
+def dynamics_model():
+    model = keras_node.DynamicsModel(field(), solver=SOLVERS["fixed"])
+    return model, {"times": TIMES, "values": np.stack([np.sin(TIMES)] * 4, axis=-1)}
+
+
+def flow_model():
+    # ONNX has no derivative of tanh, the default.
+    smooth = keras_node.ConcatSquashField((4,), activation="softplus")
+    return keras_node.ContinuousFlow(4, smooth, solver=SOLVERS["fixed"]), X
+
+
+@pytest.mark.parametrize("make", [latent_ode_model, dynamics_model, flow_model])
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_of_a_model(make, tmp_path):
+    pytest.importorskip("tf2onnx")
+    keras.utils.set_random_seed(0)
+    model, inputs = make()
+    expected = model.predict(inputs, verbose=0)
+    path = str(tmp_path / "model.onnx")
+    model.export(path, format="onnx", verbose=False)
+    np.testing.assert_allclose(run_onnx(path, keras.tree.flatten(inputs)), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.filterwarnings("ignore")
 def test_litert_with_builtin_operators_only(name, tmp_path):

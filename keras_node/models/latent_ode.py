@@ -204,7 +204,7 @@ class LatentODE(NestedLayers, LikelihoodModel):
         # Steps without observations keep their times too, unless these go back, as in padding.
         given = prepare_times(inputs[0], values.dtype)
         times = running_maximum(ops.maximum(ops.where(ops.isfinite(given), given, times), times))
-        return self.decode(self.posterior(inputs, training).mean(), times, training)
+        return self.decode(self.posterior(inputs, training).loc, times, training)
 
     @property
     def prior(self) -> Any:
@@ -294,7 +294,7 @@ class LatentODE(NestedLayers, LikelihoodModel):
         Returns:
             The means, `(batch, T, features)`.
         """
-        return self.decode(self.posterior(inputs).mean(), times)
+        return self.decode(self.posterior(inputs).loc, times)
 
     def sample(self, n: int, times: Any) -> tf.Tensor:
         """Returns the means of observations on paths that start at draws from the prior.
