@@ -166,6 +166,22 @@ def test_the_output_is_masked_once_for_each_asked_time(tmp_path):
     [
         (lambda: odeint(lambda y: None, X, [0.0, 1.0]), ValueError, "must return the rate of change.*Received: None"),
         (lambda: odeint(lambda y: (y[0], None), (X, X), [0.0, 1.0]), ValueError, "`return` that is missing"),
+        (
+            lambda: odeint(tf.negative, X, [0.0, 1.0], event=keras_node.Event(lambda y: None)),
+            ValueError,
+            "An event function must return one number.*`return` that is missing. Received: None",
+        ),
+        (
+            lambda: odeint(tf.negative, X, [0.0, 1.0], event=keras_node.Event(lambda y: y[:, 0] > 0)),
+            TypeError,
+            "An event function must return a floating-point number.*Received: dtype=bool",
+        ),
+        (lambda: odeint(tf.negative, X, np.array([0.0, [1.0]], object)), ValueError, "Times must be numbers in an array"),
+        (
+            lambda: odeint(tf.negative, X, np.array(["2026-01-01", "2026-01-02"], "M8[D]")),
+            ValueError,
+            "Turn dates into the time since the first of them",
+        ),
         (lambda: odeint(tf.sparse.from_dense, X, [0.0, 1.0]), TypeError, "dense tensors.*Received: SparseTensor"),
         (
             lambda: odeint(lambda y: -y, tf.ragged.constant([[1.0], [1.0, 2.0]]), [0.0, 1.0]),
