@@ -98,7 +98,8 @@ def test_onnx_of_a_recurrent_layer(tmp_path):
 
 def latent_ode_model():
     mask = np.random.default_rng(3).uniform(size=(3, 5, 2)) < 0.7
-    return keras_node.LatentODE(2, units=4, solver=SOLVERS["fixed"]), (TIMES, np.stack([np.sin(TIMES)] * 2, axis=-1), mask)
+    values = np.stack([np.sin(TIMES)] * 2, axis=-1)
+    return keras_node.LatentODE(2, units=4, solver=SOLVERS["fixed"]), (TIMES, values, mask)
 
 
 def dynamics_model():
