@@ -141,6 +141,27 @@ def test_a_mask_of_dropout_is_the_same_on_the_way_back(jit_compile):
     assert_all_close(first, run())
 
 
+def test_masks_reach_stacked_cells_and_replace_nothing_of_them():
+    """While a step runs, another thread may run the same cells."""
+    cells = [layers.SimpleRNNCell(UNITS, dropout=0.5, seed=1), layers.SimpleRNNCell(UNITS, dropout=0.5, seed=2)]
+    replaced = []
+
+    def field(h):
+        replaced.append([name for cell in cells for name in vars(cell) if "get_" in name and "mask" in name])
+        return -h
+
+    layer = ODERNN(layers.StackedRNNCells(cells), field, solver=COARSE, evolve=(0, 1), jit_compile=False)
+    layer.build((BATCH, STEPS, FEATURES))
+    x, times = series()
+    seeds = [cell.seed_generator.state.numpy() for cell in cells]
+    computed = tf.function(layer)(x, times, training=True)
+    assert len(replaced) > 1 and not any(replaced)
+    for cell, seed in zip(cells, seeds, strict=True):
+        cell.seed_generator.state.assign(seed)
+    np.testing.assert_allclose(computed, layer(x, times, training=True), rtol=1e-5)  # the loop of Keras
+    assert not np.allclose(computed, layer(x, times, training=False))
+
+
 def test_noise_in_the_field_is_of_one_solve_and_the_same_on_the_way_back():
     field = keras.Sequential([layers.Dense(UNITS, "tanh"), layers.Dropout(0.5, seed=2), layers.Dense(UNITS)])
     layer = ODERNN(layers.GRUCell(UNITS), field, solver=COARSE, return_sequences=True, jit_compile=False)

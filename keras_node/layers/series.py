@@ -1,10 +1,9 @@
 """The recurrent layer for cells that solve an ODE at every step."""
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -113,8 +112,8 @@ class SeriesRNN(keras.layers.RNN):
                 return moved[-1]
 
             states = keras.tree.pack_sequence_as(initial_state, states)
-            with _fixed(cell.dropout_cells, masks):
-                output, states = cell.advance(x, states, training, move)
+            by_cell = {id(c): pair for c, pair in zip(cell.dropout_cells, masks, strict=True)} if masks else {}
+            output, states = _with_masks(cell, by_cell).advance(x, states, training, move)
             return output, keras.tree.flatten(states), moved, tf.reduce_max(statuses)
 
         # To see what a step reads, it is enough to evaluate its field. To trace whole solves would take far longer.
@@ -194,22 +193,26 @@ def _dropout_masks(cell: Any, x: tf.Tensor, states: Any) -> Sequence[tuple]:
     return [tuple(() if mask is None else mask for mask in pair) for pair in masks]
 
 
-@contextlib.contextmanager
-def _fixed(cells: Sequence[Any], masks: Sequence[tuple]) -> Iterator[None]:
-    """Makes cells use these dropout masks. A call of a cell has no argument for them: it asks its own methods.
+def _with_masks(cell: Any, masks: dict[int, tuple]) -> Any:
+    """Returns the cell, or a shallow copy whose inner cells use these dropout masks, by the `id` of an inner cell.
 
-    By the time a gradient is computed, the cells have forgotten their masks. And they must not draw them again from the
-    same seeds, because TensorFlow draws other numbers in an XLA program than outside it.
+    A call of a cell has no argument for masks: it asks its own methods. By the time a gradient is computed, the cells
+    have forgotten their masks. And they must not draw them again from the same seeds, because TensorFlow draws other
+    numbers in an XLA program than outside it.
     """
-    for cell, pair in zip(cells, masks, strict=False):
-        mask, recurrent_mask = (None if isinstance(m, tuple) else m for m in pair)
-        cell.get_dropout_mask = lambda _, mask=mask: mask
-        cell.get_recurrent_dropout_mask = lambda _, mask=recurrent_mask: mask
-    try:
-        yield
-    finally:
-        for cell, _ in zip(cells, masks, strict=False):
-            del cell.get_dropout_mask, cell.get_recurrent_dropout_mask
+    own: dict[str, Any] = {}
+    if id(cell) in masks:
+        mask, recurrent_mask = (None if isinstance(mask, tuple) else mask for mask in masks[id(cell)])
+        own.update(get_dropout_mask=lambda _: mask, get_recurrent_dropout_mask=lambda _: recurrent_mask)
+    elif masks and hasattr(cell, "cells"):
+        own["cells"] = [_with_masks(inner, masks) for inner in cell.cells]
+    elif masks and hasattr(cell, "dropout_cells"):
+        own["cell"] = _with_masks(cell.cell, masks)
+    if not own:
+        return cell
+    copied = object.__new__(type(cell))  # `copy.copy` would copy the weights too
+    vars(copied).update({**vars(cell), **own})
+    return copied
 
 
 def _swapped(x: tf.Tensor) -> tf.Tensor:
