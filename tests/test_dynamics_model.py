@@ -334,12 +334,10 @@ def test_data_of_another_shape(x, message):
         model_of().fit(x, verbose=0)
 
 
-@pytest.mark.parametrize("dtype", ["int32", "int64", "float32"])
-def test_times_may_be_integers(dtype):
-    times = np.arange(7, dtype=dtype)
+def test_times_may_be_integers():
     model, expected = model_of(), model_of().evaluate((np.arange(7.0), VALUES), verbose=0)
     model.compile("sgd", run_eagerly=True)
-    for given in (times, np.tile(times, (2, 1)), times.tolist()):
+    for given in (np.arange(7, dtype="int32"), np.tile(np.arange(7), (2, 1)), list(range(7))):
         model.adapt((given, VALUES))
         np.testing.assert_allclose(model.evaluate((given, VALUES), verbose=0), expected, rtol=1e-6)
 
@@ -500,8 +498,8 @@ def test_a_field_with_controls_that_has_no_weights_yet_trains_and_is_saved(kind,
     field = DrivenNetwork()
     if kind == "grey box":
         field = keras_node.GreyBoxField(driven_decay, {"rate": 1.0}, network=keras.Sequential([keras.layers.Dense(2)]))
-    model = DynamicsModel(field, solver="midpoint", jit_compile=False)
-    model.compile("adam")
+    model = DynamicsModel(field, solver="euler", jit_compile=False)
+    model.compile("adam", run_eagerly=kind == "grey box")
     model.fit(x, verbose=0, validation_data=(x, None, np.ones(3)))
     assert len(model.optimizer.variables) == 2 + 2 * len(model.trainable_variables) > 4
     model.save(tmp_path / "model.keras")
