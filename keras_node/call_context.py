@@ -15,7 +15,8 @@ class _Training(keras.layers.Layer):
         return training
 
 
-_training = _Training(name="training")
+# With the default of `dtype`, Keras would fix its global policy when this package is imported.
+_training = _Training(name="training", dtype="float32")
 
 
 class _WithoutAutocast(keras.layers.Layer):
@@ -25,7 +26,7 @@ class _WithoutAutocast(keras.layers.Layer):
         return function()
 
 
-_without_autocast = _WithoutAutocast(name="without_autocast", autocast=False)
+_without_autocast = _WithoutAutocast(name="without_autocast", autocast=False, dtype="float32")
 
 
 class _Called(keras.layers.Layer):

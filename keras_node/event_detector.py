@@ -181,6 +181,8 @@ class EventDetector:
         step = with_dense_stages(tableau, step, tf.reduce_any(found))
         fraction = tf.where(crossed, self._fractions(tableau, step, crossed, sides, before, values), 2.0)
         first = tf.stop_gradient(tf.reduce_min(fraction, axis=0))
+        # Of several events at the same time, the first one counts. Rounding may tell their times apart.
+        index = tf.argmax(tf.cast(fraction <= first + part, tf.int32), axis=0, output_type=tf.int32)
         # This is the reading that the clock of the gradient will have at the time of the event.
         elapsed = self.time(start + first * (end - start)) - self.origin
         target = tf.cast(tf.abs(elapsed), start.dtype)
@@ -193,8 +195,7 @@ class EventDetector:
             landed=detected.landed | arrives,
             target=tf.where(found, tf.minimum(target, end), detected.target),
             time=tf.where(arrives, step.t + step.dt, detected.time),
-            # Of several events at the same time, the first one counts.
-            index=tf.where(found, tf.argmin(fraction, axis=0, output_type=tf.int32), detected.index),
+            index=tf.where(found, index, detected.index),
         )
 
     def _values(self, t: tf.Tensor, y: Nest) -> tf.Tensor:

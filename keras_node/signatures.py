@@ -71,6 +71,14 @@ class FieldCall:
             keywords[self._mask_name] = mask
         return self.function(*self._arguments(t, y, args), **keywords)
 
+    def check_args(self, args: Any) -> None:
+        """Raises if there are `args` and the field takes none."""
+        if args is not None and self.num_arguments < 3:
+            raise ValueError(
+                "`args` needs a vector field `f(t, y, args)`: add the argument to the field, or leave out `args`. "
+                f"Received: args={args!r} for {self.function!r}, which takes {self.num_arguments} argument(s)"
+            )
+
     @property
     def time_dtype(self) -> tf.DType | None:
         """The precision to which a functional model rounds the time, that of its input; `None` for other fields."""

@@ -23,7 +23,7 @@ Times: TypeAlias = tf.Tensor | tf.Variable | np.ndarray | Sequence
 
 def as_numbers(times: Times) -> np.ndarray | None:
     """Returns times that are numbers, or arrays of them, as float64, and `None` for times that may need a gradient."""
-    if any(_is_tensor(t) for t in tf.nest.flatten(times)):
+    if any(is_tensor(t) for t in tf.nest.flatten(times)):
         return None
     try:
         numbers = np.asarray(times)
@@ -54,10 +54,10 @@ def prepare_times(times: Times, dtype: tf.DType | str, axis: int = -1) -> tf.Ten
     known = as_numbers(times)
     if known is not None:
         return tf.constant(known.astype(dtype) if _tells_apart(known, dtype, axis) else known)
-    if not _is_tensor(times):
+    if not is_tensor(times):
         leaves = tf.nest.flatten(times)
-        highest = functools.reduce(_higher, [t.dtype for t in leaves if _is_tensor(t)], dtype)
-        leaves = [ops.cast(t if _is_tensor(t) else tf.constant(t, "float64"), highest) for t in leaves]
+        highest = functools.reduce(_higher, [t.dtype for t in leaves if is_tensor(t)], dtype)
+        leaves = [ops.cast(t if is_tensor(t) else tf.constant(t, "float64"), highest) for t in leaves]
         return tf.convert_to_tensor(tf.nest.pack_sequence_as(times, leaves))
     times = times if isinstance(times, keras.KerasTensor) else tf.convert_to_tensor(times)
     return ops.cast(times, _higher(dtype, times.dtype))
@@ -93,7 +93,8 @@ def _tells_apart(numbers: np.ndarray, dtype: str, axis: int) -> bool:
     return np.array_equal(steps == 0, rounded == 0) and not np.any(far)
 
 
-def _is_tensor(x: Any) -> bool:
+def is_tensor(x: Any) -> bool:
+    """Whether `x` is a tensor, a variable or a symbolic tensor of Keras."""
     return tf.is_tensor(x) or isinstance(x, tf.Variable | keras.Variable | keras.KerasTensor)
 
 

@@ -55,11 +55,7 @@ class VectorField:
         self._call = FieldCall(function, y0)
         self._jacobian = getattr(function, "jacobian", None) if jacobian is None else jacobian
         self.has_jacobian = callable(self._jacobian)
-        if args is not None and self._call.num_arguments < 3:
-            raise ValueError(
-                "`args` needs a vector field `f(t, y, args)`: add the argument to the field, or leave out `args`. "
-                f"Received: args={args!r} for {function!r}, which takes {self._call.num_arguments} argument(s)"
-            )
+        self._call.check_args(args)
         self._keywords = {"training": None if isinstance(function, keras.Layer) else training, "mask": mask}
         self.args = as_tensors(args, tf.nest.flatten(y0)[0].dtype)
         self._float_args = [a for a in tf.nest.flatten(self.args) if _is_float(a)]

@@ -453,6 +453,21 @@ def test_events_at_the_same_time_happen_in_the_order_of_the_list():
     np.testing.assert_allclose(solution.ys[-1, 0], [height, 0.0, height, 0.0, 11.0], atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("first", [lambda t, y: 3 * y[:, 0] - 3, lambda t, y: y[:, 0] ** 3 - 1])
+def test_rounding_does_not_change_the_order_of_events_at_the_same_time(first, dtype):
+    # Both are zero where the state is 1, but the numbers in which they become zero differ by rounding.
+    y0 = tf.constant(np.linspace(0, 0.9, 37)[:, None], dtype)
+    events = [
+        Event(first, reset=lambda t, y: y + 5),
+        Event(lambda t, y: y[:, 0] - 1, reset=lambda t, y: tf.zeros_like(y)),
+    ]
+    solution = keras_node.odeint(lambda y: tf.ones_like(y), y0, [0.0, 4.0], event=events)
+    np.testing.assert_array_equal(solution.events.count, 1)
+    np.testing.assert_array_equal(solution.events.index[0], 0)
+    np.testing.assert_allclose(solution.ys[-1], y0 + 9, rtol=1e-6 if dtype == "float32" else 1e-12)
+
+
 def test_endless_bouncing_ends_with_a_status():
     solution = BouncingBall.solve(f64([1.0, 1e4]), f64(9.8), f64(0.5), [0.0, 1.0, 3.0], max_events=6, throw=False)
     np.testing.assert_array_equal(solution.status, [Status.MAX_EVENTS, Status.SUCCESS])

@@ -235,6 +235,36 @@ def test_arguments_reach_the_field():
     np.testing.assert_allclose(outputs, [[1.0] * 3, [2.0] * 3], rtol=1e-5)
 
 
+def test_numbers_beside_inputs_reach_the_field(tmp_path):
+    x, rate = keras.Input((2,)), keras.Input((1,))
+    layer = keras_node.ODELayer(decays_by_arguments, solver=keras_node.RungeKutta("rk4", num_steps=20))
+    model = keras.Model([x, rate], layer(x, args={"rates": (rate, 0.5), "number": 2}))
+    inputs = [np.ones((3, 2), "float32"), np.array([[0.1], [0.2], [0.3]], "float32")]
+    np.testing.assert_allclose(model(inputs), np.exp(-2 * (inputs[1] + 0.5)) * inputs[0], rtol=1e-5)
+    model.save(tmp_path / "model.keras")
+    np.testing.assert_array_equal(keras.models.load_model(tmp_path / "model.keras")(inputs), model(inputs))
+
+
+@keras.saving.register_keras_serializable(package="test_ode_layer")
+def decays_by_arguments(t, y, args):
+    return -(args["rates"][0] + args["rates"][1]) * tf.cast(args["number"], y.dtype) * y
+
+
+@keras.saving.register_keras_serializable(package="test_ode_layer")
+class OnlyTheEnd(keras_node.ODELayer):
+    def call(self, inputs, ts=None, training=None):
+        return super().call(inputs, ts, training=training) - inputs
+
+
+def test_a_subclass_need_not_take_all_arguments_of_call(tmp_path):
+    layer = OnlyTheEnd(keras.layers.Dense(3), solver=keras_node.RungeKutta("euler", num_steps=1))
+    model = keras.Sequential([keras.Input((3,)), layer])
+    x = np.ones((2, 3), "float32")
+    np.testing.assert_allclose(model(x), layer.vector_field(x), rtol=1e-5)
+    model.save(tmp_path / "model.keras")
+    np.testing.assert_array_equal(keras.models.load_model(tmp_path / "model.keras")(x), model(x))
+
+
 def test_saved_and_loaded_a_model_gives_the_same(tmp_path, data):
     inputs = keras.Input((4,))
     gradient = keras_node.BacksolveAdjoint(
@@ -308,6 +338,7 @@ def test_a_loss_inside_the_field_is_refused():
         (lambda: keras_node.odeint(lambda a, b, c, d: a, tf.ones(2), [0.0, 1.0]), ValueError, "a, b, c, d"),
         (lambda: keras_node.odeint(3, tf.ones(2), [0.0, 1.0]), TypeError, "Received: 3"),
         (lambda: keras_node.odeint(lambda y: y, tf.ones(2), [0.0, 1.0], args=1.0), ValueError, "args"),
+        (lambda: keras_node.ODELayer(mlp(2))(keras.Input((2,)), args=keras.Input((2,))), ValueError, "args=<KerasT"),
         (lambda: keras_node.odeint(lambda y: y, tf.ones(2), [0.0, 1.0], solver="rk5"), ValueError, "rk5"),
         (lambda: keras_node.odeint(lambda y: y, tf.ones(2), [0.0, 1.0], gradient="adjoint"), ValueError, "adjoint"),
         (lambda: keras_node.odeint(lambda y: y, tf.ones(()), [[0.0], [1.0]]), ValueError, "batch"),

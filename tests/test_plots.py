@@ -1,8 +1,5 @@
 """Pictures: what is drawn is what was solved."""
 
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
@@ -155,17 +152,6 @@ def test_what_cannot_be_drawn_is_refused(draw, error, message):
     with pytest.raises(error, match=message):
         draw()
     assert not plt.get_fignums()
-
-
-def test_without_matplotlib_only_drawing_fails():
-    script = (
-        "import sys; sys.modules['matplotlib'] = None\n"
-        "import keras_node\n"
-        "try: keras_node.plots.evaluations({'ode_evaluations': [1.0]})\n"
-        "except ImportError as error: print(error)\n"
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert 'pip install "keras-node[plots]"' in result.stdout
 
 
 def test_trajectories_of_a_layer_with_events_or_penalties():

@@ -3,6 +3,8 @@
 import inspect
 import pathlib
 import re
+import subprocess
+import sys
 
 import keras
 import pytest
@@ -82,6 +84,20 @@ def test_every_public_name_is_in_the_api_reference():
         elif found := re.match(r"\.\. auto(?:class|function):: (\w+)", line):
             shown.add(module + found[1])
     assert shown == set(NAMES)
+
+
+def test_an_import_needs_no_matplotlib_and_leaves_the_settings_of_keras_free():
+    script = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "import keras, keras_node\n"
+        "try: keras_node.plots.evaluations({'ode_evaluations': [1.0]})\n"
+        "except ImportError as error: print(error)\n"
+        "keras.config.set_floatx('float64')\n"
+        "print(keras.layers.Dense(1).dtype_policy.name, keras_node.ODELayer(lambda y: -y).dtype_policy.name)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert 'pip install "keras-node[plots]"' in result.stdout
+    assert result.stdout.splitlines()[-1] == "float64 float64"
 
 
 def test_the_version_is_the_same_everywhere():

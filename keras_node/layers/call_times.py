@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_node.arguments import number
 from keras_node.jumps import check_jumps, map_amounts
-from keras_node.times import as_numbers, prepare_times
+from keras_node.times import as_numbers, is_tensor, prepare_times
 from keras_node.trees import Nest
 
 
@@ -49,6 +49,15 @@ def times_to_call(ts: Any, dtype: str) -> Any:
         return prepare_times(ts, dtype) if isinstance(ts, list | tuple) else ts
     # Keras would convert an array to a tensor, and then the solve would compute a gradient for these times.
     return ts.tolist() if isinstance(ts, np.ndarray) else ts
+
+
+def args_to_call(args: Nest, dtype: str) -> Nest:
+    """Returns `args` as Keras can pass them to `call`: beside tensors, it takes numbers only as tensors."""
+    args = tf.nest.map_structure(lambda x: argument_to_call(x, dtype), args)
+    if any(is_tensor(x) for x in tf.nest.flatten(args)):
+        args = tf.nest.map_structure(lambda x: ops.convert_to_tensor(x, dtype) if isinstance(x, float) else x, args)
+        args = tf.nest.map_structure(lambda x: tf.convert_to_tensor(x) if isinstance(x, int) else x, args)
+    return args
 
 
 def argument_to_call(x: Any, dtype: str) -> Any:

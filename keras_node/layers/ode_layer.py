@@ -11,7 +11,7 @@ from keras import ops
 from keras_node.arguments import non_negative_integer, positive_integer
 from keras_node.events import Event, as_events
 from keras_node.layers.call_times import (
-    argument_to_call,
+    args_to_call,
     fixed_time,
     jumps_to_call,
     jumps_to_solve,
@@ -22,7 +22,7 @@ from keras_node.layers.call_times import (
 from keras_node.layers.masks import Masked, known, with_mask
 from keras_node.layers.output_shapes import OutputShapes, map_shapes, specs
 from keras_node.layers.path_penalties import PathPenalties
-from keras_node.signatures import build, call_arguments
+from keras_node.signatures import FieldCall, build, call_arguments
 from keras_node.solve_options import Gradient, Solver, SolvingLayer
 from keras_node.times import prepare_times
 from keras_node.trees import Nest
@@ -209,14 +209,14 @@ class ODELayer(SolvingLayer):
         return self.penalties.local_error
 
     def __call__(self, inputs: Nest, ts: Any = None, args: Any = None, jumps: Any = None, **kwargs: Any) -> Nest:
-        # Keras takes lists of numbers only as keyword arguments.
-        return super().__call__(
-            inputs,
-            ts=times_to_call(ts, self.variable_dtype),
-            args=tf.nest.map_structure(lambda x: argument_to_call(x, self.variable_dtype), args),
-            jumps=jumps_to_call(jumps, self.variable_dtype),
-            **kwargs,
-        )
+        arguments = {
+            "ts": times_to_call(ts, self.variable_dtype),
+            "args": args_to_call(args, self.variable_dtype),
+            "jumps": jumps_to_call(jumps, self.variable_dtype),
+        }
+        # The `call` of a subclass need not take what is not given. Keras takes lists of numbers only by keyword.
+        given = {name: x for name, x in arguments.items() if x is not None}
+        return super().__call__(inputs, **given, **kwargs)
 
     def build(self, inputs_shape: Nest, ts_shape: tuple | None = None) -> None:
         # Keras does not pass the shapes of an argument called `args`. A field that takes it is built by the first call.
@@ -323,6 +323,7 @@ class ODELayer(SolvingLayer):
         own_time = spec((None,) + (1,) * (rank - 1))
         t = own_time if own_times or self.solver.per_sample or events else spec(())
         field, knows_args = self.vector_field, args is not None or is_called
+        FieldCall(field, y).check_args(args)
         if isinstance(field, keras.Layer) and (knows_args or call_arguments(field)[0] < 3):
             build(field, t, y, args)
         for event in events:
