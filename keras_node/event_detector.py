@@ -23,6 +23,8 @@ from keras_node.vjp import vjp
 _ROUNDS = 10
 # So many units in the last place of a time count as no time at all.
 _ULPS = 16
+# Events are at the same time if the readings of the clock at them are only so many of its units apart.
+_SAME_TIME = 4
 
 
 class Detected(NamedTuple):
@@ -181,8 +183,10 @@ class EventDetector:
         step = with_dense_stages(tableau, step, tf.reduce_any(found))
         fraction = tf.where(crossed, self._fractions(tableau, step, crossed, sides, before, values), 2.0)
         first = tf.stop_gradient(tf.reduce_min(fraction, axis=0))
-        # Of several events at the same time, the first one counts. Rounding may tell their times apart.
-        index = tf.argmax(tf.cast(fraction <= first + part, tf.int32), axis=0, output_type=tf.int32)
+        # Of several events at the same time, the first one counts. Rounding may tell the readings of their times apart.
+        rounding = tf.math.divide_no_nan(_SAME_TIME * _eps(end) * end, end - start)
+        at_once = crossed & (fraction <= first + rounding)
+        index = tf.argmax(tf.cast(at_once, tf.int32), axis=0, output_type=tf.int32)
         # This is the reading that the clock of the gradient will have at the time of the event.
         elapsed = self.time(start + first * (end - start)) - self.origin
         target = tf.cast(tf.abs(elapsed), start.dtype)

@@ -68,8 +68,8 @@ def odeint(
             of the state. A repeated time gives the same state again, at no cost. The derivative with respect to a time
             is the field at its state, also for repeated times. At a time of `RungeKutta(step_at=...)` it is one-sided.
             Second derivatives with respect to times that coincide are not defined: with `"backsolve"` they are NaN.
-        args: nest of tensors for a field `f(t, y, args)`. Numbers and NumPy arrays take the precision of the state.
-            Defaults to `None`.
+        args: nest of tensors for a field `f(t, y, args)`. Floats and arrays of them take the precision of the
+            state. Defaults to `None`.
         solver: a `keras_node.RungeKutta`, or the name of a method. Defaults to `"tsit5"`. If you pass only the name of
             a method without an error estimate, it takes 10 steps between two times. Unless the solver has
             `per_sample=True`, the whole batch shares one error norm, which can hide an error of a single sample; see

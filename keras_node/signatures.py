@@ -130,6 +130,7 @@ def like_state(dy: Nest, y: Nest, function: Any, role: str = "A vector field", w
         ) from error
 
     def leaf(d: Any, a: tf.Tensor) -> tf.Tensor:
+        # In eager mode, the checks below would take as long as an operation.
         if isinstance(d, tf.Tensor) and d.dtype == a.dtype and d.shape == a.shape and a.shape.is_fully_defined():
             return d
         symbolic = isinstance(d, keras.KerasTensor)

@@ -232,9 +232,9 @@ def add_gradient_at_start(problem: Problem, trajectory: Trajectory) -> Trajector
         return trajectory
     rate = problem.vector_field(problem.times[0], problem.y0, problem.params)
     at_start = ts == ts[:1]
-    if ts.shape[0] == 2 and not solver.per_sample:
+    if ts.shape.rank == 2 and not solver.per_sample and (ts.shape[0] == 2 or _steps_end_at_all_times(solver)):
         # A sample at rest among others that move takes their steps, and these already contain its times.
-        at_start = tf.reduce_all(at_start)
+        at_start = tf.reduce_all(at_start, axis=1, keepdims=True)
     # The value is zero, with the gradient of `ts[i] - ts[0]`.
     elapsed = tf.cast(tf.where(at_start, ts - ts[:1], 0), problem.dtype)
 
@@ -245,16 +245,21 @@ def add_gradient_at_start(problem: Problem, trajectory: Trajectory) -> Trajector
     return trajectory._replace(ys=tf.nest.map_structure(leaf, trajectory.ys, rate))
 
 
+def _steps_end_at_all_times(solver: RungeKutta) -> bool:
+    """Whether a step ends at each of `ts`."""
+    # `num_steps` counts from one time to the next, and a symplectic method has no dense output of its order.
+    return solver.num_steps is not None or solver.tableau.symplectic
+
+
 def solve_clock(problem: Problem) -> tuple[Clock, Nest]:
     """The clock of a solve and its readings at `ts`, or `()` for two times, because these are the ends of the clock."""
     solver, dtype = problem.forward_solver, problem.dtype
 
     def make(ts: tf.Tensor) -> tuple[Clock, Nest]:
+        stops_at_all = _steps_end_at_all_times(solver)
         if solver.num_steps is not None:
             clock, stops = make_clock(ts, dtype, solver.per_sample)
             return clock, () if ts.shape[0] == 2 else clock.readings_at(tf.cast(ts - ts[:1], dtype), stops)
-        # A symplectic method has no dense output of its order, so that its steps end at all times too.
-        stops_at_all = solver.tableau.symplectic
         times, place = ts if stops_at_all or ts.shape[0] == 2 else tf.stack([ts[0], ts[-1]]), None
         if solver.step_at:
             times, place = merge(times, tf.constant(solver.step_at, ts.dtype))

@@ -180,6 +180,39 @@ def test_gradients_at_times_that_coincide_under_xla(gradient, per_sample):
     np.testing.assert_allclose(dw, (-passed * path * [1.0, 0.5]).sum(), rtol=1e-6)
 
 
+STEPS_TO_ALL_TIMES = {
+    "rk4": keras_node.RungeKutta("rk4", num_steps=2),
+    "leapfrog": keras_node.RungeKutta("leapfrog", step_size=0.25),
+    "adaptive": keras_node.RungeKutta("bosh3"),
+}
+
+
+@pytest.mark.parametrize("number", [2, 3, None])
+@pytest.mark.parametrize(
+    ("solver", "gradient"),
+    [("rk4", "direct"), ("rk4", "checkpointed"), ("leapfrog", "checkpointed"), ("adaptive", "backsolve")],
+)
+def test_a_sample_at_rest_beside_others_that_move_has_the_gradient_of_its_times(solver, number, gradient):
+    ts = tf.constant([[0.0, 1.0], [1.0, 1.0], [2.0, 1.0]], tf.float64)[: number or 2]
+    y0 = tf.constant([[0.5, -1.0], [1.5, 2.0]], tf.float64)
+
+    def field(y):
+        return tf.stack([y[:, 1], -(y[:, 0] ** 2)], axis=1)
+
+    @tf.function(input_signature=[tf.TensorSpec((number, 2), tf.float64)])
+    def derivative(ts):
+        with tf.GradientTape() as tape:
+            tape.watch(ts)
+            ys = keras_node.odeint(field, y0, ts, solver=STEPS_TO_ALL_TIMES[solver], gradient=gradient).ys
+            loss = tf.reduce_sum(ys[1:] ** 2)
+        return tape.gradient(loss, ts)
+
+    # For each of the later times, the derivative of the squared norm of a state that moves at the rate of the field.
+    expected = 2 * np.sum(y0[1] * field(y0)[1])
+    number = len(ts) - 1
+    np.testing.assert_allclose(derivative(ts)[:, 1], [-number * expected, *[expected] * number], rtol=1e-12)
+
+
 def test_coinciding_times_take_no_steps_backwards():
     calls = []
 

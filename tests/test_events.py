@@ -468,6 +468,24 @@ def test_rounding_does_not_change_the_order_of_events_at_the_same_time(first, dt
     np.testing.assert_allclose(solution.ys[-1], y0 + 9, rtol=1e-6 if dtype == "float32" else 1e-12)
 
 
+def test_events_that_are_close_to_each_other_happen_in_the_order_of_time():
+    levels = [5.00001, 5.0]
+    events = [Event(lambda t, y, level=level: y[:, 0] - level, terminal=False) for level in levels]
+    solution = keras_node.odeint(lambda y: tf.ones_like(y), tf.zeros((1, 1)), [0.0, 10.0], event=events)
+    np.testing.assert_array_equal(solution.events.index[:2, 0], [1, 0])
+    np.testing.assert_allclose(solution.events.ts[:2, 0], [5.0, 5.00001], rtol=2e-7)
+
+
+def test_an_event_that_does_not_happen_is_not_noted_by_steps_as_short_as_the_rounding_of_times():
+    # In float32, times near 1e6 are 0.06 apart. The steps of 0.5 are shorter than the doubt about such a time.
+    ts = tf.constant([1e6, 1e6 + 10], tf.float32)
+    events = [Event(lambda t, y: y[:, 0] - 1e9), Event(lambda t, y: y[:, 0] - 3.3, reset=lambda t, y: y - 3)]
+    solver = keras_node.RungeKutta("rk4", num_steps=20)
+    solution = keras_node.odeint(lambda y: tf.ones_like(y), tf.zeros((2, 1)), ts, event=events, solver=solver)
+    np.testing.assert_array_equal(solution.events.index[:4, 0], [1, 1, 1, -1])
+    np.testing.assert_allclose(solution.events.ys[:3, 0], [[3.3]] * 3, rtol=1e-5)
+
+
 def test_endless_bouncing_ends_with_a_status():
     solution = BouncingBall.solve(f64([1.0, 1e4]), f64(9.8), f64(0.5), [0.0, 1.0, 3.0], max_events=6, throw=False)
     np.testing.assert_array_equal(solution.status, [Status.MAX_EVENTS, Status.SUCCESS])

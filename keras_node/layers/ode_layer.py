@@ -89,8 +89,8 @@ class ODELayer(SolvingLayer):
             must be monotonic, beginning at `t0`. The field sees `t` as it runs from `t0` to the last time; if it does
             not use `t`, only differences of times matter. Numbers and arrays are constants, and tensors and variables
             have gradients. For their precision see `odeint`. Defaults to `None`, for the state at `t1`.
-        args: nest of tensors for a field `f(t, y, args)`. Numbers and NumPy arrays take the precision of the state.
-            Defaults to `None`.
+        args: nest of tensors for a field `f(t, y, args)`. Floats and arrays of them take the precision of the
+            state. Defaults to `None`.
         jumps: a pair `(times, amounts)`. At each of the times, `(D,)` or `(batch, D)`, the solve adds an amount to the
             state: `(D, ..., features)`, or `(batch, D, ..., features)` if each sample has its own. See
             `keras_node.odeint`. Defaults to `None`.
@@ -214,7 +214,7 @@ class ODELayer(SolvingLayer):
             "args": args_to_call(args, self.variable_dtype),
             "jumps": jumps_to_call(jumps, self.variable_dtype),
         }
-        # The `call` of a subclass need not take what is not given. Keras takes lists of numbers only by keyword.
+        # The `call` of a subclass need not take `args` and `jumps`. Keras takes lists of numbers only by keyword.
         given = {name: x for name, x in arguments.items() if x is not None}
         return super().__call__(inputs, **given, **kwargs)
 
