@@ -83,7 +83,7 @@ class Clock(NamedTuple):
     @property
     def end(self) -> tf.Tensor:
         """The reading at which the solve ends."""
-        return self.segment(0).stop if self.num_segments == 1 else self.stops[-1]
+        return tf.unstack(self.stops)[-1] if self.num_segments == 1 else self.stops[-1]
 
     def segment(self, index: tf.Tensor | int) -> Segment:
         """One segment, or one for each sample."""

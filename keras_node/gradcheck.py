@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_node import gradients, solvers
+from keras_node import gradients, solvers, trees
 from keras_node.arguments import positive_integer, positive_number
 from keras_node.checks import checked_times
 from keras_node.gradients import Gradient
@@ -103,7 +103,7 @@ def gradcheck(
     if isinstance(vector_field, keras.Layer):
         field = _float64_copy(vector_field, ts, y0, args)
         weights = field.trainable_variables
-    float_args = [x for x in tf.nest.flatten(args) if tf.is_tensor(x) and x.dtype.is_floating]
+    float_args = [x for x in tf.nest.flatten(args) if trees.is_float(x)]
     names = [f"y0[{i}]" for i in range(len(tf.nest.flatten(y0)))] if tf.nest.is_nested(y0) else ["y0"]
     names += ["ts", *(w.path for w in weights), *(f"args[{i}]" for i in range(len(float_args)))]
     inputs = [*tf.nest.flatten(y0), ts, *(tf.identity(w.value) for w in weights), *float_args]

@@ -22,6 +22,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_node import trees
 from keras_node.call_context import CallContext
 from keras_node.trees import Nest
 
@@ -157,10 +158,10 @@ class PureFunction:
             # If the function reads variables by itself, the results depend on these too, and their gradient is known.
             # Then nothing is hidden.
             self.captured = []
-            self.hidden = [x for x in tf.nest.flatten(results) if _is_float(x) and not others]
+            self.hidden = [x for x in tf.nest.flatten(results) if trees.is_float(x) and not others]
         else:
             known = {id(x) for x in tf.nest.flatten((arguments, [v.value for v in scope.read.values()]))}
-            self.captured = [x for x in self.trace.captured_inputs if _is_float(x) and id(x) not in known]
+            self.captured = [x for x in self.trace.captured_inputs if trees.is_float(x) and id(x) not in known]
             self.hidden = []
         self.params = [*weights, *map(tf.identity, self.captured)]
         if self.trace is not None and others and others <= _components(scope.read.values()):
@@ -276,7 +277,3 @@ def _components(variables: Iterable[keras.Variable]) -> set[int]:
 def _graph() -> tf.Graph | None:
     """The graph that is being built, or `None` in eager mode."""
     return None if tf.executing_eagerly() else tf.constant(0).graph
-
-
-def _is_float(x: Any) -> bool:
-    return (isinstance(x, tf.Tensor) or tf.is_tensor(x)) and x.dtype.is_floating

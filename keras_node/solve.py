@@ -256,10 +256,10 @@ def solve_clock(problem: Problem) -> tuple[Clock, Nest]:
     solver, dtype = problem.forward_solver, problem.dtype
 
     def make(ts: tf.Tensor) -> tuple[Clock, Nest]:
-        stops_at_all = _steps_end_at_all_times(solver)
         if solver.num_steps is not None:
             clock, stops = make_clock(ts, dtype, solver.per_sample)
             return clock, () if ts.shape[0] == 2 else clock.readings_at(tf.cast(ts - ts[:1], dtype), stops)
+        stops_at_all = _steps_end_at_all_times(solver)
         times, place = ts if stops_at_all or ts.shape[0] == 2 else tf.stack([ts[0], ts[-1]]), None
         if solver.step_at:
             times, place = merge(times, tf.constant(solver.step_at, ts.dtype))

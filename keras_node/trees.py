@@ -43,9 +43,7 @@ def where(condition: tf.Tensor, x: Nest, y: Nest) -> Nest:
 
 def scale(factor: tf.Tensor | float, x: Nest) -> Nest:
     """Returns `factor * x`. The factor is a number, a scalar or of shape `(batch,)`."""
-    if isinstance(factor, numbers.Number):
-        return each(lambda a: tf.raw_ops.Mul(x=a, y=factor), x)
-    return each(lambda a: tf.raw_ops.Mul(x=align(factor, a), y=a), x)
+    return each(lambda a: _product(factor, a), x)
 
 
 def add(x: Nest, y: Nest) -> Nest:
@@ -59,12 +57,7 @@ def weighted_sum(weights: Sequence[float | tf.Tensor], xs: Sequence[Nest]) -> Ne
     if not pairs:
         return each(tf.zeros_like, xs[0])
     weights, xs = zip(*pairs, strict=True)
-
-    def leaf(*leaves: tf.Tensor) -> tf.Tensor:
-        pairs = zip(weights, leaves, strict=True)
-        return total([tf.raw_ops.Mul(x=a, y=w) if isinstance(w, float) else scale(w, a) for w, a in pairs])
-
-    return each(leaf, *xs)
+    return each(lambda *leaves: total([_product(w, leaf) for w, leaf in zip(weights, leaves, strict=True)]), *xs)
 
 
 def while_loop(
@@ -100,7 +93,13 @@ def stop_gradient(x: Nest) -> Nest:
 
 def constants(x: Nest) -> Nest:
     """Returns a nest of any objects in which float tensors have no gradient."""
-    return each(lambda a: tf.stop_gradient(a) if tf.is_tensor(a) and a.dtype.is_floating else a, x)
+    return each(lambda a: tf.stop_gradient(a) if is_float(a) else a, x)
+
+
+def is_float(x: Any) -> bool:
+    """Whether `x` is a tensor of floating-point numbers."""
+    # `tf.is_tensor` is slow, and most of what is asked for is a `tf.Tensor`.
+    return (isinstance(x, tf.Tensor) or tf.is_tensor(x)) and x.dtype.is_floating
 
 
 def poison(failed: tf.Tensor, x: Nest) -> Nest:
@@ -122,5 +121,9 @@ def _static_value(condition: tf.Tensor) -> bool | None:
     return None if known is None else bool(known)
 
 
+def _product(factor: float | tf.Tensor, a: tf.Tensor) -> tf.Tensor:
+    return tf.raw_ops.Mul(x=a, y=factor if isinstance(factor, numbers.Number) else align(factor, a))
+
+
 def _is_zero(weight: float | tf.Tensor) -> bool:
-    return isinstance(weight, float | int) and weight == 0
+    return isinstance(weight, numbers.Number) and weight == 0

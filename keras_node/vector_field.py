@@ -58,7 +58,7 @@ class VectorField:
         self._call.check_args(args)
         self._keywords = {"training": None if isinstance(function, keras.Layer) else training, "mask": mask}
         self.args = as_tensors(args, tf.nest.flatten(y0)[0].dtype)
-        self._float_args = [a for a in tf.nest.flatten(self.args) if _is_float(a)]
+        self._float_args = [a for a in tf.nest.flatten(self.args) if trees.is_float(a)]
         variables: list[keras.Variable] = []
         if isinstance(function, keras.Layer):
             if not function.built:
@@ -96,7 +96,7 @@ class VectorField:
     def _with(self, params: list[tf.Tensor], t: tf.Tensor, y: Nest, function: Callable[..., Any] | None = None) -> Any:
         """Evaluates the field, or another function of the same arguments, for these parameters."""
         float_args = iter(params)
-        args = trees.each(lambda a: next(float_args) if _is_float(a) else a, self.args)
+        args = trees.each(lambda a: next(float_args) if trees.is_float(a) else a, self.args)
         result, _ = self.pure(list(float_args), self.pure.carried, t, y, args, function=function)
         return result
 
@@ -125,7 +125,7 @@ class VectorField:
         # The name of a layer may begin with "_", but that of the outermost scope may not.
         with tf.name_scope("vector_field"):
             dy = self._call(t, y, args, **self._keywords)
-        precisions = [d.dtype for d in tf.nest.flatten(dy) if _is_float(d)]
+        precisions = [d.dtype for d in tf.nest.flatten(dy) if trees.is_float(d)]
         if self._call.time_dtype is not None:
             precisions.append(self._call.time_dtype)
         self.precision = min(precisions, key=lambda dtype: dtype.size, default=None)
@@ -178,7 +178,3 @@ def _to_tensor(x: Any, dtype: tf.DType) -> tf.Tensor | None:
     x = tf.convert_to_tensor(x)
     # Numbers and arrays take the precision of the state: the default of NumPy, float64, does not mix with float32.
     return tf.cast(x, dtype) if x.dtype.is_floating else x
-
-
-def _is_float(x: Any) -> bool:
-    return (isinstance(x, tf.Tensor) or tf.is_tensor(x)) and x.dtype.is_floating

@@ -54,10 +54,15 @@ def times_to_call(ts: Any, dtype: str) -> Any:
 def args_to_call(args: Nest, dtype: str) -> Nest:
     """Returns `args` as Keras can pass them to `call`: beside tensors, it takes numbers only as tensors."""
     args = tf.nest.map_structure(lambda x: argument_to_call(x, dtype), args)
-    if any(is_tensor(x) for x in tf.nest.flatten(args)):
-        args = tf.nest.map_structure(lambda x: ops.convert_to_tensor(x, dtype) if isinstance(x, float) else x, args)
-        args = tf.nest.map_structure(lambda x: tf.convert_to_tensor(x) if isinstance(x, int) else x, args)
-    return args
+    if not any(is_tensor(x) for x in tf.nest.flatten(args)):
+        return args
+
+    def leaf(x: Any) -> Any:
+        if isinstance(x, float):
+            return ops.convert_to_tensor(x, dtype)
+        return tf.convert_to_tensor(x) if isinstance(x, int) else x
+
+    return tf.nest.map_structure(leaf, args)
 
 
 def argument_to_call(x: Any, dtype: str) -> Any:
