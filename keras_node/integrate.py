@@ -20,7 +20,7 @@ from keras_node.solvers.newton import ConstantField
 from keras_node.solvers.reversible import reversible_step
 from keras_node.solvers.runge_kutta import RungeKutta
 from keras_node.solvers.step import Rates, Step, is_bound_by_stability, quadrature_rate, rk_step
-from keras_node.step_size import Norm, rms_norm
+from keras_node.step_size import Norm, rms_norm, rms_norm_of_moving
 from keras_node.trees import Nest
 
 VectorFieldWithSpeed: TypeAlias = Callable[[tf.Tensor, Nest, tf.Tensor], Rates]  # f(t, y, speed)
@@ -64,6 +64,7 @@ def integrate(
         jump: `jump(i, y)` returns the state after stop `i` from the state `y` before it, for the stops between the
             first and the last. The field is evaluated again after a jump.
         norm: the norm of the error. By default it is the root mean square, over the whole state or over each sample.
+            Samples at rest do not count.
         first_step: the first step that an adaptive solve attempts, in units of the clock, if the caller knows a better
             one than the solver; a scalar, or `(batch,)` with per-sample steps.
         constant_field: the same field with constant parameters, for an implicit method.
@@ -79,6 +80,8 @@ def integrate(
     tableau, controller, per_sample = solver.tableau, solver.controller, solver.per_sample
     # A reversible step begins at the companion, where the last step has not evaluated the field.
     fsal = tableau.fsal and coupling is None
+    # In a joint solve of samples with their own times, some may be at rest in a segment.
+    may_rest = norm is None and clock.speed.shape.rank == 2 and not per_sample
     error_norm: Norm = norm or functools.partial(rms_norm, per_sample=per_sample)
     end_of_clock = clock.end
     # The shape of everything that controls the loop: one value, or one for each sample.
@@ -95,6 +98,9 @@ def integrate(
     def where_running(s: LoopState, new: Any, old: Any) -> Any:
         # A joint solve takes a step only if it is running.
         return tf.where(s.running, new, old) if per_sample else new
+
+    def norm_in(segment: Segment) -> Norm:
+        return rms_norm_of_moving(segment.speed) if may_rest else error_norm
 
     def end_of_step(s: LoopState, segment: Segment) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """The reading at which the next step ends, whether the segment ends there, and the proposed length."""
@@ -140,7 +146,7 @@ def integrate(
         length = tf.subtract(where_running(s, end, s.reading), s.reading)
         dt = tf.multiply(length, segment.speed)
         step = take_step(s, segment, dt)
-        norm = error_norm if detector is None else detector.norm(s.running & ~s.detected.landing)
+        norm = norm_in(segment) if detector is None else detector.norm(s.running & ~s.detected.landing)
         decision = controller.decide(length, step.error, s.y, step.y1, s.history, norm)
         accept, finite, converged, num_iterations = decision.accept, decision.finite, s.converged, s.num_iterations
         if step.convergence is not None:
@@ -233,8 +239,6 @@ def integrate(
             restarts = restarts + tf.cast(arrived, tf.int32)
         return y, k1, restarts
 
-    if detector is not None:
-        error_norm = detector.norm(end_of_clock > 0)
     k1, step_size, evaluations = first_evaluations(
         vector_field,
         y0,
@@ -242,7 +246,7 @@ def integrate(
         clock,
         solver,
         sample_shape,
-        error_norm,
+        norm_in(first_segment) if detector is None else detector.norm(end_of_clock > 0),
         first_step,
         needs_rate=fsal or detector is not None,
     )

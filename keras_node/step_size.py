@@ -58,6 +58,17 @@ def rms_norm(x: Nest, per_sample: bool) -> tf.Tensor:
     return tf.sqrt(tf.realdiv(total, count))
 
 
+def rms_norm_of_moving(speed: tf.Tensor) -> Norm:
+    """The root mean square over the samples whose `speed`, of shape `(batch,)`, is not zero.
+
+    In a joint solve, samples at rest make no error. If they counted, the padding of a batch would hide the errors of
+    the others.
+    """
+    moving = tf.cast(tf.not_equal(speed, 0), speed.dtype)
+    share = tf.maximum(tf.reduce_sum(moving), 1) / tf.cast(tf.maximum(tf.size(speed), 1), speed.dtype)
+    return lambda x: rms_norm(trees.scale(moving, x), per_sample=False) / tf.sqrt(share)
+
+
 def sum_over(x: Nest, per_sample: bool) -> tf.Tensor:
     """The sum over all elements of all leaves, or with `per_sample` over the elements of each sample."""
     return trees.total(

@@ -165,6 +165,30 @@ def test_bidirectional_is_one_layer_each_way(tmp_path):
     np.testing.assert_array_equal(keras.models.load_model(tmp_path / "model.keras")(stamped)[1], backward)
 
 
+def test_padding_changes_nothing_for_the_others(float64):
+    """Samples share the error norm of an adaptive solve, and a masked step has no error."""
+    layer = ode_gru(solver="tsit5", return_sequences=True)
+    x, times = series("float64")
+    layer.build(x.shape)
+    layer.set_weights([3 * w for w in layer.get_weights()])  # so that the error decides about the steps
+    mask = np.array([[True, True, False, True, True], [True, True, True, True, False]])
+
+    @in_graph
+    def outputs_and_gradients(x, times, mask):
+        with tf.GradientTape() as tape:
+            outputs = layer(x, times, mask=mask)[:BATCH, :STEPS]
+            value = tf.reduce_sum(tf.sin(outputs))
+        return outputs, tape.gradient(value, layer.trainable_variables)
+
+    padding = [(0, 30), (0, 4)]
+    padded = np.pad(x, [*padding, (0, 0)]), np.pad(times, padding), np.pad(mask, padding)
+    outputs, gradients = outputs_and_gradients(*padded)
+    expected, expected_gradients = outputs_and_gradients(x, times, mask)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-10)
+    for actual, other in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(actual, other, rtol=1e-8, atol=1e-10)
+
+
 @pytest.mark.parametrize("backwards", [False, True])
 def test_a_stateful_layer_goes_on_where_and_when_it_stopped(backwards):
     layer, (x, times) = ode_gru(go_backwards=backwards), series()

@@ -1,5 +1,7 @@
 """The numbers that `odeint` gives: accuracy, order, dense output, direction of time, failure."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -231,6 +233,42 @@ def test_samples_may_have_times_of_their_own_in_one_solve():
     ys = keras_node.odeint(decay, y0, ts, solver=keras_node.RungeKutta("tsit5", rtol=1e-8, atol=1e-8)).ys
     np.testing.assert_allclose(ys[..., 0], decay_solution(ts, 1.0, ts[0]), rtol=1e-6)
     np.testing.assert_array_equal(ys[:, 2], np.ones((3, 2)))  # no time passes: unchanged
+
+
+@pytest.mark.parametrize(
+    ("mode", "gradient", "ts"),
+    [
+        ("eager", "backsolve", [0.0, 1.0]),
+        ("graph", "backsolve", [0.0, 0.4, 1.0]),
+        ("graph", "checkpointed", [0.0, 0.4, 1.0]),
+        ("xla", "backsolve", [1.0, 0.4, 0.0]),
+    ],
+)
+def test_samples_at_rest_change_nothing_for_the_others(mode, gradient, ts):
+    """With one error norm for the batch, as by default: a sample at rest has no error, and padding is at rest."""
+
+    def field(t, y, rate):
+        return rate * y * tf.cos(rate * t)
+
+    @functools.partial(in_mode, mode)
+    def solve(y0, ts, rate):
+        with tf.GradientTape() as tape:
+            tape.watch((y0, rate))
+            solution = keras_node.odeint(field, y0, ts, args=rate, gradient=gradient)
+            value = tf.reduce_sum(solution.ys[:, :2] ** 2)
+        return solution.ys[:, :2], solution.stats, tape.gradient(value, (y0, rate))
+
+    number, rate = 40, tf.constant(20.0, tf.float64)
+    y0 = tf.constant([[1.0], [0.5], *[[3.0]] * number], tf.float64)
+    # The times of the second sample are half as far apart, and those of the padding are all the same.
+    moving = np.stack([ts, np.multiply(ts, 0.5)], axis=1)
+    resting = np.full((len(ts), number), 0.7)
+    ys, stats, (by_state, by_rate) = solve(y0[:2], moving, rate)
+    padded_ys, padded_stats, (padded_by_state, padded_by_rate) = solve(y0, np.hstack([moving, resting]), rate)
+    assert int(padded_stats.num_steps) == int(stats.num_steps) > 10
+    np.testing.assert_allclose(padded_ys, ys, rtol=1e-12)
+    np.testing.assert_allclose(padded_by_state[:2], by_state, rtol=1e-10)
+    np.testing.assert_allclose(padded_by_rate, by_rate, rtol=1e-10)
 
 
 @pytest.mark.parametrize("ends", [(0.1, 0.3), (0.2, 0.6), (0.4, 0.7), (0.5, 1.7)])

@@ -79,8 +79,8 @@ class ODERNN(SolvingLayer):
 
     Masking:
         A masked step is not an observation: the values of `x` and `times` there have no effect, and the state stays as
-        it was. The next observation gets the whole interval since the last one. With `return_sequences` the output
-        carries the mask.
+        it was. The next observation gets the whole interval since the last one. Padding does not count in the error
+        that the solver controls. With `return_sequences` the output carries the mask.
 
     Raises:
         ValueError: for inputs of another shape, and for times that decrease.

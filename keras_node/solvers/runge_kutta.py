@@ -23,8 +23,9 @@ class RungeKutta:
 
     `rms(e / (atol + rtol * max(|y0|, |y1|))) <= 1`
 
-    The root mean square is taken over the whole state, or over each sample with `per_sample`. Adaptive steps need a
-    method with an embedded error estimate: `heun`, `bosh3`, `dopri5`, `tsit5`, `dopri8`, or an implicit one.
+    The root mean square is taken over the whole state, except samples for which no time passes, or over each sample
+    with `per_sample`. Adaptive steps need a method with an embedded error estimate: `heun`, `bosh3`, `dopri5`, `tsit5`,
+    `dopri8`, or an implicit one.
 
     The implicit methods `trbdf2`, `kvaerno3`, `esdirk43` and `esdirk54` are for stiff problems, in which some
     components settle much faster than the solution of interest changes. An explicit method must then take tiny steps.
