@@ -185,6 +185,8 @@ def _odeint(
     on_solution: Callable[[Any, Solution], None] | None,
 ) -> Solution:
     """Does the work of `odeint`, in a call context with the right `training`."""
+    if isinstance(vector_field, keras.Layer):
+        _refuse_numbers(y0)
     original, y0 = y0, _to_state(y0)
     dtype = tf.nest.flatten(y0)[0].dtype
     numbers = as_numbers(ts)
@@ -228,6 +230,15 @@ def _odeint(
         on_solution(field, solution)
     ys = tf.nest.map_structure(lambda y, o: tf.cast(y, o.dtype) if tf.is_tensor(o) else y, ys, original)
     return solution._replace(ys=ys)
+
+
+def _refuse_numbers(y0: Nest) -> None:
+    """Raises for a list of numbers, which is a list of states without an axis, and no layer takes these."""
+    if tf.nest.is_nested(y0) and all(isinstance(y, int | float) for y in tf.nest.flatten(y0)):
+        raise ValueError(
+            "A list of numbers is a list of that many states. Pass an array with a batch axis to a layer, such as "
+            f"`np.array([[1.0, 2.0]])` for a batch of one sample. Received: y0={y0!r}"
+        )
 
 
 def _to_state(original: Nest) -> Nest:

@@ -15,6 +15,7 @@ from keras_node import trees
 from keras_node.trees import Nest
 
 _KEYWORDS = ("training", "mask")
+_TIME = ("t", "time")  # names that tell an argument for the time, in particular one in a wrong place
 
 
 class FieldCall:
@@ -36,16 +37,23 @@ class FieldCall:
     def __init__(
         self, function: keras.Layer | Callable[..., Nest], y: Nest = None, role: str = "A vector field"
     ) -> None:
-        if not callable(function):
+        if not callable(function) or isinstance(function, type):
             raise TypeError(
-                f"{role} must be a Keras layer or a callable `f(y)`, `f(t, y)` or `f(t, y, args)`. "
-                f"Received: {function!r} (of type {type(function).__name__})"
+                f"{role} must be a Keras layer or a callable `f(y)`, `f(t, y)` or `f(t, y, args)`"
+                + (", and not a class: make an instance of it. " if isinstance(function, type) else ". ")
+                + f"Received: {function!r} (of type {type(function).__name__})"
             )
         parameters = inspect.signature(function.call if isinstance(function, keras.Layer) else function).parameters
         names = _positional(parameters)
         if not 1 <= len(names) <= 3:
             raise ValueError(
                 f"{role} must take `(y)`, `(t, y)` or `(t, y, args)`. Change the arguments of the function. "
+                f"Received: {function!r} with signature ({', '.join(parameters)})"
+            )
+        if len(names) > 1 and names[1] in _TIME and names[0] not in (*_TIME, "s", "tau"):
+            order = ", ".join([names[1], names[0], *names[2:]])
+            raise ValueError(
+                f"{role} takes the time first: change the order of its arguments to ({order}). "
                 f"Received: {function!r} with signature ({', '.join(parameters)})"
             )
         self.function = function
@@ -124,8 +132,10 @@ def like_state(dy: Nest, y: Nest, function: Any, role: str = "A vector field", w
     try:
         tf.nest.assert_same_structure(y, dy)
     except (ValueError, TypeError) as error:
+        numbers = tf.nest.is_nested(y) and all(a.shape.rank == 0 for a in tf.nest.flatten(y) if tf.is_tensor(a))
+        hint = "A list of numbers is a list of that many states: pass an array if it is one. " if numbers else ""
         raise ValueError(
-            f"{role} must return the {what} in the structure of the state. "
+            f"{role} must return the {what} in the structure of the state. {hint}"
             f"Received: {_shapes(dy)} for a state of {_shapes(y)}, from {function!r}"
         ) from error
 

@@ -92,8 +92,9 @@ STATUS_HELP = {
     Status.MAX_STEPS: "`max_steps` was reached before the last time; if the field is stiff, use an implicit method, "
     'such as solver="esdirk43", and if it is implicit already, check the `jacobian` that you pass; otherwise increase '
     "`max_steps`, `rtol` or `atol`, or use constant steps with `num_steps`.",
-    Status.NON_FINITE: "a NaN or infinite value appeared; look for an overflow in the vector field, its inputs or its "
-    "weights; with an implicit method and constant steps, also try other steps, since its equations may be singular.",
+    Status.NON_FINITE: "a NaN or infinite value appeared; look for one in the data, and for an overflow in the vector "
+    "field or its weights; with an implicit method and constant steps, also try other steps, since its equations may "
+    "be singular.",
     Status.STEP_SIZE_UNDERFLOW: "the step size became too small to move the time; the state goes to infinity, or the "
     "field jumps, or it is too stiff for an explicit method, or the tolerances are too small for the dtype of the "
     "state.",

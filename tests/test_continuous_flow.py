@@ -476,6 +476,40 @@ def test_data_that_make_no_sense_are_refused():
         model.fit(points(4, "float32"), np.zeros(4), verbose=0)
 
 
+def test_conditions_that_the_weights_are_not_for_are_refused():
+    x, condition = points(4, "float32"), np.ones((4, 3), "float32")
+    model, plain = flow(solver=COARSE), flow(solver=COARSE)
+    model((x, condition))
+    plain(x)
+    for draw, received in [
+        (lambda: model.log_prob(x), "condition=None"),
+        (lambda: model.sample(5), "condition=None"),
+        (lambda: model.as_distribution(condition[:, :2]).log_prob(x), r"condition.shape=\(4, 2\)"),
+    ]:
+        with pytest.raises(ValueError, match=rf"made for conditions of shape \(..., 3\).*Received: {received}"):
+            draw()
+    with pytest.raises(ValueError, match=r"made without a condition.*Received: condition.shape=\(4, 3\)"):
+        plain.log_prob(x, condition)
+    for labels in (np.arange(4.0), np.ones(())):
+        with pytest.raises(ValueError, match=r"`condition` must be of shape \(..., features\)"):
+            flow(solver=COARSE).log_prob(x, labels)
+    untrained = flow(solver=COARSE)
+    untrained.compile("sgd")
+    with pytest.raises(ValueError, match=r"`condition\[:, None\]`.*Received: x.shape=\(4, 2\), condition.shape=\(4,\)"):
+        untrained.fit((x, np.arange(4.0)), verbose=0)
+    # One condition for all samples has as many features as the weights.
+    np.testing.assert_allclose(model.log_prob(x, condition[0]), model.log_prob(x, condition), rtol=1e-5)
+
+
+def test_densities_of_lists_and_the_number_of_samples():
+    model = flow(linear, solver=COARSE)
+    np.testing.assert_array_equal(model.log_prob([[0.1, 0.2]]), model.log_prob(np.array([[0.1, 0.2]], "float32")))
+    for n in (-1, 2.5, np.ones(3)):
+        with pytest.raises(ValueError, match="`n` must be an integer, 0 or more"):
+            model.sample(n)
+    assert model.sample(3.0).shape == (3, 2)
+
+
 def test_noise_inside_a_field_needs_hutchinsons_estimate():
     field = keras.Sequential([keras.layers.Dense(4), keras.layers.Dropout(0.5), keras.layers.Dense(2)])
     x = points(4, "float32")

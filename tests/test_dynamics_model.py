@@ -327,11 +327,49 @@ VALUES = np.ones((2, 7, 1))
         ({"times": TIMES, "values": VALUES, "jump_times": [1.0], "jump_amounts": [[1.0]]}, "`jump_times` must be"),
         ((np.arange(7).astype("M8[D]"), VALUES), "Times must be numbers"),
         ((TIMES[:1], np.ones((2, 1, 1))), "known number of steps, 2 or more"),
+        ((TIMES, VALUES[0]), r"A single trajectory needs an axis for the batch.*Received: values of shape \(7, 1\)"),
+        (([[0.0, 1.0], [0.0]], [[[1.0], [2.0]], [[1.0]]]), r"`times` must be an array. Pad.*lists of unequal length"),
+        (VALUES, r"a data set yields `\(\(times, values\),\)`. Received: one array of shape \(2, 7, 1\)"),
+        (
+            tf.data.Dataset.from_tensors((np.tile(TIMES, (2, 1)), VALUES)),
+            r"a data set yields `\(\(times, values\),\)`. Received: one array of shape \(2, 7\)",
+        ),
     ],
 )
 def test_data_of_another_shape(x, message):
     with pytest.raises(ValueError, match=message):
         model_of().fit(x, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"), [("values", (1, 2, 0)), ("controls", (0, 6, 0)), ("jump_amounts", (1, 0, 0))], ids=str
+)
+def test_infinite_observations_are_refused_and_leave_the_model_as_it_was(name, place):
+    """Their mean and standard deviation would stay in the model."""
+    x = {"times": TIMES, "values": VALUES, "controls": np.ones((2, 7, 1))}
+    x |= {"jump_times": np.ones((2, 1)), "jump_amounts": np.ones((2, 1, 1))}
+    spoiled = {key: np.array(part) for key, part in x.items()}
+    spoiled[name][place] = -np.inf
+    model = model_of(lambda t, y, args: -y + 0 * args(t))
+    for method in (model.fit, model.adapt, model.evaluate, model.predict):
+        options = {} if method == model.adapt else {"verbose": 0}
+        with pytest.raises(
+            ValueError, match=rf"`{name}` must be finite.*Received: -inf at {name}\[{str(place)[1:-1]}\]"
+        ):
+            method(spoiled, **options)
+    assert np.isfinite(model.fit(x, verbose=0).history["loss"][0])
+    masked = {**x, "values": np.where(np.arange(7)[:, None] == 2, np.inf, VALUES), "mask": np.arange(7) != 2}
+    masked["mask"] = np.tile(masked["mask"], (2, 1))
+    assert np.isfinite(model.evaluate(masked, verbose=0)[0])
+
+
+def test_states_of_another_shape_are_refused_in_a_forecast():
+    model = model_of()
+    model.adapt((TIMES, VALUES))
+    with pytest.raises(ValueError, match=r"`y0` must be of shape \(batch, 1\). Received: y0 of shape \(2, 3\)"):
+        model.forecast(np.ones((2, 3)), TIMES)
+    with pytest.raises(ValueError, match=r"`y0` must be of shape \(batch, D\). Received: y0 of shape \(1,\)"):
+        model_of().forecast(np.ones(1), TIMES)
 
 
 def test_times_may_be_integers():

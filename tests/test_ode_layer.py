@@ -354,6 +354,11 @@ def test_a_loss_inside_the_field_is_refused():
         (lambda: keras_node.ODELayer(lambda y: y, augment_dims=-1), ValueError, "-1"),
         (lambda: keras_node.ODELayer(lambda y: y)(tf.ones((2, 3), tf.int32)), TypeError, "int32"),
         (lambda: keras_node.ODELayer(keras.layers.Dense(4))(keras.Input((3,))), ValueError, "shape of the state"),
+        (
+            lambda: keras_node.ODELayer(mlp(2))(tf.ones((3, 2)), ts=np.ones((4, 3))),
+            ValueError,
+            r"\(4, 3\) for a batch of 3",
+        ),
     ],
 )
 def test_bad_input_is_refused_with_what_arrived(make, error, message):

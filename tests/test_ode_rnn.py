@@ -292,6 +292,27 @@ def test_inputs_of_another_shape_are_refused(x_shape, times_shape, message):
         ode_gru()(np.zeros(x_shape), times)
 
 
+@pytest.mark.parametrize(
+    "cell", [layers.GRU(UNITS), layers.GRUCell, layers.Dense(UNITS)], ids=["layer", "class", "Dense"]
+)
+def test_what_is_not_a_cell_is_refused(cell):
+    with pytest.raises(TypeError, match=r"such as `keras.layers.GRUCell\(32\)`. Received: cell=<"):
+        ODERNN(cell, mlp())
+
+
+def test_dates_are_refused():
+    x, _ = series()
+    days = np.tile(np.arange(STEPS).astype("M8[D]"), (BATCH, 1))
+    for dates in (days, days.tolist()):
+        with pytest.raises(ValueError, match="Turn dates into the time since the first of them"):
+            ode_gru()(x, dates)
+
+
+def test_the_field_is_that_of_the_cell():
+    layer = ode_gru()
+    assert layer.vector_field is layer.cell.vector_field
+
+
 def test_a_layer_that_reads_times_from_its_input_takes_no_others():
     x, times = series()
     with pytest.raises(ValueError, match="not both"):

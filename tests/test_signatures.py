@@ -226,6 +226,36 @@ def test_options_that_are_set_later_are_checked():
         layer.gradient = "indirect"
 
 
+@pytest.mark.parametrize(
+    "order", [lambda y, t: -y, lambda x, time: -x, lambda y, t, args: -y], ids=["yt", "xtime", "args"]
+)
+def test_a_field_that_takes_the_time_last_is_refused(order):
+    """Called by position, it would compute something else without a word."""
+    with pytest.raises(
+        ValueError, match=r"A vector field takes the time first: .* to \((t|time), .*with signature \([xy],"
+    ):
+        odeint(order, X, [0.0, 1.0])
+    with pytest.raises(ValueError, match="An event function takes the time first"):
+        keras_node.Event(order)
+
+
+def test_time_may_be_called_something_else():
+    for field in (lambda s, y: -s * y, lambda tau, x: -tau * x, lambda t, time: -t * time):
+        np.testing.assert_allclose(odeint(field, X, [0.0, 1.0]).ys[1], X * np.exp(-0.5), rtol=1e-3)
+
+
+def test_classes_and_lists_of_numbers_are_refused_with_what_to_pass():
+    for use in (lambda: odeint(layers.Dense, X, [0.0, 1.0]), lambda: ODELayer(layers.Dense)(X)):
+        with pytest.raises(TypeError, match=r"not a class: make an instance of it. Received: <class .*Dense"):
+            use()
+    with pytest.raises(ValueError, match=r"Pass an array with a batch axis to a layer.*Received: y0=\[1.0, 2.0\]"):
+        odeint(layers.Dense(2), [1.0, 2.0], [0.0, 1.0])
+    with pytest.raises(ValueError, match="A list of numbers is a list of that many states: pass an array"):
+        odeint(lambda y: -np.asarray(y), [1.0, 2.0], [0.0, 1.0])
+    # A list of states is one where the field says so.
+    np.testing.assert_allclose(odeint(lambda y: [-y[0], y[0]], [1.0, 0.0], [0.0, 1.0]).ys[1][1], 1 - np.exp(-1), 1e-3)
+
+
 def test_a_state_of_unknown_rank_is_refused():
     signature = [tf.TensorSpec(None)]
     with pytest.raises(ValueError, match="must have a known rank"):

@@ -85,6 +85,16 @@ def jumps_to_call(jumps: Any, dtype: str) -> Any:
     return tf.nest.map_structure(lambda x: np.asarray(x).tolist(), tuple(jumps))
 
 
+def check_own_times(ts: Any, y0: Nest, layer: keras.Layer) -> None:
+    """Checks the first axis of times that belong to samples, which is their last axis in `odeint`."""
+    shape, batch = shape_of(ts), tf.nest.flatten(y0)[0].shape[0]
+    if len(shape) == 2 and None not in (shape[0], batch) and shape[0] != batch:
+        raise ValueError(
+            f"`ts` must be of shape (T,) or (batch, T). Received: ts.shape={tuple(shape)} for a batch of {batch}, in "
+            f"layer {layer.name!r}"
+        )
+
+
 def times_to_solve(ts: Any, t0: float, dtype: str) -> Any:
     """Returns the times of a solve, with `t0` first: `(T + 1,)` or `(T + 1, batch)`."""
     known = as_numbers(ts)

@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_node.control import last_valid
+from keras_node.times import as_numbers
 
 
 def elapsed_times(
@@ -57,8 +58,11 @@ def check_order(ordered: tf.Tensor, times: tf.Tensor, layer: keras.Layer) -> lis
 
 
 def as_array(times: Any) -> Any:
-    """Returns times in a list as an array, since Keras takes no lists here; other times stay as they are."""
-    return np.asarray(times, "float64") if isinstance(times, list | tuple) else times
+    """Returns times that are numbers as an array, since Keras takes no lists here; other times stay as they are."""
+    if isinstance(times, list | tuple) or (isinstance(times, np.ndarray) and times.dtype.kind not in "fiu"):
+        known = as_numbers(times)  # refuses dates
+        return np.asarray(times, "float64") if known is None else known
+    return times
 
 
 def check_steps(x: Any, layer: keras.Layer) -> None:

@@ -12,6 +12,7 @@ from keras_node.arguments import non_negative_integer, positive_integer
 from keras_node.events import Event, as_events
 from keras_node.layers.call_times import (
     args_to_call,
+    check_own_times,
     fixed_time,
     jumps_to_call,
     jumps_to_solve,
@@ -234,6 +235,8 @@ class ODELayer(SolvingLayer):
     ) -> Nest:
         mask = known(inputs_mask if mask is None else mask)
         y0 = tf.nest.map_structure(self._initial_state, inputs)
+        if ts is not None:
+            check_own_times(ts, y0, self)
         times = self._times(ts)
         jumps = jumps_to_solve(jumps, y0, self.augment_dims, self.variable_dtype)
         solve = self.options.solve

@@ -62,7 +62,8 @@ class ODERNN(SolvingLayer):
     Call arguments:
         x: the observations, `(batch, T, features)`.
         times: the times of the observations, `(batch, T)`, in any unit. They must not decrease from one observation to
-            the next. Only their differences matter.
+            the next. Only their differences matter. But a Keras model takes its inputs in float32, where seconds since
+            1970 lose all digits below 128: count from an origin close to them.
         mask: boolean, `(batch, T)`; false where there is no observation. By default the mask that a layer such as
             `Masking` or `Embedding` gave to `x`.
         initial_state: list of the states of the cell at the first observation. Defaults to the initial states of the
@@ -135,7 +136,8 @@ class ODERNN(SolvingLayer):
     ) -> None:
         cell = keras.layers.StackedRNNCells(cell) if isinstance(cell, list | tuple) else cell
         # Without autocast, times keep their digits under a mixed policy.
-        super().__init__(autocast=False, **{"dtype": getattr(cell, "dtype_policy", None), **kwargs})
+        policy = cell.dtype_policy if isinstance(cell, keras.Layer) else None
+        super().__init__(autocast=False, **{"dtype": policy, **kwargs})
         cell = ODERNNCell(
             cell,
             vector_field,
@@ -245,6 +247,11 @@ class ODERNN(SolvingLayer):
     @property
     def cell(self) -> ODERNNCell:
         return self.rnn.cell
+
+    @property
+    def vector_field(self) -> Any:
+        """The field by which the state moves between observations."""
+        return self.cell.vector_field
 
     @property
     def states(self) -> Any:

@@ -108,9 +108,11 @@ class ODERNNCell(SolvingLayer, _DropoutRNNCell):
         track_stats: bool = False,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(cell, keras.Layer) or not hasattr(cell, "state_size"):
+        is_cell = isinstance(cell, keras.Layer) and hasattr(cell, "state_size")
+        # A layer such as `GRU` has a `state_size` too, that of its cell.
+        if not is_cell or isinstance(cell, keras.layers.RNN):
             raise TypeError(
-                "`cell` must be a Keras layer with `state_size`, such as `keras.layers.GRUCell(32)`. "
+                "`cell` must be a Keras layer with `state_size` for one step, such as `keras.layers.GRUCell(32)`. "
                 f"Received: cell={cell!r} (of type {type(cell).__name__})"
             )
         # Without autocast, a time keeps its digits under a mixed policy.

@@ -8,10 +8,10 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from keras_node.arguments import positive_integer
+from keras_node.arguments import non_negative_integer, positive_integer
 from keras_node.layers.concat_squash import ConcatSquashField
 from keras_node.models.density_field import DensityField, draw_noise
-from keras_node.models.flow_inputs import as_rows, check_length, leading_axes, split
+from keras_node.models.flow_inputs import as_rows, check_condition, check_features, check_length, leading_axes, split
 from keras_node.models.flow_matching import FlowMatching, checked_coupling, refuse_weights
 from keras_node.models.likelihood_model import LikelihoodModel
 from keras_node.models.probability import make_bijector, make_distribution
@@ -213,6 +213,8 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
                 "A condition needs a vector field `f(t, x, condition)`. Leave the condition out, or change the field. "
                 f"Received: {self.vector_field!r}, which takes {self.num_arguments} argument(s)"
             )
+        if condition is not None:
+            check_condition(tuple(x), tuple(condition))
         if isinstance(self.vector_field, keras.Layer):
             t = keras.KerasTensor((None, 1) if self.solver.per_sample else (), dtype=self.variable_dtype)
             x = keras.KerasTensor((None, self.event_dim), dtype=self.variable_dtype)
@@ -272,6 +274,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         Returns:
             The log-densities, `(...)`.
         """
+        x, condition = (None if a is None else ops.convert_to_tensor(a, self.variable_dtype) for a in (x, condition))
         return self(x if condition is None else (x, condition))
 
     def sample(self, n: int, condition: Any = None, seed: Any = None) -> tf.Tensor:
@@ -285,6 +288,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         Returns:
             The samples, `(n, event_dim)`, or `(n, ..., event_dim)` with conditions.
         """
+        n = n if tf.is_tensor(n) else non_negative_integer("n", n)
         batch = () if condition is None else ops.shape(condition)[:-1]
         seed = self.seed_generator if seed is None else seed
         z = keras.random.normal((n, *batch, self.event_dim), dtype=self.variable_dtype, seed=seed)
@@ -386,6 +390,8 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
     def _rows(self, x: Any, condition: Any) -> tuple[tf.Tensor, tf.Tensor | None, tf.Tensor]:
         """Returns the vectors and their conditions as rows, and their shape, after it has built the model for them."""
         rows, condition, shape = as_rows(x, condition, self.event_dim, self.variable_dtype)
+        if self.built and isinstance(self.vector_field, keras.Layer):
+            check_features(condition, split(self.inputs_shape)[1])
         if not self.built:
             known = tuple(rows.shape)
             self.build(known if condition is None else (known, tuple(condition.shape)))

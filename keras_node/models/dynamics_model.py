@@ -226,6 +226,9 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
             The states, `(batch, T, D)`. The first of them is `y0`.
         """
         y0 = ops.convert_to_tensor(y0, self.variable_dtype)
+        dim = self.center.shape[0] if self.built else None
+        if not tf.TensorShape((None, dim)).is_compatible_with(y0.shape):
+            raise ValueError(f"`y0` must be of shape (batch, {dim or 'D'}). Received: y0 of shape {tuple(y0.shape)}")
         self._build_for(y0.shape[-1], _number_of(args))
         return ops.cast(self._solve(y0, times, args, jumps), self.compute_dtype)
 
@@ -252,11 +255,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
 
     def sample_losses(self, x: Any, y: Any, y_pred: Any, training: bool) -> tuple[tf.Tensor, dict[str, tuple]]:
         """Returns the loss of each trajectory, `(batch,)`, and the errors that the metrics report."""
-        if y is not None:
-            raise ValueError(
-                "A DynamicsModel learns from trajectories, without targets: call `fit(x)` with `x = (times, values)`, "
-                f"`(times, values, mask)` or a dictionary. Received: y={y!r}"
-            )
+        _refuse_targets(y)
         trajectories = self._prepared(x)
         length = self.window or trajectories.times.shape[1] - 1
         cut, number_of_windows = windows(trajectories, length)
@@ -293,6 +292,8 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
     def prepare_data(self, arguments: dict[str, Any], trains: bool) -> dict[str, Any]:
         """Makes dictionaries of arrays, and what a model needs to know of them before it is trained."""
         x, validation_data = arguments.get("x"), arguments.get("validation_data")
+        if trains:
+            _refuse_targets(arguments.get("y"))
         if are_arrays(x):
             x = arrays_for_keras(x, self)
             if trains:
@@ -416,6 +417,14 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
             jumps = times_first(jumps[0], dtype), amounts
         solution = self.options.solve(self.vector_field, y0, times, args=args, jumps=jumps, training=training)
         return ops.moveaxis(solution.ys, 0, 1)
+
+
+def _refuse_targets(y: Any) -> None:
+    if y is not None:
+        raise ValueError(
+            "A DynamicsModel learns from trajectories, without targets: call `fit(x)` with `x = (times, values)`, "
+            f"`(times, values, mask)` or a dictionary. Received: y={y!r}"
+        )
 
 
 def _number_of(controls: Any) -> int | None:

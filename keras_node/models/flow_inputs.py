@@ -32,6 +32,34 @@ def check_length(shape: Any, event_dim: int) -> None:
         raise ValueError(f"`x` must be of shape (..., {event_dim}). Received: x.shape={tuple(shape)}")
 
 
+def check_condition(x: tuple, condition: tuple) -> None:
+    """Checks the shapes of vectors and of the first conditions, which tell the number of features."""
+    looks_like_labels = len(condition) == 1 and len(x) > 1 and condition[0] == x[-2]
+    if not condition or condition[-1] is None or looks_like_labels:
+        raise ValueError(
+            "`condition` must be of shape (..., features) with a known number of features. If it holds one number for "
+            "each sample, such as a label, give it an axis of features, `condition[:, None]`; if it is one condition "
+            f"for all samples, `condition[None]`. Received: x.shape={x}, condition.shape={condition}"
+        )
+
+
+def check_features(condition: Any, known: tuple | None) -> None:
+    """Checks that a condition has as many features as that for which the model was built.
+
+    Args:
+        condition: the condition, or `None`.
+        known: the shape of the condition for which the model was built, or `None` if there was none.
+    """
+    if known is None and condition is None:
+        return
+    if known is None or condition is None or condition.shape[-1] not in (known[-1], None):
+        built = "without a condition" if known is None else f"for conditions of shape (..., {known[-1]})"
+        received = "=None" if condition is None else f".shape={tuple(condition.shape)}"
+        raise ValueError(
+            f"The weights of this flow were made {built}, and it takes no others. Received: condition{received}"
+        )
+
+
 def leading_axes(x: tf.TensorShape, condition: tf.TensorShape | None) -> tf.TensorShape:
     """Returns the axes before the last one, for which vectors and conditions of these shapes broadcast."""
     if condition is None:

@@ -11,6 +11,10 @@ from keras_node.control import control_path, fill_linearly, last_valid, running_
 from keras_node.layers.irregular_times import check_order, elapsed_times
 from keras_node.times import as_numbers, prepare_times, refuse_rounded_arrays
 
+_FORMS = (
+    "Trajectories must be `(times, values)`, `(times, values, mask)` or a dictionary with these keys, and a data set "
+    "yields `((times, values),)`. "
+)
 _KEYS = ("times", "values", "mask", "controls", "jump_times", "jump_amounts", "index")
 
 
@@ -35,7 +39,7 @@ class Trajectories(NamedTuple):
 
 
 def as_dictionary(x: Any) -> dict[str, Any]:
-    """Returns the observations that a user passes as a dictionary."""
+    """Returns the observations that a user passes, or their shapes, as a dictionary."""
     if isinstance(x, dict):
         unknown = sorted(set(x) - set(_KEYS))
         if not unknown and {"times", "values"} <= set(x) and ("jump_times" in x) == ("jump_amounts" in x):
@@ -44,12 +48,12 @@ def as_dictionary(x: Any) -> dict[str, Any]:
             "Trajectories need the keys `times` and `values`, and may have `mask`, `controls`, and both `jump_times` "
             f"and `jump_amounts`. Received: {sorted(x)}"
         )
+    if isinstance(x, list | tuple) and all(d is None or isinstance(d, int) for d in x):
+        raise ValueError(f"{_FORMS}Received: one array of shape {tuple(x)}")
     if isinstance(x, list | tuple) and len(x) in (2, 3):
         return dict(zip(_KEYS, x, strict=False))
-    raise ValueError(
-        "Trajectories must be `(times, values)`, `(times, values, mask)` or a dictionary with these keys. "
-        f"Received: {type(x).__name__}" + (f" of length {len(x)}" if isinstance(x, list | tuple) else "")
-    )
+    length = f" of length {len(x)}" if isinstance(x, list | tuple) else ""
+    raise ValueError(f"{_FORMS}Received: {type(x).__name__}{length}")
 
 
 def prepare(x: Any, layer: keras.Layer, interpolation: str, keep_times: bool = False) -> Trajectories:
@@ -95,7 +99,10 @@ def check_shapes(x: dict[str, Any]) -> None:
     shapes = {name: tf.TensorShape(getattr(part, "shape", None) or np.shape(part)) for name, part in given.items()}
     values = shapes["values"]
     if values.rank != 3:
-        raise ValueError(f"`values` must be of shape (batch, T, D). Received: values of shape {tuple(values)}")
+        raise ValueError(
+            "`values` must be of shape (batch, T, D). A single trajectory needs an axis for the batch, and a single "
+            f"channel one for the channels. Received: values of shape {tuple(values)}"
+        )
     batch, steps, dim = values
     if steps is None or steps < 2:
         raise ValueError(
@@ -169,12 +176,35 @@ def are_arrays(x: Any) -> bool:
 
 def dictionary_of_arrays(x: Any, layer: keras.Layer) -> dict[str, Any]:
     """Returns trajectories as a dictionary of arrays, with times for each trajectory, after it has checked them."""
-    x = {name: np.asarray(part) for name, part in as_dictionary(x).items() if part is not None}
+    x = {name: _array(name, part) for name, part in as_dictionary(x).items() if part is not None}
     check_shapes(x)
+    check_finite(x)
     x["times"] = np.broadcast_to(x["times"], x["values"].shape[:2])
     times = as_numbers(x["times"])
     check_order(_in_order(times, np.any(~np.isnan(observed_values(x)), axis=-1)), times, layer)
     return x
+
+
+def check_finite(x: dict[str, np.ndarray]) -> None:
+    """Checks that what was observed is finite. The mean of one infinite value would spoil a model for good."""
+    for name in [name for name in ("values", "controls", "jump_amounts") if name in x]:
+        part = observed_values(x) if name == "values" else x[name]
+        infinite = np.argwhere(np.isinf(part))
+        if infinite.size:
+            raise ValueError(
+                f"`{name}` must be finite; NaN, or false in `mask`, marks a missing value. "
+                f"Received: {part[tuple(infinite[0])]} at {name}[{', '.join(map(str, infinite[0]))}]"
+            )
+
+
+def _array(name: str, part: Any) -> np.ndarray:
+    try:
+        return np.asarray(part)
+    except ValueError as error:  # from NumPy
+        raise ValueError(
+            f"`{name}` must be an array. Pad trajectories of unequal length with NaN, for which "
+            "`keras_node.utils.series_from_frame` is a way. Received: lists of unequal length"
+        ) from error
 
 
 def arrays_for_keras(x: Any, layer: keras.Layer) -> dict[str, Any]:
