@@ -190,7 +190,9 @@ def _odeint(
     original, y0 = y0, _to_state(y0)
     dtype = tf.nest.flatten(y0)[0].dtype
     numbers = as_numbers(ts)
-    ts, valid = checked_times(prepare_times(ts, dtype, axis=0))
+    if numbers is not None and numbers.size == 0:
+        numbers = None
+    ts, valid = checked_times(_hide_empty_batch(prepare_times(ts, dtype, axis=0), axis=1))
     hybrid = bool(events) or jumps is not None
     check_batch(y0, ts, solver, hybrid)
     check_events(events, solver, gradient)
@@ -268,7 +270,15 @@ def _to_state(original: Nest) -> Nest:
     if not leaves:
         raise ValueError(f"The state must hold at least one tensor. Received: y0={original!r}")
     dtype = tf.float64 if any(y.dtype == tf.float64 for y in leaves) else tf.float32
-    return tf.nest.map_structure(lambda y: tf.cast(y, dtype), state)
+    return tf.nest.map_structure(lambda y: _hide_empty_batch(tf.cast(y, dtype)), state)
+
+
+def _hide_empty_batch(x: tf.Tensor, axis: int = 0) -> tf.Tensor:
+    """Makes an empty batch one of unknown size. TensorFlow's optimizer of graphs divides by zero if it knows better."""
+    if tf.executing_eagerly() or x.shape.rank <= axis or x.shape[axis] != 0:
+        return x
+    shape = x.shape.as_list()
+    return tf.raw_ops.PlaceholderWithDefault(input=x, shape=[*shape[:axis], None, *shape[axis + 1 :]])
 
 
 def _mark_invalid(valid: tf.Tensor, ys: Nest) -> Nest:
