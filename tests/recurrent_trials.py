@@ -60,6 +60,7 @@ class Program:
     batch: int
 
 
+# What is known not to hold, and left out until it does. Each says so in a sentence.
 KNOWN = {
     "Keras' own cells raise in a graph for a batch that is known to be empty.": lambda p: p.batch == 0,
 }
