@@ -82,13 +82,14 @@ def integrate(
     fsal = tableau.fsal and coupling is None
     # In a joint solve of samples with their own times, some may be at rest in a segment.
     may_rest = norm is None and clock.speed.shape.rank == 2 and not per_sample
-    error_norm: Norm = norm or functools.partial(rms_norm, per_sample=per_sample)
+    given_norm: Norm = norm or functools.partial(rms_norm, per_sample=per_sample)
     end_of_clock = clock.end
     # The shape of everything that controls the loop: one value, or one for each sample.
     sample_shape = tf.shape(end_of_clock)
     several_segments = clock.num_segments != 1
     last_index = tf.maximum(clock.count - 1, 0) if several_segments else 0
     first_segment = clock.segment(tf.zeros(sample_shape, tf.int32) if several_segments else 0)
+    first_norm = rms_norm_of_moving(first_segment.speed) if may_rest else given_norm
     first_spacing = None if solver.adaptive or several_segments else spacing(first_segment, solver)
 
     def on_the_way(index: Nest, reading: tf.Tensor) -> tf.Tensor:
@@ -98,9 +99,6 @@ def integrate(
     def where_running(s: LoopState, new: Any, old: Any) -> Any:
         # A joint solve takes a step only if it is running.
         return tf.where(s.running, new, old) if per_sample else new
-
-    def norm_in(segment: Segment) -> Norm:
-        return rms_norm_of_moving(segment.speed) if may_rest else error_norm
 
     def end_of_step(s: LoopState, segment: Segment) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """The reading at which the next step ends, whether the segment ends there, and the proposed length."""
@@ -146,7 +144,9 @@ def integrate(
         length = tf.subtract(where_running(s, end, s.reading), s.reading)
         dt = tf.multiply(length, segment.speed)
         step = take_step(s, segment, dt)
-        norm = norm_in(segment) if detector is None else detector.norm(s.running & ~s.detected.landing)
+        norm = rms_norm_of_moving(segment.speed) if may_rest and several_segments else first_norm
+        if detector is not None:
+            norm = detector.norm(s.running & ~s.detected.landing)
         decision = controller.decide(length, step.error, s.y, step.y1, s.history, norm)
         accept, finite, converged, num_iterations = decision.accept, decision.finite, s.converged, s.num_iterations
         if step.convergence is not None:
@@ -246,7 +246,7 @@ def integrate(
         clock,
         solver,
         sample_shape,
-        norm_in(first_segment) if detector is None else detector.norm(end_of_clock > 0),
+        first_norm if detector is None else detector.norm(end_of_clock > 0),
         first_step,
         needs_rate=fsal or detector is not None,
     )
