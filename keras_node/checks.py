@@ -48,7 +48,8 @@ def check_events(events: Sequence[Event], solver: RungeKutta, gradient: Gradient
 def checked_times(ts: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
     """Returns the times, and if their values are not known yet, whether they are finite and monotonic."""
     if ts.shape.rank not in (1, 2):
-        raise ValueError(f"`ts` must be of shape (T,) or (T, batch). Received: ts.shape={tuple(ts.shape)}")
+        received = "ts of unknown rank" if ts.shape.rank is None else f"ts.shape={tuple(ts.shape)}"
+        raise ValueError(f"`ts` must be of shape (T,) or (T, batch). Received: {received}")
     if ts.shape[0] is not None and ts.shape[0] < 2:
         raise ValueError(
             f"`ts` must hold the initial time and one more time at least. Received: ts.shape={tuple(ts.shape)}"

@@ -275,7 +275,7 @@ def _to_state(original: Nest) -> Nest:
 
 def _hide_empty_batch(x: tf.Tensor, axis: int = 0) -> tf.Tensor:
     """Makes an empty batch one of unknown size. TensorFlow's optimizer of graphs divides by zero if it knows better."""
-    if tf.executing_eagerly() or x.shape.rank <= axis or x.shape[axis] != 0:
+    if tf.executing_eagerly() or x.shape.rank is None or x.shape.rank <= axis or x.shape[axis] != 0:
         return x
     shape = x.shape.as_list()
     return tf.raw_ops.PlaceholderWithDefault(input=x, shape=[*shape[:axis], None, *shape[axis + 1 :]])

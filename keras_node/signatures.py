@@ -50,10 +50,11 @@ class FieldCall:
                 f"{role} must take `(y)`, `(t, y)` or `(t, y, args)`. Change the arguments of the function. "
                 f"Received: {function!r} with signature ({', '.join(parameters)})"
             )
-        if len(names) > 1 and names[1] in _TIME and names[0] not in (*_TIME, "s", "tau"):
+        if len(names) > 1 and names[1] in _TIME and names[0] not in (*_TIME, "s", "tau") and names[0][0] != "_":
             order = ", ".join([names[1], names[0], *names[2:]])
             raise ValueError(
-                f"{role} takes the time first: change the order of its arguments to ({order}). "
+                f"{role} takes the time first: change the order of its arguments to ({order}), or the names if "
+                f"`{names[1]}` is the state. "
                 f"Received: {function!r} with signature ({', '.join(parameters)})"
             )
         self.function = function

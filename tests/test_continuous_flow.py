@@ -486,19 +486,45 @@ def test_conditions_that_the_weights_are_not_for_are_refused():
         (lambda: model.sample(5), "condition=None"),
         (lambda: model.as_distribution(condition[:, :2]).log_prob(x), r"condition.shape=\(4, 2\)"),
     ]:
-        with pytest.raises(ValueError, match=rf"made for conditions of shape \(..., 3\).*Received: {received}"):
+        with pytest.raises(ValueError, match=rf"made for conditions of shape \(batch, 3\).*Received: {received}"):
             draw()
-    with pytest.raises(ValueError, match=r"made without a condition.*Received: condition.shape=\(4, 3\)"):
+    with pytest.raises(ValueError, match=r"made for no condition.*Received: condition.shape=\(4, 3\)"):
         plain.log_prob(x, condition)
-    for labels in (np.arange(4.0), np.ones(())):
-        with pytest.raises(ValueError, match=r"`condition` must be of shape \(..., features\)"):
-            flow(solver=COARSE).log_prob(x, labels)
-    untrained = flow(solver=COARSE)
-    untrained.compile("sgd")
-    with pytest.raises(ValueError, match=r"`condition\[:, None\]`.*Received: x.shape=\(4, 2\), condition.shape=\(4,\)"):
-        untrained.fit((x, np.arange(4.0)), verbose=0)
     # One condition for all samples has as many features as the weights.
     np.testing.assert_allclose(model.log_prob(x, condition[0]), model.log_prob(x, condition), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["arrays", "dictionary", "data set"])
+def test_labels_are_no_conditions(kind):
+    """A batch of them has the shape of one condition with as many features."""
+    x, labels = points(4, "float32"), np.arange(4.0)
+    data = {"x": x, "condition": labels} if kind == "dictionary" else (x, labels)
+    data = tf.data.Dataset.from_tensors((data,)).unbatch().batch(2) if kind == "data set" else data
+    model = flow(solver=COARSE)
+    model.compile("sgd")
+    for method in (model.fit, model.evaluate):
+        with pytest.raises(ValueError, match=r"such as a label, needs an axis of features: `condition\[:, None\]`"):
+            method(data, verbose=0)
+
+
+class Guided(keras.layers.Layer):
+    """A field that may do without its condition, as in classifier-free guidance."""
+
+    def build(self, *shapes):
+        self.plain, self.more = keras.layers.Dense(2), keras.layers.Dense(2)
+        self.plain.build((None, 2))
+        self.more.build((None, 3))
+
+    def call(self, t, x, args=None):
+        return self.plain(x) if args is None else self.plain(x) + self.more(args)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_field_may_do_without_its_condition(first):
+    x, condition = points(4, "float32"), np.zeros((4, 3), "float32")
+    model = flow(Guided(), solver=COARSE)
+    results = [model.log_prob(x, condition if given else None) for given in (first, not first)]
+    np.testing.assert_allclose(*results, rtol=1e-6)  # the condition is zero, and so is the bias
 
 
 def test_densities_of_lists_and_the_number_of_samples():
@@ -532,6 +558,8 @@ def test_conditions_of_an_unknown_number():
     x, log_prob = draw(condition)
     np.testing.assert_allclose(x, model.sample(4, condition, seed=1), rtol=1e-5)
     np.testing.assert_allclose(log_prob, model.log_prob(x, condition), rtol=1e-4)
+    wide = tf.function(lambda condition: model.log_prob(x, condition), input_signature=[tf.TensorSpec((None, None))])
+    np.testing.assert_allclose(wide(condition), log_prob, rtol=1e-4)
 
 
 @pytest.mark.parametrize("objective", ["likelihood", "flow_matching"])

@@ -329,6 +329,8 @@ VALUES = np.ones((2, 7, 1))
         ((TIMES[:1], np.ones((2, 1, 1))), "known number of steps, 2 or more"),
         ((TIMES, VALUES[0]), r"A single trajectory needs an axis for the batch.*Received: values of shape \(7, 1\)"),
         (([[0.0, 1.0], [0.0]], [[[1.0], [2.0]], [[1.0]]]), r"`times` must be an array. Pad.*lists of unequal length"),
+        ((TIMES, tf.ragged.constant([[[1.0], [2.0]], [[1.0]]])), "`values` must be an array. Pad.*a RaggedTensor"),
+        ([], "Received: list of length 0"),
         (VALUES, r"a data set yields `\(\(times, values\),\)`. Received: one array of shape \(2, 7, 1\)"),
         (
             tf.data.Dataset.from_tensors((np.tile(TIMES, (2, 1)), VALUES)),
@@ -360,6 +362,7 @@ def test_infinite_observations_are_refused_and_leave_the_model_as_it_was(name, p
     assert np.isfinite(model.fit(x, verbose=0).history["loss"][0])
     masked = {**x, "values": np.where(np.arange(7)[:, None] == 2, np.inf, VALUES), "mask": np.arange(7) != 2}
     masked["mask"] = np.tile(masked["mask"], (2, 1))
+    masked |= {"jump_times": np.full((2, 1), np.inf), "jump_amounts": np.full((2, 1, 1), np.inf)}  # padding
     assert np.isfinite(model.evaluate(masked, verbose=0)[0])
 
 

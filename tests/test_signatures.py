@@ -242,6 +242,7 @@ def test_a_field_that_takes_the_time_last_is_refused(order):
 def test_time_may_be_called_something_else():
     for field in (lambda s, y: -s * y, lambda tau, x: -tau * x, lambda t, time: -t * time):
         np.testing.assert_allclose(odeint(field, X, [0.0, 1.0]).ys[1], X * np.exp(-0.5), rtol=1e-3)
+    np.testing.assert_allclose(odeint(lambda _, t: -t, X, [0.0, 1.0]).ys[1], X * np.exp(-1), rtol=1e-3)
 
 
 def test_classes_and_lists_of_numbers_are_refused_with_what_to_pass():
@@ -257,6 +258,9 @@ def test_classes_and_lists_of_numbers_are_refused_with_what_to_pass():
 
 
 def test_a_state_of_unknown_rank_is_refused():
+    unknown = [tf.TensorSpec((2, 3)), tf.TensorSpec(None)]
+    with pytest.raises(ValueError, match=r"`ts` must be of shape"):
+        tf.function(lambda y, ts: odeint(tf.negative, y, ts).ys, unknown, autograph=False).get_concrete_function()
     signature = [tf.TensorSpec(None)]
     with pytest.raises(ValueError, match="must have a known rank"):
         tf.function(

@@ -127,6 +127,7 @@ class ConcatSquashField(keras.layers.Layer):
         self.activation = keras.activations.get(activation)
 
     def build(self, t_shape: tuple, inputs_shape: tuple, condition_shape: tuple | None = None) -> None:
+        self.num_features = 0 if condition_shape is None else condition_shape[-1]
         widths = (*self.hidden_units, inputs_shape[-1])
         activations = (*[self.activation] * len(self.hidden_units), None)
         self.layers = [
@@ -138,6 +139,14 @@ class ConcatSquashField(keras.layers.Layer):
         keep_frozen(self)
 
     def call(self, t: tf.Tensor, inputs: tf.Tensor, condition: tf.Tensor | None) -> tf.Tensor:
+        features = 0 if condition is None else condition.shape[-1]
+        if features not in (self.num_features, None):
+            made_for = f"conditions of shape (batch, {self.num_features})" if self.num_features else "no condition"
+            raise ValueError(
+                f"The weights of this field were made for {made_for}, and it takes no others. "
+                f"Received: {'condition=None' if condition is None else f'condition.shape={tuple(condition.shape)}'}, "
+                f"in layer {self.name!r}"
+            )
         for layer in self.layers:
             inputs = layer(t, inputs, condition)
         return inputs

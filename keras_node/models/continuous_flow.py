@@ -5,13 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from keras import ops
 
 from keras_node.arguments import non_negative_integer, positive_integer
 from keras_node.layers.concat_squash import ConcatSquashField
 from keras_node.models.density_field import DensityField, draw_noise
-from keras_node.models.flow_inputs import as_rows, check_condition, check_features, check_length, leading_axes, split
+from keras_node.models.flow_inputs import as_rows, check_features, check_length, leading_axes, split
 from keras_node.models.flow_matching import FlowMatching, checked_coupling, refuse_weights
 from keras_node.models.likelihood_model import LikelihoodModel
 from keras_node.models.probability import make_bijector, make_distribution
@@ -214,7 +215,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
                 f"Received: {self.vector_field!r}, which takes {self.num_arguments} argument(s)"
             )
         if condition is not None:
-            check_condition(tuple(x), tuple(condition))
+            check_features(tuple(condition))
         if isinstance(self.vector_field, keras.Layer):
             t = keras.KerasTensor((None, 1) if self.solver.per_sample else (), dtype=self.variable_dtype)
             x = keras.KerasTensor((None, self.event_dim), dtype=self.variable_dtype)
@@ -243,6 +244,14 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
             self.add_loss(tf.math.divide_no_nan(ops.sum(energy), ops.cast(tf.size(energy), energy.dtype)))
         log_base = -0.5 * (tf.reduce_sum(z**2, axis=-1) + self.event_dim * math.log(2 * math.pi))
         return log_base + integrals[0]
+
+    def prepare_data(self, arguments: dict[str, Any], trains: bool) -> dict[str, Any]:
+        """Refuses labels `(N,)`, of which a batch would look like one condition with many features."""
+        x = arguments.get("x")
+        condition = split(x)[1] if isinstance(x, dict | list | tuple) else None
+        if condition is not None and np.ndim(condition) == 1:
+            check_features((None,))
+        return arguments
 
     def sample_losses(self, x: Any, y: Any, y_pred: Any, training: bool) -> tuple[tf.Tensor, dict[str, tuple]]:
         """Returns the loss of each sample, `(...)`: in training that of the objective, else `-log p`."""
@@ -288,7 +297,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         Returns:
             The samples, `(n, event_dim)`, or `(n, ..., event_dim)` with conditions.
         """
-        n = n if tf.is_tensor(n) else non_negative_integer("n", n)
+        n = non_negative_integer("n", n) if isinstance(n, int | float) or ops.ndim(n) else n
         batch = () if condition is None else ops.shape(condition)[:-1]
         seed = self.seed_generator if seed is None else seed
         z = keras.random.normal((n, *batch, self.event_dim), dtype=self.variable_dtype, seed=seed)
@@ -390,8 +399,6 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
     def _rows(self, x: Any, condition: Any) -> tuple[tf.Tensor, tf.Tensor | None, tf.Tensor]:
         """Returns the vectors and their conditions as rows, and their shape, after it has built the model for them."""
         rows, condition, shape = as_rows(x, condition, self.event_dim, self.variable_dtype)
-        if self.built and isinstance(self.vector_field, keras.Layer):
-            check_features(condition, split(self.inputs_shape)[1])
         if not self.built:
             known = tuple(rows.shape)
             self.build(known if condition is None else (known, tuple(condition.shape)))

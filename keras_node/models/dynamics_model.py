@@ -421,9 +421,10 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
 
 def _refuse_targets(y: Any) -> None:
     if y is not None:
+        received = f"y of shape {tuple(y.shape)}" if hasattr(y, "shape") else f"y={y!r}"
         raise ValueError(
             "A DynamicsModel learns from trajectories, without targets: call `fit(x)` with `x = (times, values)`, "
-            f"`(times, values, mask)` or a dictionary. Received: y={y!r}"
+            f"`(times, values, mask)` or a dictionary. Received: {received}"
         )
 
 

@@ -32,31 +32,12 @@ def check_length(shape: Any, event_dim: int) -> None:
         raise ValueError(f"`x` must be of shape (..., {event_dim}). Received: x.shape={tuple(shape)}")
 
 
-def check_condition(x: tuple, condition: tuple) -> None:
-    """Checks the shapes of vectors and of the first conditions, which tell the number of features."""
-    looks_like_labels = len(condition) == 1 and len(x) > 1 and condition[0] == x[-2]
-    if not condition or condition[-1] is None or looks_like_labels:
+def check_features(condition: tuple) -> None:
+    """Checks the shape of conditions of which each belongs to a sample, or whose number of features makes weights."""
+    if not condition or condition[-1] is None:
         raise ValueError(
-            "`condition` must be of shape (..., features) with a known number of features. If it holds one number for "
-            "each sample, such as a label, give it an axis of features, `condition[:, None]`; if it is one condition "
-            f"for all samples, `condition[None]`. Received: x.shape={x}, condition.shape={condition}"
-        )
-
-
-def check_features(condition: Any, known: tuple | None) -> None:
-    """Checks that a condition has as many features as that for which the model was built.
-
-    Args:
-        condition: the condition, or `None`.
-        known: the shape of the condition for which the model was built, or `None` if there was none.
-    """
-    if known is None and condition is None:
-        return
-    if known is None or condition is None or condition.shape[-1] not in (known[-1], None):
-        built = "without a condition" if known is None else f"for conditions of shape (..., {known[-1]})"
-        received = "=None" if condition is None else f".shape={tuple(condition.shape)}"
-        raise ValueError(
-            f"The weights of this flow were made {built}, and it takes no others. Received: condition{received}"
+            "`condition` must be of shape (..., features) with a known number of features. One number for each sample, "
+            f"such as a label, needs an axis of features: `condition[:, None]`. Received: condition.shape={condition}"
         )
 
 
@@ -91,7 +72,7 @@ def as_rows(x: Any, condition: Any, event_dim: int, dtype: str) -> tuple[tf.Tens
             )
         shapes = x.shape[:-1], condition.shape[:-1]
         leading_axes(x.shape, condition.shape)
-        features = condition.shape[-1]
+        features = tf.shape(condition)[-1] if condition.shape[-1] is None else condition.shape[-1]
         if not shapes[0].is_fully_defined() or shapes[0] != shapes[1]:
             axes = tf.broadcast_dynamic_shape(tf.shape(x)[:-1], tf.shape(condition)[:-1])
             x, condition = (tf.broadcast_to(a, tf.concat([axes, tf.shape(a)[-1:]], axis=0)) for a in (x, condition))

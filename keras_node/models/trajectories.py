@@ -48,7 +48,7 @@ def as_dictionary(x: Any) -> dict[str, Any]:
             "Trajectories need the keys `times` and `values`, and may have `mask`, `controls`, and both `jump_times` "
             f"and `jump_amounts`. Received: {sorted(x)}"
         )
-    if isinstance(x, list | tuple) and all(d is None or isinstance(d, int) for d in x):
+    if isinstance(x, list | tuple) and x and all(d is None or isinstance(d, int) for d in x):
         raise ValueError(f"{_FORMS}Received: one array of shape {tuple(x)}")
     if isinstance(x, list | tuple) and len(x) in (2, 3):
         return dict(zip(_KEYS, x, strict=False))
@@ -187,24 +187,32 @@ def dictionary_of_arrays(x: Any, layer: keras.Layer) -> dict[str, Any]:
 
 def check_finite(x: dict[str, np.ndarray]) -> None:
     """Checks that what was observed is finite. The mean of one infinite value would spoil a model for good."""
-    for name in [name for name in ("values", "controls", "jump_amounts") if name in x]:
-        part = observed_values(x) if name == "values" else x[name]
-        infinite = np.argwhere(np.isinf(part))
+    given = {"values": (observed_values(x), "NaN, or false in `mask`, marks a missing value")}
+    if "controls" in x:
+        given["controls"] = x["controls"], "NaN marks a missing value"
+    if "jump_amounts" in x:
+        happens = np.isfinite(x["jump_times"].astype("float64"))
+        given["jump_amounts"] = np.where(happens[..., None], x["jump_amounts"], 0), "a jump at infinity does not happen"
+    for name, (part, advice) in given.items():
+        infinite = np.argwhere(np.isinf(part.astype("float64")))
         if infinite.size:
             raise ValueError(
-                f"`{name}` must be finite; NaN, or false in `mask`, marks a missing value. "
+                f"`{name}` must be finite; {advice}. "
                 f"Received: {part[tuple(infinite[0])]} at {name}[{', '.join(map(str, infinite[0]))}]"
             )
 
 
 def _array(name: str, part: Any) -> np.ndarray:
     try:
-        return np.asarray(part)
+        if not isinstance(part, tf.RaggedTensor):
+            return np.asarray(part)
+        received, cause = "a RaggedTensor", None
     except ValueError as error:  # from NumPy
-        raise ValueError(
-            f"`{name}` must be an array. Pad trajectories of unequal length with NaN, for which "
-            "`keras_node.utils.series_from_frame` is a way. Received: lists of unequal length"
-        ) from error
+        received, cause = "lists of unequal length", error
+    raise ValueError(
+        f"`{name}` must be an array. Pad trajectories of unequal length with NaN, for which "
+        f"`keras_node.utils.series_from_frame` is a way. Received: {received}"
+    ) from cause
 
 
 def arrays_for_keras(x: Any, layer: keras.Layer) -> dict[str, Any]:
