@@ -166,11 +166,8 @@ def pieces(
     if interpolation not in INTERPOLATIONS:
         names = ", ".join(repr(name) for name in INTERPOLATIONS)
         raise ValueError(f"`interpolation` must be one of {names}. Received: interpolation={interpolation!r}")
-    mask = None if mask is None else ops.cast(mask, "bool")
     _check_shapes(times, values, mask)
-    observed = ~ops.isnan(values)
-    if mask is not None:
-        observed &= ops.expand_dims(mask, -1) if len(mask.shape) == 2 else mask
+    observed = is_observed(values, mask)
     valid = ops.any(observed, axis=-1)
 
     # Missing values may hold anything, and the gradient of a masked NaN would still be NaN.
@@ -196,6 +193,15 @@ def pieces(
     start = length * ops.concatenate([slope[:, :1], slope[:, :-1]], axis=1)
     bend = change - start
     return times, ops.stack([values, start, 2 * bend, -bend], axis=2), ordered
+
+
+def is_observed(values: tf.Tensor, mask: Any) -> tf.Tensor:
+    """Returns which of the values were observed, in their shape."""
+    observed = ~ops.isnan(values)
+    if mask is None:
+        return observed
+    mask = ops.cast(mask, "bool")
+    return observed & (ops.expand_dims(mask, -1) if len(mask.shape) == 2 else mask)
 
 
 def running_maximum(x: tf.Tensor) -> tf.Tensor:

@@ -245,6 +245,34 @@ def test_its_config_makes_an_equal_layer():
     assert clone.vector_field is not layer.vector_field
 
 
+@pytest.mark.parametrize("interpolation", ["hermite", "linear", "rectilinear"])
+def test_padding_changes_nothing_for_the_others(interpolation, float64):
+    """Samples share the error norm of an adaptive solve, and a masked step has no error."""
+    layer = cde(solver="tsit5", interpolation=interpolation, return_sequences=True)
+    x, times = series("float64")
+    layer.build(x.shape)
+    layer.set_weights([3 * w for w in layer.get_weights()])  # so that the error decides about the steps
+    mask = np.ones((BATCH, STEPS), bool)
+    mask[0, 2], mask[1, -1] = False, False
+    times[0, 1] = times[0, 0]  # two observations at the same time
+
+    @tf.function
+    def outputs_and_gradients(x, times, mask):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            outputs = layer(x, times, mask=mask)[:BATCH, :STEPS]
+            value = tf.reduce_sum(tf.sin(outputs))
+        return outputs, *tape.gradient(value, [x, *layer.trainable_variables])
+
+    padding = [(0, 30), (0, 4)]
+    results = outputs_and_gradients(np.pad(x, [*padding, (0, 0)]), np.pad(times, padding), np.pad(mask, padding))
+    expected = outputs_and_gradients(x, times, mask)
+    for actual, other in zip(results, expected, strict=True):
+        if actual.shape.rank == 3:
+            actual = actual[:BATCH, :STEPS]
+        np.testing.assert_allclose(actual, other, rtol=1e-8, atol=1e-10)
+
+
 def test_its_solves_are_counted():
     inputs = keras.Input((STEPS, CHANNELS)), keras.Input((STEPS,))
     model = keras.Model(inputs, cde(track_stats=True, jit_compile=False, name="cde")(*inputs))

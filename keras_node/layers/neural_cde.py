@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_node.arguments import positive_integer
-from keras_node.control import INTERPOLATIONS, differentiate, increments, pieces, polynomial
+from keras_node.control import INTERPOLATIONS, differentiate, increments, is_observed, pieces, polynomial
 from keras_node.layers.irregular_times import as_array, check_order, check_steps
 from keras_node.layers.series import SeriesRNN, for_short_intervals
 from keras_node.nested_layers import keep_frozen
@@ -70,7 +70,9 @@ class NeuralCDE(SolvingLayer):
 
     Masking:
         Masked values are missing values: what `x` holds there has no effect. At a step without any observation, `times`
-        has no effect either, and the state stays as it was. With `return_sequences` the output carries the mask.
+        has no effect either, and the state stays as it was. Masked steps have no part in the error that the solver
+        controls; steps whose values are all NaN have one, so pass a mask for padding. With `return_sequences` the
+        output carries the mask.
 
     Raises:
         ValueError: for inputs of another shape, and for times that decrease.
@@ -172,10 +174,14 @@ class NeuralCDE(SolvingLayer):
         x = ops.cast(x, times.dtype)
         if x.shape[-1] is None:
             x = tf.ensure_shape(x, (None, None, self.rnn.cell.channels))
-        knots, coefficients, ordered = pieces(times, x, x_mask if mask is None else mask, self.interpolation)
+        mask = x_mask if mask is None else mask
+        knots, coefficients, ordered = pieces(times, x, mask, self.interpolation)
         with tf.control_dependencies(check_order(ordered, times, self)):
             x0 = ops.cast(coefficients[:, 0, 0], self.variable_dtype)
-        states = self.rnn(self._rates(knots, coefficients), initial_state=[self.initial(x0)], training=training)
+        rates = self._rates(knots, coefficients)
+        if mask is not None:
+            rates = self._with_rest(rates, ops.any(is_observed(x, mask), axis=-1))
+        states = self.rnn(rates, initial_state=[self.initial(x0)], training=training)
         if self.return_sequences and self.interpolation == "rectilinear":
             # In between are the states after the time has passed, but before the observation has come.
             states = states[:, ::2]
@@ -192,6 +198,17 @@ class NeuralCDE(SolvingLayer):
         rates = ops.concatenate([rates[:, -1:], rates[:, :-1]], axis=1)
         # In a solve, a state in half precision has single precision.
         return ops.cast(rates, "float64" if self.variable_dtype == "float64" else "float32")
+
+    def _with_rest(self, rates: tf.Tensor, valid: tf.Tensor) -> tf.Tensor:
+        """Appends an entry that is 1 on the way to a knot, and 0 before the first one and at masked steps.
+
+        There the path does not move, and the sample should have no part in the error of a solve.
+        """
+        moves = valid & (ops.cumsum(ops.cast(valid, "int32"), axis=1) > 1)
+        if self.interpolation == "rectilinear":
+            moves = ops.repeat(moves, 2, axis=1)[:, 1:]
+        moves = ops.cast(moves, rates.dtype)[..., None, None] + ops.zeros_like(rates[..., :1])
+        return ops.concatenate([rates, moves], axis=-1)
 
     def compute_output_shape(self, x_shape: tuple) -> tuple:
         return (*x_shape[: 1 + self.return_sequences], self.units)
@@ -250,7 +267,11 @@ class _Cell(keras.layers.Layer):
         return self.advance(rates, states, training, lambda *args, **options: self.solve(*args, **options).ys[-1])
 
     def advance(self, rates: tf.Tensor, states: list, training: bool | None, move: Callable) -> tuple[tf.Tensor, list]:
-        z = move(states[0], [0.0, 1.0], args=rates, training=training)
+        ts: Any = [0.0, 1.0]
+        if rates.shape[-1] > 1 + self.channels:
+            rates, moves = rates[..., :-1], rates[:, 0, -1]
+            ts = ops.stack([ops.zeros_like(moves), moves])
+        z = move(states[0], ts, args=rates, training=training)
         return z, [z]
 
     def solve(self, y0: tf.Tensor, ts: Any, **options: Any) -> Solution:
