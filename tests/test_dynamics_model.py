@@ -326,7 +326,7 @@ VALUES = np.ones((2, 7, 1))
         ),
         ({"times": TIMES, "values": VALUES, "jump_times": [1.0], "jump_amounts": [[1.0]]}, "`jump_times` must be"),
         ((np.arange(7).astype("M8[D]"), VALUES), "Times must be numbers"),
-        ((TIMES[:1], np.ones((2, 1, 1))), "known number of steps, 2 or more"),
+        ((TIMES[:1], np.ones((2, 1, 1))), r"must have 2 steps or more. Received: values of shape \(2, 1, 1\)"),
         ((TIMES, VALUES[0]), r"A single trajectory needs an axis for the batch.*Received: values of shape \(7, 1\)"),
         (([[0.0, 1.0], [0.0]], [[[1.0], [2.0]], [[1.0]]]), r"`times` must be an array. Pad.*lists of unequal length"),
         ((TIMES, tf.ragged.constant([[[1.0], [2.0]], [[1.0]]])), "`values` must be an array. Pad.*a RaggedTensor"),
@@ -364,6 +364,42 @@ def test_infinite_observations_are_refused_and_leave_the_model_as_it_was(name, p
     masked["mask"] = np.tile(masked["mask"], (2, 1))
     masked |= {"jump_times": np.full((2, 1), np.inf), "jump_amounts": np.full((2, 1, 1), np.inf)}  # padding
     assert np.isfinite(model.evaluate(masked, verbose=0)[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": 3, "solver": "bosh3"},
+        {"initial_states": "trained", "continuity": 1.0, "window": 2},
+        {"whole": True},
+    ],
+    ids=str,
+)
+def test_trajectories_may_be_of_another_length_than_the_last_ones(options):
+    """Keras traces for an unknown number of steps when a second one comes."""
+
+    def data(steps):
+        rng = np.random.default_rng(steps)
+        times = np.cumsum(rng.uniform(0.1, 0.4, (3, steps)), axis=1)
+        values = rng.normal(size=(3, steps, 2))
+        values[0, 2] = np.nan
+        jumps = {"jump_times": times[:, :1] + 0.1, "jump_amounts": np.ones((3, 1, 2))}
+        return {"times": times, "values": values, "controls": rng.normal(size=(3, steps, 1)), **jumps}
+
+    def field(t, y, args):
+        return -0.5 * y + args(t)
+
+    model = model_of(field, **options)
+    model.adapt(data(7))
+    for steps in (7, 9, 6):
+        one = model_of(field, **options)
+        one.adapt(data(7))
+        np.testing.assert_allclose(model.evaluate(data(steps), verbose=0), one.evaluate(data(steps), verbose=0), 1e-5)
+        np.testing.assert_allclose(model.predict(data(steps), verbose=0), one(data(steps)), rtol=1e-4, atol=1e-5)
+        if "initial_states" not in options:  # one for each window of the same data
+            losses = [m.fit(data(steps), verbose=0).history["loss"] for m in (model, one)]
+            np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_states_of_another_shape_are_refused_in_a_forecast():

@@ -257,7 +257,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         """Returns the loss of each trajectory, `(batch,)`, and the errors that the metrics report."""
         _refuse_targets(y)
         trajectories = self._prepared(x)
-        length = self.window or trajectories.times.shape[1] - 1
+        length = self.window or ops.shape(trajectories.times)[1] - 1
         cut, number_of_windows = windows(trajectories, length)
         is_seen = ops.any(cut.observed, axis=(1, 2))
         trained = self.scaled_states if training else None

@@ -104,10 +104,8 @@ def check_shapes(x: dict[str, Any]) -> None:
             f"channel one for the channels. Received: values of shape {tuple(values)}"
         )
     batch, steps, dim = values
-    if steps is None or steps < 2:
-        raise ValueError(
-            f"Trajectories must have a known number of steps, 2 or more. Received: values of shape {tuple(values)}"
-        )
+    if steps is not None and steps < 2:
+        raise ValueError(f"Trajectories must have 2 steps or more. Received: values of shape {tuple(values)}")
     number = shapes["jump_times"][1] if "jump_times" in shapes and shapes["jump_times"].rank == 2 else None
     allowed = {
         "times": {"(batch, T)": [batch, steps], "(T,)": [steps]},
@@ -125,24 +123,23 @@ def check_shapes(x: dict[str, Any]) -> None:
             )
 
 
-def windows(trajectories: Trajectories, length: int) -> tuple[Trajectories, int]:
+def windows(trajectories: Trajectories, length: int | tf.Tensor) -> tuple[Trajectories, int | tf.Tensor]:
     """Cuts trajectories into windows of `length` intervals. The last step of a window is the first of the next one.
 
     Returns:
         The windows, `(batch * W, length + 1, ...)`, those of a trajectory one after the other, and their number `W` in
         a trajectory. Steps beyond the end of a trajectory are not observed, and repeat its last time.
     """
-    steps = trajectories.times.shape[1]
-    number = max(1, -(-(steps - 1) // length))
-    places = [min(w * length + i, steps - 1) for w in range(number) for i in range(length + 1)]
-    inside = [w * length + i < steps for w in range(number) for i in range(length + 1)]
+    batch, steps = ops.shape(trajectories.times)  # integers, or tensors where they are not known
+    number = -(-(steps - 1) // length)
+    places = ops.arange(number)[:, None] * length + ops.arange(length + 1)
+    inside = ops.tile(places < steps, [batch, 1])
+    places = ops.reshape(ops.minimum(places, steps - 1), (-1,))
 
     def cut(x: Any) -> Any:
-        taken = ops.take(x, places, axis=1)
-        return ops.reshape(taken, (-1, length + 1, *x.shape[2:]))
+        return ops.reshape(ops.take(x, places, axis=1), (-1, length + 1, *x.shape[2:]))
 
     times, values, observed = (cut(x) for x in trajectories[:3])
-    inside = ops.reshape(ops.tile(ops.convert_to_tensor(inside), [ops.shape(trajectories.times)[0]]), (-1, length + 1))
     return (
         Trajectories(
             times,
@@ -161,7 +158,7 @@ def until(trajectories: Trajectories, horizon: tf.Tensor) -> Trajectories:
     A solve that has reached its last time costs nothing more, so a shorter horizon is cheaper. And shapes do not depend
     on it, so nothing is traced again when it grows.
     """
-    steps = trajectories.times.shape[1]
+    steps = ops.shape(trajectories.times)[1]
     place = ops.minimum(ops.arange(steps), ops.cast(horizon, "int32"))
     inside = ops.arange(steps) <= ops.cast(horizon, "int32")
     return trajectories._replace(

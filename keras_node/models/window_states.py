@@ -19,7 +19,7 @@ class WindowStates(keras.Layer):
         """Makes the states, `(N, windows, D)`."""
         self.states = self.add_weight(shape=shape, initializer="zeros", name="states")
 
-    def take(self, index: Any, number_of_windows: int) -> tf.Tensor:
+    def take(self, index: Any, number_of_windows: int | tf.Tensor) -> tf.Tensor:
         """Returns the states of a batch, `(batch * number_of_windows, D)`. `index`: the number of each trajectory."""
         if index is None or not self.built:
             raise ValueError(
@@ -27,7 +27,7 @@ class WindowStates(keras.Layer):
                 '`fit`, not a data set, or choose `initial_states="observed"`. Received: data without an `index`'
             )
         _, made_for, dim = self.states.shape
-        if made_for != number_of_windows:
+        if isinstance(number_of_windows, int) and made_for != number_of_windows:
             raise ValueError(self._other_data(f"trajectories with {number_of_windows} windows"))
         return ops.reshape(ops.take(self.states, index, axis=0), (-1, dim))
 
@@ -49,7 +49,9 @@ class WindowStates(keras.Layer):
         )
 
 
-def gaps(ends: tf.Tensor, starts: tf.Tensor, seen: tf.Tensor, number_of_windows: int) -> tuple[tf.Tensor, tf.Tensor]:
+def gaps(
+    ends: tf.Tensor, starts: tf.Tensor, seen: tf.Tensor, number_of_windows: int | tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the squared gap between each window's end and the next one's start, and 1 for those that count.
 
     Args:
