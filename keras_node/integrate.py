@@ -82,14 +82,15 @@ def integrate(
     fsal = tableau.fsal and coupling is None
     # In a joint solve of samples with their own times, some may be at rest in a segment.
     may_rest = norm is None and clock.speed.shape.rank == 2 and not per_sample
-    given_norm: Norm = norm or functools.partial(rms_norm, per_sample=per_sample)
     end_of_clock = clock.end
     # The shape of everything that controls the loop: one value, or one for each sample.
     sample_shape = tf.shape(end_of_clock)
     several_segments = clock.num_segments != 1
     last_index = tf.maximum(clock.count - 1, 0) if several_segments else 0
     first_segment = clock.segment(tf.zeros(sample_shape, tf.int32) if several_segments else 0)
-    first_norm = rms_norm_of_moving(first_segment.speed) if may_rest else given_norm
+    first_norm: Norm = norm or functools.partial(rms_norm, per_sample=per_sample)
+    if may_rest:
+        first_norm = rms_norm_of_moving(first_segment.speed)
     first_spacing = None if solver.adaptive or several_segments else spacing(first_segment, solver)
 
     def on_the_way(index: Nest, reading: tf.Tensor) -> tf.Tensor:

@@ -236,7 +236,8 @@ def _odeint(
 
 def _refuse_numbers(y0: Nest) -> None:
     """Raises for a list of numbers, which is a list of states without an axis, and no layer takes these."""
-    if tf.nest.is_nested(y0) and all(isinstance(y, int | float) for y in tf.nest.flatten(y0)):
+    leaves = tf.nest.flatten(y0) if tf.nest.is_nested(y0) else []
+    if leaves and all(isinstance(y, int | float) for y in leaves):
         raise ValueError(
             "A list of numbers is a list of that many states. Pass an array with a batch axis to a layer, such as "
             f"`np.array([[1.0, 2.0]])` for a batch of one sample. Received: y0={y0!r}"

@@ -108,6 +108,10 @@ class ConcatSquashField(keras.layers.Layer):
     Masking:
         A mask has no effect, and the layer does not pass it on.
 
+    Raises:
+        ValueError: if there is no condition where the weights were made for one, for one where they were made for none,
+            and for one with another number of features.
+
     Example:
         >>> flow = keras_node.ContinuousFlow(2, keras_node.ConcatSquashField((32, 32)))
         >>> flow.log_prob(tf.zeros((4, 2))).shape

@@ -27,6 +27,7 @@ class WindowStates(keras.Layer):
                 '`fit`, not a data set, or choose `initial_states="observed"`. Received: data without an `index`'
             )
         _, made_for, dim = self.states.shape
+        # Where the number is a tensor, `begin_at` has checked it.
         if isinstance(number_of_windows, int) and made_for != number_of_windows:
             raise ValueError(self._other_data(f"trajectories with {number_of_windows} windows"))
         return ops.reshape(ops.take(self.states, index, axis=0), (-1, dim))
