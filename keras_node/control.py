@@ -1,6 +1,7 @@
 """Control signals: paths in continuous time through irregular observations with missing values.
 
-All code here uses `keras.ops`, so that you can build a path from the symbolic inputs of a functional model too.
+The code here uses `keras.ops` and one operation of its own, so that you can build a path from the symbolic inputs of a
+functional model too.
 """
 
 import math
@@ -78,10 +79,10 @@ class ControlPath(NamedTuple):
         # Counting works for any batch under XLA, where a search would compare with every knot as well.
         number = ops.sum(ops.cast(started(self.times[:, None], points), "int32"), axis=-1)
         index = ops.maximum(number - 1, 0)
-        start = ops.expand_dims(ops.take_along_axis(self.times, index, axis=1), -1)
-        length = ops.expand_dims(ops.take_along_axis(increments(self.times), index, axis=1), -1)
+        start = ops.expand_dims(take_steps(self.times, index), -1)
+        length = ops.expand_dims(take_steps(increments(self.times), index), -1)
         s = ops.maximum(ops.divide_no_nan(points - start, length), 0)
-        coefficients = ops.take_along_axis(self.coefficients, index[..., None, None], axis=1)
+        coefficients = take_steps(self.coefficients, index)
         return coefficients, *(ops.cast(x, coefficients.dtype) for x in (s, length))
 
 
@@ -179,7 +180,7 @@ def pieces(
 
     if interpolation == "rectilinear":
         known = ops.cumsum(ops.cast(observed, "int32"), axis=1) > 0
-        values = last_valid(ops.where(known, last_valid(values, observed), 0), ops.expand_dims(valid, -1))
+        values = last_valid(ops.where(known, last_valid(values, observed), 0), valid)
         # Each step becomes two knots: the time passes first, and then the values change.
         times, values = ops.repeat(times, 2, axis=1)[:, 1:], ops.repeat(values, 2, axis=1)[:, :-1]
     else:
@@ -189,7 +190,7 @@ def pieces(
         return times, ops.stack([values, change], axis=2), ordered
     length = ops.expand_dims(increments(times), -1)
     # The slope at a knot is that of the last piece before it in which time passed. The first piece is straight.
-    slope = last_valid(ops.divide_no_nan(change, length), length > 0)
+    slope = last_valid(ops.divide_no_nan(change, length), length[..., 0] > 0)
     start = length * ops.concatenate([slope[:, :1], slope[:, :-1]], axis=1)
     bend = change - start
     return times, ops.stack([values, start, 2 * bend, -bend], axis=2), ordered
@@ -219,13 +220,47 @@ def last_valid(values: tf.Tensor, valid: tf.Tensor) -> tf.Tensor:
     Steps before the first valid step get the value of the first valid step.
 
     Args:
-        values: `(batch, T, ...)`.
-        valid: boolean, of a shape that broadcasts against `values` from the first axis on.
+        values: `(batch, T)` or `(batch, T, channels)`.
+        valid: boolean, of the shape of `values`, or `(batch, T)`.
+    """
+    order, number = _valid_steps(valid)
+    return take_steps(values, take_steps(order, ops.maximum(number - 1, 0)))
+
+
+def _valid_steps(valid: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the indices of the valid steps, one after the other, and how many there are up to every step.
+
+    The last step follows, so that there are as many indices as steps.
     """
     steps = ops.cumsum(ops.ones_like(valid, dtype="int32"), axis=1) - 1
-    order = ops.sort(ops.where(valid, steps, steps[:, -1:]), axis=1)  # the valid steps come first
-    rank = ops.maximum(ops.cumsum(ops.cast(valid, "int32"), axis=1) - 1, 0)
-    return ops.take_along_axis(values, ops.take_along_axis(order, rank, axis=1), axis=1)
+    order = ops.sort(ops.where(valid, steps, steps[:, -1:]), axis=1)
+    return order, ops.cumsum(ops.cast(valid, "int32"), axis=1)
+
+
+def take_steps(x: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+    """Returns `x[b, index[b, i]]` for `x` of shape `(batch, T, ...)`, or `(1, T, ...)`, and an index `(batch, N)`.
+
+    If there is an index for every channel, `(batch, N, channels)`, these are the values `x[b, index[b, i, c], c]`.
+    """
+    return TakeSteps()(x, index) if isinstance(x, keras.KerasTensor) else _take_steps(x, index)
+
+
+def _take_steps(x: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+    # `ops.take_along_axis` makes several times as many operations, each of which takes time to trace.
+    if len(index.shape) == 3:
+        x, index = (tf.transpose(a, (0, 2, 1)) for a in (x, index))
+        return tf.transpose(tf.gather(x, index, batch_dims=2), (0, 2, 1))
+    if x.shape[0] is None or x.shape[0] != index.shape[0]:
+        x = tf.broadcast_to(x, tf.concat([tf.shape(index)[:1], tf.shape(x)[1:]], axis=0))
+    return tf.gather(x, index, batch_dims=1)
+
+
+@keras.saving.register_keras_serializable(package="keras_node")
+class TakeSteps(keras.Operation):
+    """The function `take_steps` for the symbolic tensors of a functional model."""
+
+    def call(self, x: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+        return _take_steps(x, index)
 
 
 def increments(x: tf.Tensor) -> tf.Tensor:
@@ -249,12 +284,13 @@ def differentiate(coefficients: tf.Tensor) -> tf.Tensor:
 
 def fill_linearly(times: tf.Tensor, values: tf.Tensor, observed: tf.Tensor) -> tf.Tensor:
     """Fills in missing values on the straight line between the observations before and after."""
+    order, number = _valid_steps(observed)
+    before = take_steps(order, ops.maximum(number - 1, 0))
+    after = take_steps(order, ops.minimum(number - ops.cast(observed, "int32"), ops.maximum(number[:, -1:] - 1, 0)))
     times = times + ops.zeros_like(values)
-    before, x_before = (last_valid(a, observed) for a in (times, values))
-    after, x_after = (
-        ops.flip(last_valid(ops.flip(a, axis=1), ops.flip(observed, axis=1)), axis=1) for a in (times, values)
-    )
-    return x_before + ops.divide_no_nan(times - before, after - before) * (x_after - x_before)
+    start, end = take_steps(times, before), take_steps(times, after)
+    x_start, x_end = take_steps(values, before), take_steps(values, after)
+    return x_start + ops.divide_no_nan(times - start, end - start) * (x_end - x_start)
 
 
 def _points(t: Any, dtype: Any) -> tf.Tensor:

@@ -81,8 +81,9 @@ def prepare(x: Any, layer: keras.Layer, interpolation: str, keep_times: bool = F
     with tf.control_dependencies(check_order(ordered, given, layer)):
         values = ops.where(ordered[:, None, None], values, float("nan"))
     times = last_valid(ops.where(valid, given, 0), valid)
-    kept = running_maximum(ops.maximum(ops.where(ops.isfinite(given), given, times), times))
     values = fill_linearly(ops.expand_dims(ops.cast(times, dtype), -1), values, observed)
+    if keep_times or "controls" in x:
+        kept = running_maximum(ops.maximum(ops.where(ops.isfinite(given), given, times), times))
     jumps: tuple = ()
     if "jump_times" in x:
         jumps = prepare_times(x["jump_times"], dtype), ops.cast(x["jump_amounts"], dtype)
