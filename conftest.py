@@ -29,20 +29,24 @@ def _same_random_numbers_in_every_run():
     keras.utils.set_random_seed(0)
 
 
-@pytest.fixture
-def traced_once(monkeypatch):
-    """Creates the variables of an optimizer before `fit`, for tests in which most of the time is tracing.
+@pytest.fixture(autouse=True)
+def _traced_once(request, monkeypatch):
+    """Creates the variables of an optimizer before `fit`, since most of the time of tests is tracing.
 
-    Keras creates them in the first trace of a training step, and then TensorFlow traces the step again.
+    Keras creates them in the first trace of a training step, and then TensorFlow traces the step again. Tests with the
+    mark `traced_twice` do the same.
     """
+    if "traced_twice" in request.keywords:
+        return
     import keras
 
     fit = keras.Model.fit
 
     @functools.wraps(fit)
     def with_optimizer(model, *args, **kwargs):
-        if model.built and not model.optimizer.built:
-            model.optimizer.build(model.trainable_variables)
+        optimizer = getattr(model, "optimizer", None)
+        if model.built and optimizer is not None and not optimizer.built:
+            optimizer.build(model.trainable_variables)
         return fit(model, *args, **kwargs)
 
     monkeypatch.setattr(keras.Model, "fit", with_optimizer)

@@ -36,6 +36,7 @@ class ControlPath(NamedTuple):
     times: Any
     coefficients: Any
 
+    @tf.autograph.experimental.do_not_convert
     def __call__(self, t: Any) -> tf.Tensor:
         """Returns the value of the path.
 
@@ -51,6 +52,7 @@ class ControlPath(NamedTuple):
         coefficients, s, _ = self._piece(_points(t, self.times.dtype), ops.less_equal)
         return _like_time(t, polynomial(coefficients, s))
 
+    @tf.autograph.experimental.do_not_convert
     def derivative(self, t: Any) -> tf.Tensor:
         """Returns the rate of change of the path.
 
@@ -86,6 +88,7 @@ class ControlPath(NamedTuple):
         return coefficients, *(ops.cast(x, coefficients.dtype) for x in (s, length))
 
 
+@tf.autograph.experimental.do_not_convert
 def control_path(times: Any, values: Any, mask: Any = None, interpolation: str = "hermite") -> ControlPath:
     """Makes a path in continuous time out of observations.
 

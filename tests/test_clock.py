@@ -406,7 +406,7 @@ def test_a_batch_of_none_with_times_of_its_own(gradient, per_sample):
         gradients = tape.gradient(value, [net.kernel.value, ts], unconnected_gradients="zero")
         return ys, *gradients
 
-    for mode in ("eager", "graph", "xla"):
+    for mode in ("graph", "xla" if per_sample else "eager"):
         ys, dkernel, dts = in_mode(mode, run)(tf.ones((3, 0)))
         assert ys.shape == (3, 0, 3) and dts.shape == (3, 0)
         np.testing.assert_array_equal(dkernel, np.zeros((3, 3)))

@@ -193,7 +193,6 @@ class Driven(keras.layers.Layer):
         return keras.ops.matmul(ControlPath(*args)(t), self.kernel) - y
 
 
-@pytest.mark.usefixtures("traced_once")
 def test_a_field_driven_by_data_trains_and_is_saved_and_exported(tmp_path):
     keras.utils.set_random_seed(0)
     times, values = keras.Input((None,)), keras.Input((None, CHANNELS))

@@ -41,7 +41,6 @@ def fall(t, y):
     return keras.ops.stack([y[:, 1], -9.8 * keras.ops.ones_like(y[:, 1])], axis=1)
 
 
-@pytest.mark.usefixtures("traced_once")
 def test_fit_trains_the_weights_of_an_event_function():
     # y = y0 e^t reaches the level at log(level / y0), so the times of events tell the level.
     level = Level()

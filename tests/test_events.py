@@ -20,7 +20,6 @@ PAIRS = [
     ("backsolve", "eager"),
     ("backsolve", "xla"),
     ("checkpointed", "graph"),
-    ("checkpointed", "xla"),
     ("direct", "graph"),
 ]
 
@@ -560,7 +559,6 @@ def test_every_kind_of_step_finds_events_and_their_derivatives(solver):
     event = Event(lambda t, y: first(y), terminal=False)
     gradient = None if solver.tableau.implicit else "checkpointed"
 
-    @tf.function
     def run(y0):
         with tf.GradientTape() as tape:
             tape.watch(y0)
@@ -570,7 +568,8 @@ def test_every_kind_of_step_finds_events_and_their_derivatives(solver):
             second = solution.events.ts[1]
         return solution, tape.gradient(second, y0)
 
-    solution, gradient = run(start)
+    # Many stages take long to trace, and few steps are soon taken.
+    solution, gradient = (run if solver.method == "dopri8" else tf.function(run))(start)
     a, b = start.numpy().T
     expected = np.pi + np.mod(np.arctan2(-a, b), np.pi)
     np.testing.assert_allclose(solution.events.ts[1], expected, rtol=1e-6)

@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-pytestmark = pytest.mark.usefixtures("traced_once")
-
 EXAMPLES = sorted((pathlib.Path(__file__).parent.parent / "examples").glob("*.py"))
 EXAMPLES = [example for example in EXAMPLES if example.stem != "multi_worker"]  # test_multi_worker.py runs it
 NEEDS = {

@@ -119,7 +119,6 @@ def test_adjoints_see_the_second_derivatives_of_an_energy(gradient):
         assert check.error < 1e-6 or abs(check.gradient - check.finite_difference) < 1e-9, check
 
 
-@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("name", ["second order", "energy"])
 def test_it_trains_in_a_layer_under_xla_and_is_saved_and_exported(name, tmp_path):
     model = keras.Sequential([keras.Input((4,)), ODELayer(FIELDS[name](), solver=FIXED), layers.Dense(1)])

@@ -86,7 +86,6 @@ class Decay(keras.layers.Layer):
         return -keras.ops.diag(self.rate * [0.6, 1.0])
 
 
-@pytest.mark.usefixtures("traced_once")
 def test_a_layer_may_have_a_method(tmp_path):
     keras.utils.set_random_seed(0)
     layer = keras_node.ODELayer(Decay(), solver="kvaerno3", track_stats=True, name="ode")

@@ -212,7 +212,6 @@ def test_it_takes_the_mask_of_its_input():
     np.testing.assert_array_equal(layer(masked, times), layer(x, times, mask=mask))
 
 
-@pytest.mark.usefixtures("traced_once")
 def test_it_trains_alike_with_and_without_xla_and_is_saved_and_exported(tmp_path):
     x, times = series()
     mask = np.array([[True] * STEPS, [True] * 3 + [False] * 2, [True] * STEPS])
@@ -301,5 +300,7 @@ def test_what_does_not_fit_is_refused():
         NeuralCDE(0)
     with pytest.raises(ValueError, match=r"`interpolation` must be one of .* Received: interpolation='cubic'"):
         NeuralCDE(UNITS, interpolation="cubic")
+    with pytest.raises(ValueError, match=r"channels, 1 or more. Received: x.shape=\(2, 3, 0\)"):
+        cde()(np.ones((2, 3, 0)), np.ones((2, 3)))
     with pytest.raises(ValueError, match=r"Received: x.shape=\(3, 5\)"):
         NeuralCDE(UNITS)(times, times)

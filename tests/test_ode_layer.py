@@ -51,9 +51,15 @@ def data():
     return x, (x[:, 0] * x[:, 1] > 0).astype("int32")
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient": "checkpointed"}, {"gradient": "direct", "solver": "rk4"}], ids=str
+    ("options", "jit_compile"),
+    [
+        pytest.param({}, False, marks=pytest.mark.traced_twice),
+        ({}, True),
+        ({"gradient": "checkpointed"}, True),
+        ({"gradient": "direct", "solver": "rk4"}, False),
+    ],
+    ids=str,
 )
 def test_fit_trains_with_and_without_xla(data, options, jit_compile):
     model = classifier(**options)

@@ -330,7 +330,6 @@ def test_under_a_mixed_policy_times_keep_their_digits():
     np.testing.assert_allclose(y, single(x, times), atol=5e-3)
 
 
-@pytest.mark.usefixtures("traced_once")
 def test_it_trains_alike_with_and_without_xla_and_is_saved_and_exported(tmp_path):
     x, times = series()
     mask = np.array([[True] * STEPS, [True] * 3 + [False] * 2])

@@ -229,7 +229,6 @@ def test_the_field_is_that_of_the_solve():
         assert layer.losses[0] > 20
 
 
-@pytest.mark.usefixtures("traced_once")
 def test_only_training_is_penalized_and_only_it_draws():
     x = points(8).astype("float32")
     models = []
@@ -249,13 +248,12 @@ def test_only_training_is_penalized_and_only_it_draws():
     assert np.any(penalized.layers[0].seed_generator.state.numpy() != seed)
 
 
-@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "float64"])
 def test_a_penalized_model_trains_and_is_saved(policy, tmp_path, monkeypatch):
     keras.utils.set_random_seed(2)
     ode = ODELayer(keras.layers.Dense(2, "tanh"), kinetic_energy=0.5, local_error=0.1, solver="bosh3", dtype=policy)
     model = keras.Sequential([keras.Input((2,)), ode])
-    model.compile("sgd", "mse", jit_compile=True)
+    model.compile("sgd", "mse", jit_compile=policy == "float64")
     x = points(16).astype("float32")
     losses = model.fit(x, x, epochs=3, verbose=0).history["loss"]
     assert np.all(np.isfinite(losses))

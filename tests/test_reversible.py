@@ -70,8 +70,8 @@ def test_the_steps_and_their_gradient_are_those_of_the_paper():
     [
         ([0.0, 1.2], {}, "eager"),
         ([1.1, 1.1, 0.6, 0.2, 0.1], {}, "eager"),
-        ([0.0, 0.5, 0.51, 1.2], {"method": "dopri8"}, "graph"),
-        (OWN, {"method": "dopri8", "rtol": 1e-8}, "eager"),
+        ([0.0, 0.5, 0.51, 1.2], {"method": "dopri8"}, "eager"),
+        (OWN, {"method": "dopri8", "rtol": 1e-6}, "eager"),
         (OWN, {}, "graph"),
         (OWN, {"per_sample": True}, "xla"),
         ([0.0, 0.5, 1.2], {"step_at": [0.25, 0.7]}, "eager"),

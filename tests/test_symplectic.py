@@ -144,7 +144,6 @@ def test_the_default_gradient_is_that_of_the_discrete_solution(ts, options, mode
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.usefixtures("traced_once")
 def test_keras_fields_in_a_layer_that_is_saved(tmp_path):
     """A separable energy of `(q, p)`, whose layer is trained and read again."""
     keras.utils.set_random_seed(0)

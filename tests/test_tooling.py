@@ -1,6 +1,7 @@
-"""Keras' own tools on models with layers of ours: pictures, summaries, search, LoRA, quantization, safe loading."""
+"""Tools on models with layers of ours: pictures, summaries, search, LoRA, quantization, safe loading, AutoGraph."""
 
 import base64
+import inspect
 import io
 import json
 import marshal
@@ -179,3 +180,74 @@ def test_python_planted_in_a_file_is_not_run(part, tmp_path):
     with pytest.raises((ValueError, TypeError)):
         keras.models.load_model(path)
     assert not ran.exists()
+
+
+SERIES = tf.ones((2, 3, 4))
+TIMES = tf.constant([[0.0, 1.0, 2.0]] * 2)
+EULER = keras_node.RungeKutta("euler", num_steps=1)
+
+
+def layer(field):
+    return keras_node.ODELayer(field, solver=EULER)
+
+
+def recurrent_layer(field):
+    return keras_node.ODERNN(keras.layers.GRUCell(4), field, solver=EULER)
+
+
+def cde(field):
+    return keras_node.NeuralCDE(4, keras.Sequential([field, keras.layers.Dense(4 * 5)]), solver=EULER)
+
+
+def flow(field):
+    return keras_node.ContinuousFlow(4, field, solver=EULER)
+
+
+def latent_ode(field):
+    return keras_node.LatentODE(4, vector_field=field, solver=EULER)
+
+
+def dynamics_model(field):
+    return keras_node.DynamicsModel(field, solver=EULER)
+
+
+@pytest.mark.parametrize(
+    ("make", "method", "arguments"),
+    [
+        (layer, "__call__", (X,)),
+        (recurrent_layer, "__call__", (SERIES, TIMES)),
+        (cde, "__call__", (SERIES, TIMES)),
+        (flow, "log_prob", (X,)),
+        (flow, "sample", (2,)),
+        (flow, "forward", (X,)),
+        (flow, "inverse", (X,)),
+        (flow, "compute_loss", (X,)),
+        (latent_ode, "reconstruct", ((TIMES, SERIES),)),
+        (latent_ode, "extrapolate", ((TIMES, SERIES), TIMES)),
+        (latent_ode, "decode", (SERIES[:, 0], TIMES)),
+        (latent_ode, "sample", (2, TIMES[0])),
+        (latent_ode, "train_step", (((TIMES, SERIES),),)),
+        (dynamics_model, "forecast", (SERIES[:, 0], TIMES)),
+        (dynamics_model, "test_step", (((TIMES, SERIES),),)),
+    ],
+)
+def test_autograph_rewrites_the_users_function_alone(make, method, arguments):
+    """To rewrite and compile Python takes longer than to trace it, and nothing of ours needs it."""
+
+    class Looks(keras.layers.Dense):
+        def call(self, y):
+            frames.append([frame.function for frame in inspect.stack() if "autograph_generated" in frame.filename])
+            return super().call(y)
+
+    frames, model = [], make(Looks(4))
+    if make is latent_ode:
+        model((TIMES, SERIES))
+    if hasattr(model, "compile"):
+        model.compile("adam")
+
+    def step():
+        return getattr(model, method)(*arguments)
+
+    frames.clear()
+    tf.function(step)()
+    assert frames and all(names == ["tf__step"] for names in frames)

@@ -131,14 +131,16 @@ class NeuralCDE(SolvingLayer):
         self.set_options(solver, gradient, jit_compile, track_stats, counts_backward=False)
         self.supports_masking = True
 
+    @tf.autograph.experimental.do_not_convert
     def __call__(self, x: Any, times: Any, *args: Any, **kwargs: Any) -> tf.Tensor:
         check_steps(x, self)
         return super().__call__(x, as_array(times), *args, **kwargs)
 
     def build(self, x_shape: tuple) -> None:
-        if len(x_shape) != 3 or x_shape[-1] is None:
+        # TensorFlow ends the process where a graph multiplies a tensor without channels by a kernel.
+        if len(x_shape) != 3 or not x_shape[-1]:
             raise ValueError(
-                "`x` must be of shape (batch, T, channels), with a known number of channels. "
+                "`x` must be of shape (batch, T, channels), with a known number of channels, 1 or more. "
                 f"Received: x.shape={tuple(x_shape)}"
             )
         channels = 1 + x_shape[-1]

@@ -209,6 +209,7 @@ class ODELayer(SolvingLayer):
     def local_error(self) -> float:
         return self.penalties.local_error
 
+    @tf.autograph.experimental.do_not_convert
     def __call__(self, inputs: Nest, ts: Any = None, args: Any = None, jumps: Any = None, **kwargs: Any) -> Nest:
         arguments = {
             "ts": times_to_call(ts, self.variable_dtype),

@@ -165,6 +165,7 @@ class ODERNN(SolvingLayer):
         )
         keep_frozen(self)
 
+    @tf.autograph.experimental.do_not_convert
     def __call__(self, x: Any, times: Any = None, *args: Any, **kwargs: Any) -> Any:
         check_steps(x, self)
         return super().__call__(x, as_array(times), *args, **kwargs)

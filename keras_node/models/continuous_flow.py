@@ -267,12 +267,14 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
             return tf.reshape(matching(rows, condition, training=True), shape[:-1]), {}
         return -(self(x, training=training) if y_pred is None else y_pred), {}
 
+    @tf.autograph.experimental.do_not_convert
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> tf.Tensor:
         refuse_weights(self.coupling if training else None, sample_weight)
         return super().compute_loss(x, y, y_pred, sample_weight, training)
 
+    @tf.autograph.experimental.do_not_convert
     def log_prob(self, x: Any, condition: Any = None) -> tf.Tensor:
         """Returns the log-density of vectors, in nats.
 
@@ -286,6 +288,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         x, condition = (None if a is None else ops.convert_to_tensor(a, self.variable_dtype) for a in (x, condition))
         return self(x if condition is None else (x, condition))
 
+    @tf.autograph.experimental.do_not_convert
     def sample(self, n: int, condition: Any = None, seed: Any = None) -> tf.Tensor:
         """Draws samples from the flow.
 
@@ -305,6 +308,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         solution = self.options.solve(self.vector_field, rows, [0.0, self.t1], args=condition)
         return tf.reshape(solution.ys[-1], tf.shape(z))
 
+    @tf.autograph.experimental.do_not_convert
     def forward(self, z: Any, condition: Any = None) -> tuple[tf.Tensor, tf.Tensor]:
         """Maps noise to data.
 
@@ -318,6 +322,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         x, integrals = self._solve(z, condition, [0.0, self.t1])
         return x, integrals[0]
 
+    @tf.autograph.experimental.do_not_convert
     def inverse(self, x: Any, condition: Any = None) -> tuple[tf.Tensor, tf.Tensor]:
         """Maps data to noise.
 

@@ -213,6 +213,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
             scaled.scale.assign(scale)
         self.is_adapted.assign(True)
 
+    @tf.autograph.experimental.do_not_convert
     def forecast(self, y0: Any, times: Any, args: Any = None, jumps: Any = None) -> tf.Tensor:
         """Returns the states at given times.
 

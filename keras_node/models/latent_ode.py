@@ -221,6 +221,7 @@ class LatentODE(NestedLayers, LikelihoodModel):
         steps = ops.cast(self.optimizer.iterations, self.variable_dtype)
         return ops.minimum(steps / self.kl_annealing_steps, 1)
 
+    @tf.autograph.experimental.do_not_convert
     def posterior(self, inputs: tuple, training: bool | None = None) -> Any:
         """Returns the approximate posterior of the latent state at `t0`.
 
@@ -251,6 +252,7 @@ class LatentODE(NestedLayers, LikelihoodModel):
         loc = ops.where(ordered, loc, float("nan"))
         return tfd.MultivariateNormalDiag(loc, ops.softplus(scale) + _SMALLEST_SCALE)
 
+    @tf.autograph.experimental.do_not_convert
     def decode(self, z0: Any, times: Any, training: bool | None = None) -> tf.Tensor:
         """Returns the means of observations on paths that start at given latent states.
 
@@ -273,6 +275,7 @@ class LatentODE(NestedLayers, LikelihoodModel):
         z = self.dynamics(z0, ts=times, training=training)
         return ops.cast(self.decoder(z, training=training), self.compute_dtype)
 
+    @tf.autograph.experimental.do_not_convert
     def reconstruct(self, inputs: tuple) -> tf.Tensor:
         """Returns the means of observations at the times of the inputs, as calling the model does.
 
@@ -284,6 +287,7 @@ class LatentODE(NestedLayers, LikelihoodModel):
         """
         return self(inputs)
 
+    @tf.autograph.experimental.do_not_convert
     def extrapolate(self, inputs: tuple, times: Any) -> tf.Tensor:
         """Returns the means of observations at other times, from the mean of the posterior.
 
@@ -296,6 +300,7 @@ class LatentODE(NestedLayers, LikelihoodModel):
         """
         return self.decode(self.posterior(inputs).loc, times)
 
+    @tf.autograph.experimental.do_not_convert
     def sample(self, n: int, times: Any) -> tf.Tensor:
         """Returns the means of observations on paths that start at draws from the prior.
 
