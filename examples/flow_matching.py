@@ -41,6 +41,7 @@ import time
 import keras
 import matplotlib
 import numpy as np
+import tensorflow as tf
 from flow_digits import digits
 from flow_toys import EDGE, QUICK, SOLVER, TOYS
 
@@ -169,7 +170,12 @@ def picture(flow):
     grid = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
     density = np.exp(flow.predict(grid, batch_size=4800, verbose=0)).reshape(120, 120)
     z = keras.random.normal((SHOWN, 2), seed=0)
-    return density, keras_node.odeint(flow.vector_field, z, np.linspace(0, 1, 30), solver=flow.solver).ys.numpy()
+
+    @tf.function
+    def paths():
+        return keras_node.odeint(flow.vector_field, z, np.linspace(0, 1, 30), solver=flow.solver).ys
+
+    return density, paths().numpy()
 
 
 def draw_pictures(path, rows):

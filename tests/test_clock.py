@@ -187,10 +187,17 @@ STEPS_TO_ALL_TIMES = {
 }
 
 
-@pytest.mark.parametrize("number", [2, 3, None])
 @pytest.mark.parametrize(
-    ("solver", "gradient"),
-    [("rk4", "direct"), ("rk4", "checkpointed"), ("leapfrog", "checkpointed"), ("adaptive", "backsolve")],
+    ("solver", "gradient", "number"),
+    [
+        ("rk4", "direct", 2),
+        ("rk4", "direct", None),
+        ("rk4", "checkpointed", 3),
+        ("leapfrog", "checkpointed", 2),
+        ("leapfrog", "checkpointed", None),
+        ("adaptive", "backsolve", 3),
+        ("adaptive", "backsolve", None),
+    ],
 )
 def test_a_sample_at_rest_beside_others_that_move_has_the_gradient_of_its_times(solver, number, gradient):
     ts = tf.constant([[0.0, 1.0], [1.0, 1.0], [2.0, 1.0]], tf.float64)[: number or 2]

@@ -103,8 +103,7 @@ def test_a_tf_function_that_was_traced_without_weights_is_refused():
 
 
 @gradients
-@pytest.mark.parametrize("mode", ["eager", "graph"])
-@pytest.mark.parametrize("by", ["scope", "recompute_grad"])
+@pytest.mark.parametrize(("by", "mode"), [("scope", "graph"), ("recompute_grad", "eager")])
 def test_a_field_that_is_computed_again_for_its_gradient(by, mode, gradient):
     if (gradient, mode) == ("direct", "graph"):
         pytest.skip("TensorFlow cannot differentiate a loop with `tf.recompute_grad` in it, and says so")
@@ -199,9 +198,8 @@ def test_a_metric_or_a_counter_in_a_field_is_refused():
         keras_node.ODELayer(inner)(tf.ones((4, 3)), training=True)
 
 
-@pytest.mark.parametrize("mode", ["eager", "xla"])
 @gradients
-@pytest.mark.parametrize(("state", "weights"), [("float64", "float32"), ("float32", "float64")])
+@pytest.mark.parametrize(("state", "weights", "mode"), [("float64", "float32", "xla"), ("float32", "float64", "eager")])
 def test_mixtures_of_precision(state, weights, gradient, mode):
     """`dy/dt = -a tanh(w y)`, beside the same in float64 throughout."""
     y0 = np.random.default_rng(0).normal(size=(4, 2))

@@ -19,8 +19,7 @@ def ode_model(field=None, **options):
     return keras.Sequential([keras.Input((3,)), layer])
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("gradient", ["backsolve", "checkpointed", "direct"])
+@pytest.mark.parametrize(("gradient", "jit_compile"), [("backsolve", False), ("checkpointed", True), ("direct", False)])
 def test_the_logs_tell_what_a_solve_took(gradient, jit_compile, tmp_path):
     model = ode_model(gradient=gradient, solver=keras_node.RungeKutta("bosh3", num_steps=5))
     model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=jit_compile)

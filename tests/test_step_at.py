@@ -83,8 +83,18 @@ def value_and_gradients(ts, args, solver, gradient):
     return solution, *tape.gradient(value, [ts, args])
 
 
-@pytest.mark.parametrize("options", [{"step_size": 0.3}, {}, {"per_sample": True}], ids=str)
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize(
+    ("gradient", "options"),
+    [
+        ("backsolve", {"step_size": 0.3}),
+        ("direct", {"step_size": 0.3}),
+        ("checkpointed", {}),
+        ("reversible", {}),
+        ("backsolve", {"per_sample": True}),
+        ("checkpointed", {"per_sample": True}),
+    ],
+    ids=str,
+)
 def test_times_outside_and_twice_do_no_harm(gradient, options):
     """A schedule of doses is mostly outside a given solve: as many evaluations and the gradients of the one inside."""
     method = "rk4" if "step_size" in options else "bosh3"

@@ -64,8 +64,11 @@ def test_the_remedies_succeed(problem, gradient):
         np.testing.assert_allclose(computed, expected, rtol=5e-3, atol=1e-12)
 
 
-@pytest.mark.parametrize("ts", [[0.0, 1.0], [1.0, 0.3, 0.3, 0.1], [[0.0, 1.0], [0.5, 0.2]]], ids=str)
-@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize(
+    ("ts", "per_sample"),
+    [([0.0, 1.0], False), ([1.0, 0.3, 0.3, 0.1], True), ([[0.0, 1.0], [0.5, 0.2]], False)],
+    ids=str,
+)
 def test_states_to_start_again_from_change_nothing_else(ts, per_sample):
     """Against the plain adjoint, at tolerances so tight that both are exact; `ts` and its states stay what they are."""
     solver = keras_node.RungeKutta("dopri5", rtol=1e-10, atol=1e-10, per_sample=per_sample)
