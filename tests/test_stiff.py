@@ -356,7 +356,7 @@ def differences(function, arguments):
         (None, "graph", "esdirk54", False),
         (None, "xla", "kvaerno3", True),
         (None, "eager", "trbdf2", False),
-        ("direct", "graph", "esdirk43", True),
+        ("direct", "graph", "trbdf2", True),
         ("direct", "xla", "trbdf2", False),
     ],
 )
