@@ -303,7 +303,7 @@ def _marked(history: EventHistory) -> EventHistory:
     mark = happened / happened
 
     def leaf(y: tf.Tensor) -> tf.Tensor:
-        return y * tf.reshape(mark, tf.concat([tf.shape(mark), tf.ones([y.shape.rank - 2], tf.int32)], axis=0))
+        return y * trees.expand(mark, y.shape.rank)
 
     ts = history.ts * tf.cast(mark, history.ts.dtype)
     return history._replace(ts=ts, ys=tf.nest.map_structure(leaf, history.ys))
@@ -311,5 +311,4 @@ def _marked(history: EventHistory) -> EventHistory:
 
 def _where(mask: tf.Tensor, x: tf.Tensor, y: tf.Tensor) -> tf.Tensor:
     """Selects states by a mask `(T, batch)`."""
-    shape = tf.concat([tf.shape(mask), tf.ones([x.shape.rank - 2], tf.int32)], axis=0)
-    return tf.where(tf.reshape(mask, shape), x, y)
+    return tf.where(trees.expand(mask, x.shape.rank), x, y)

@@ -91,14 +91,16 @@ class DenseOutput:
     Args:
         solver: the method, whose continuous extension is used.
         readings: `(T,)`, or `(T, batch)` if samples have their own. `readings[0]` is the start.
+        exported: whether an exported model may contain the solve (see `new_buffer`).
     """
 
-    def __init__(self, solver: RungeKutta, readings: tf.Tensor) -> None:
+    def __init__(self, solver: RungeKutta, readings: tf.Tensor, exported: bool) -> None:
         self.tableau = solver.tableau
         self.per_sample = solver.per_sample
         self.readings = readings
         self.size = readings.shape[0] if readings.shape[0] is not None else tf.shape(readings)[0]
         self.shared = readings.shape.rank == 1
+        self.exported = exported
 
     def start(self, y0: Nest) -> Memory:
         written = tf.ones_like(self.readings[0], dtype=tf.int32)
@@ -153,8 +155,7 @@ class DenseOutput:
 
         def leaf(buffer: Buffer, first: tf.Tensor, rest: tf.Tensor) -> tf.Tensor:
             states = stack(buffer)[: self.size]
-            expand = tf.ones([states.shape.rank - at_start.shape.rank], tf.int32)
-            starts, known = (tf.reshape(m, tf.concat([tf.shape(m), expand], 0)) for m in (at_start, reached))
+            starts, known = (trees.expand(m, states.shape.rank) for m in (at_start, reached))
             return tf.where(starts, first[None], tf.where(known, states, rest))
 
         if y1 is None:
@@ -164,7 +165,7 @@ class DenseOutput:
     def _new_buffer(self, leaf: tf.Tensor) -> Buffer:
         if self.shared:
             # The last entry is written now, so that the buffer has all entries even if the solve fails before it.
-            return write(new_buffer(self.size + 1, leaf), self.size, leaf)
+            return write(new_buffer(self.size + 1, leaf, self.exported), self.size, leaf)
         return tf.zeros(tf.concat([[self.size + 1], tf.shape(leaf)], 0), leaf.dtype)
 
     def _write(self, buffer: Buffer, row: tf.Tensor, value: tf.Tensor) -> Buffer:

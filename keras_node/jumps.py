@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
+from keras_node import trees
 from keras_node.clock import reorder
 from keras_node.times import prepare_times
 from keras_node.trees import Nest
@@ -73,7 +74,7 @@ def prepare_jumps(jumps: Any, ts: tf.Tensor, y0: Nest) -> Jumps:
             ):
                 amount = tf.identity(amount)
         amount = amount[:, None] if is_shared else amount
-        mask = tf.reshape(inside, tf.concat([tf.shape(inside), tf.ones([y.shape.rank - 1], tf.int32)], axis=0))
+        mask = trees.expand(inside, inside.shape.rank + y.shape.rank - 1)
         nothing = tf.zeros_like(y)
         return tf.concat([reorder(tf.where(mask, amount, nothing), order), nothing[None]], axis=0)
 

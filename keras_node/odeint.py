@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_node import gradients, solvers
+from keras_node import gradients, solvers, trees
 from keras_node.arguments import positive_integer
 from keras_node.call_context import CallContext
 from keras_node.checks import check_batch, check_events, check_jacobian, check_size, check_tolerances, checked_times
@@ -213,7 +213,19 @@ def _odeint(
     field = VectorField(vector_field, t0, y0, field_args, training, mask, jacobian)
     compiled = compiles(jit_compile, gradient, training, field.pure, tf.nest.flatten(y0)[0])
     on_backward = None if statistics is None else functools.partial(statistics.backward, training=training)
-    problem = Problem(field, y0, times, field.params, solver, throw, numbers, numbers is None, compiled, on_backward)
+    problem = Problem(
+        field,
+        y0,
+        times,
+        field.params,
+        solver,
+        throw,
+        numbers,
+        times_vary=numbers is None,
+        jit_compile=compiled,
+        on_backward=on_backward,
+        exported=training is not True,
+    )
     history = None
     if functions is None and jumps is None:
         ys, stats, status, _ = gradient(problem)
@@ -286,10 +298,7 @@ def _mark_invalid(valid: tf.Tensor, ys: Nest) -> Nest:
     """Puts NaN at all times but the first, in samples whose times are not valid."""
 
     def leaf(y: tf.Tensor) -> tf.Tensor:
-        mask = tf.reshape(
-            valid,
-            tf.concat([[1], tf.shape(valid), tf.ones([y.shape.rank - 1 - valid.shape.rank], tf.int32)], 0),
-        )
+        mask = trees.expand(valid, y.shape.rank - 1)
         return tf.concat([y[:1], tf.where(mask, y[1:], float("nan"))], axis=0)
 
     return tf.nest.map_structure(leaf, ys)

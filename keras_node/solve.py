@@ -70,6 +70,7 @@ class Problem(NamedTuple):
         is_phase: whether this is a part of a longer solve. Then `ts` that equal the first or the last one may lie
             outside of this part, and have no loss.
         coupling: makes the steps of the solve reversible (see `reversible_step`); `None` for ordinary steps.
+        exported: whether an exported model may contain the solve (see `new_buffer`).
     """
 
     vector_field: PureField
@@ -86,6 +87,7 @@ class Problem(NamedTuple):
     detector: EventDetector | None = None
     is_phase: bool = False
     coupling: float | None = None
+    exported: bool = True
 
     @property
     def forward_solver(self) -> RungeKutta:
@@ -174,7 +176,7 @@ def solve(problem: Problem, observers: Sequence[Observer] = (), num_derivatives:
 
     # At a kink the state does not change, but the field is evaluated again.
     jump = None if clock.kinks is None else lambda i, y: y
-    output = None if problem.ts.shape[0] == 2 else DenseOutput(solver, readings)
+    output = None if problem.ts.shape[0] == 2 else DenseOutput(solver, readings, problem.exported)
     watching = observers if output is None else (*observers, output)
     integral = integrate(
         rates,
@@ -239,8 +241,7 @@ def add_gradient_at_start(problem: Problem, trajectory: Trajectory) -> Trajector
     elapsed = tf.cast(tf.where(at_start, ts - ts[:1], 0), problem.dtype)
 
     def leaf(y: tf.Tensor, dy: tf.Tensor) -> tf.Tensor:
-        shape = tf.concat([tf.shape(elapsed), tf.ones([y.shape.rank - elapsed.shape.rank], tf.int32)], 0)
-        return y + tf.reshape(elapsed, shape) * tf.where(tf.math.is_finite(dy), dy, 0)
+        return y + trees.expand(elapsed, y.shape.rank) * tf.where(tf.math.is_finite(dy), dy, 0)
 
     return trajectory._replace(ys=tf.nest.map_structure(leaf, trajectory.ys, rate))
 

@@ -23,6 +23,18 @@ def align(time: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
     return tf.reshape(time, [-1] + [1] * (like.shape.rank - 1))
 
 
+def expand(x: tf.Tensor, rank: int) -> tf.Tensor:
+    """Adds axes of length 1 at the end of `x`, up to `rank`."""
+    missing = rank - x.shape.rank
+    if missing == 0:
+        return x
+    sizes = x.shape.as_list()
+    if sizes.count(None) > 1:
+        return x[(..., *[tf.newaxis] * missing)]
+    # In a graph, a shape of numbers takes two operations, and a subscript four.
+    return tf.reshape(x, [-1 if size is None else size for size in sizes] + [1] * missing)
+
+
 def each(function: Callable[..., Any], *nests: Nest) -> Nest:
     """Does the same as `tf.nest.map_structure`, in a tenth of the time for tensors and tuples and lists of tensors."""
     first = nests[0]

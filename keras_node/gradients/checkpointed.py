@@ -65,7 +65,7 @@ class CheckpointedAdjoint:
         clock, _ = solve_clock(problem._replace(ts=tf.stop_gradient(problem.ts)))
         max_steps = step_limit(problem.forward_solver, clock)
         slots = self.num_checkpoints or _square_root(max_steps)
-        recorder = Recorder(clock, max_steps, slots)
+        recorder = Recorder(clock, max_steps, slots, problem.exported)
         # The distances between checkpoints are powers of two.
         capacity = 2 ** math.ceil(math.log2(max(1, max_steps / slots))) if isinstance(max_steps, int) else max_steps
 

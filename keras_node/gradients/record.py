@@ -29,12 +29,12 @@ class Record(NamedTuple):
     states: Nest
 
 
-def new_steps(clock: Clock, max_steps: int | tf.Tensor) -> Progress:
-    """Buffers for the `Progress` of every accepted step of a solve."""
+def new_steps(clock: Clock, max_steps: int | tf.Tensor, exported: bool) -> Progress:
+    """Buffers for the `Progress` of every accepted step of a solve, which an exported model may contain or not."""
     nothing = tf.zeros_like(clock.end)
     none = tf.zeros_like(nothing, dtype=tf.int32)
     step = Progress(none, nothing, nothing, tf.zeros_like(none, dtype=tf.bool))
-    return tf.nest.map_structure(lambda x: new_buffer(max_steps, x), step)
+    return tf.nest.map_structure(lambda x: new_buffer(max_steps, x, exported), step)
 
 
 def with_step(steps: Progress, count: tf.Tensor, progress: Progress) -> tuple[Progress, tf.Tensor]:
@@ -55,16 +55,18 @@ class Recorder:
         clock: the clock of the solve.
         max_steps: the largest possible number of steps.
         slots: the largest number of states to keep.
+        exported: whether an exported model may contain the solve (see `new_buffer`).
     """
 
-    def __init__(self, clock: Clock, max_steps: int | tf.Tensor, slots: int | tf.Tensor) -> None:
+    def __init__(self, clock: Clock, max_steps: int | tf.Tensor, slots: int | tf.Tensor, exported: bool) -> None:
         self.clock = clock
         self.max_steps = max_steps
         self.slots = slots
+        self.exported = exported
 
     def start(self, y0: Nest) -> Record:
-        steps = new_steps(self.clock, self.max_steps)
-        states = tf.nest.map_structure(lambda y: new_buffer(self.slots + 1, y), y0)
+        steps = new_steps(self.clock, self.max_steps, self.exported)
+        states = tf.nest.map_structure(lambda y: new_buffer(self.slots + 1, y, self.exported), y0)
         return Record(tf.constant(0), tf.constant(1), steps, states)
 
     def update(self, memory: Record, step: Step, progress: Progress) -> Record:

@@ -72,7 +72,7 @@ class Replay:
     def states(self, y0: Nest, ts: tf.Tensor, params: list[tf.Tensor]) -> Nest:
         """Computes the states at `ts` in one loop over all steps, which ordinary backpropagation can differentiate."""
         clock, readings = solve_clock(self.problem._replace(y0=y0, ts=ts))
-        output = DenseOutput(self.problem.forward_solver, readings) if self.dense else None
+        output = DenseOutput(self.problem.forward_solver, readings, exported=False) if self.dense else None
         limit = step_limit(self.problem.forward_solver, clock)
 
         def body(n: tf.Tensor, state: Nest, memory: Nest) -> tuple[tf.Tensor, Nest, Nest]:
@@ -240,5 +240,4 @@ def is_due(readings: tf.Tensor, progress: Progress, i: tf.Tensor) -> tf.Tensor:
 
 def select(mask: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
     """Returns `x` where `mask` is true and zero elsewhere. The axes of `mask` are the first axes of `x`."""
-    shape = tf.concat([tf.shape(mask), tf.ones([x.shape.rank - mask.shape.rank], tf.int32)], 0)
-    return tf.where(tf.reshape(mask, shape), x, tf.zeros_like(x))
+    return tf.where(trees.expand(mask, x.shape.rank), x, tf.zeros_like(x))

@@ -74,7 +74,8 @@ class ReversibleAdjoint:
         if not problem.solver.tableau.symplectic:
             problem = problem._replace(coupling=self.coupling)
         clock, _ = solve_clock(problem._replace(ts=tf.stop_gradient(problem.ts)))
-        recorder = _Recorder(clock, step_limit(problem.solver, clock), problem.coupling is not None)
+        has_companion = problem.coupling is not None
+        recorder = _Recorder(clock, step_limit(problem.solver, clock), has_companion, problem.exported)
 
         def forward(problem: Problem) -> tuple[Trajectory, tuple]:
             trajectory, (memory,) = solve(problem, [recorder])
@@ -113,14 +114,15 @@ class _Kept(NamedTuple):
 class _Recorder:
     """An observer that keeps a `_Kept`, with buffers in place of `steps`."""
 
-    def __init__(self, clock: Clock, max_steps: int | tf.Tensor, has_companion: bool) -> None:
+    def __init__(self, clock: Clock, max_steps: int | tf.Tensor, has_companion: bool, exported: bool) -> None:
         self.clock = clock
         self.max_steps = max_steps
         self.has_companion = has_companion
+        self.exported = exported
 
     def start(self, y0: Nest) -> _Kept:
         last = (y0, y0 if self.has_companion else ())
-        return _Kept(tf.constant(0), new_steps(self.clock, self.max_steps), last)
+        return _Kept(tf.constant(0), new_steps(self.clock, self.max_steps, self.exported), last)
 
     def update(self, memory: _Kept, step: Step, progress: Progress) -> _Kept:
         steps, count = with_step(memory.steps, memory.count, progress)

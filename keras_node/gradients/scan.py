@@ -31,6 +31,7 @@ class Scan:
         keeps_outputs: whether to return all outputs, or only the last one.
         zero_output: whether the output of a masked step is zero. Otherwise it is the output of the step before.
         knows_solutions: whether to pass `solved` to a step for its gradient.
+        exported: whether an exported model may contain the forward loop (see `new_buffer`).
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Scan:
         keeps_outputs: bool,
         zero_output: bool,
         knows_solutions: bool,
+        exported: bool,
     ) -> None:
         self.step = step
         self.constants = constants
@@ -51,6 +53,7 @@ class Scan:
         self.keeps_outputs = keeps_outputs
         self.zero_output = zero_output
         self.knows_solutions = knows_solutions
+        self.exported = exported
         assert step.trace is not None  # a `Scan` is only made in a graph
         (output, _, moved, _), _ = step.trace.structured_outputs
         batch = x.shape[1] or tf.shape(x)[1]
@@ -72,7 +75,7 @@ class Scan:
             return [[output] if self.keeps_outputs else [], values if keeps else ()]
 
         kept = rows(self.no_output, states, self.not_moved, self.step.carried)
-        kept = tf.nest.map_structure(lambda like: new_buffer(self.size, like), kept)
+        kept = tf.nest.map_structure(lambda like: new_buffer(self.size, like, self.exported), kept)
 
         def body(i: tf.Tensor, output: tf.Tensor, before: Nest, carried: Nest, worst: tf.Tensor, kept: Nest) -> tuple:
             inputs = tf.gather(x, i), output, before, params
@@ -138,7 +141,7 @@ class Scan:
             return i - 1, doutput, dstates, dparams, write(dx, i, dx_i), worst
 
         nothing = tf.nest.map_structure(tf.zeros_like, params)
-        start = (self.size - 1, doutput, dstates, nothing, new_buffer(self.size, x[0]), 0)
+        start = (self.size - 1, doutput, dstates, nothing, new_buffer(self.size, x[0], exported=False), 0)
         _, _, dstates, dparams, dx, worst = tf.while_loop(
             lambda i, *_: i >= 0, body, start, maximum_iterations=self.size
         )

@@ -54,6 +54,7 @@ class SeriesRNN(keras.layers.RNN):
             keeps_outputs=self.return_sequences,
             zero_output=self.zero_output_for_mask,
             knows_solutions=hasattr(cell.gradient, "with_known_result"),
+            exported=training is not True,
         )
         inputs = (x, states, scan.step.params)
         if isinstance(cell.gradient, DirectGradient):
