@@ -38,6 +38,7 @@ DEEP = {
 }
 
 
+DRIVEN = "ODELayer, driven by a path"
 MODELS = ("ContinuousFlow", "LatentODE", "DynamicsModel")
 
 
@@ -95,9 +96,34 @@ def deep(options):
     )
 
 
+def driven():
+    """A network whose field reads a path through observations, and its inputs."""
+    import keras
+
+    import keras_node
+
+    class Driven(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(UNITS, activation="tanh")
+
+        def call(self, t, y, args):
+            x = keras_node.ControlPath(*args)(t)
+            return self.dense(keras.ops.concatenate([y, x], axis=-1))
+
+    model, (x, times), y = recurrent(None)
+    inputs = model.inputs
+    path = keras_node.control_path(inputs[1], inputs[0])
+    layer = keras_node.ODELayer(Driven(), t1=10.0, solver=keras_node.RungeKutta("bosh3", num_steps=10))
+    start = keras.layers.Dense(UNITS)(inputs[0][:, 0])
+    return keras.Model(inputs, keras.layers.Dense(1)(layer(start, args=path))), (x, times), y
+
+
 def measure(name, profile, build_optimizer):
     """Times one case in this process."""
-    if name in MODELS:
+    if name == DRIVEN:
+        (model, x, y), loss = driven(), "mse"
+    elif name in MODELS:
         model, x = without_targets(name)
         y, loss = None, None
     else:
@@ -143,7 +169,7 @@ def main():
     print("| processor seconds | first epoch | next 24 epochs | each later epoch | first predict |")
     print("| --- | --- | --- | --- | --- |", flush=True)
     flags = ["--build-optimizer"] if args.build_optimizer else []
-    for name in [*RECURRENT, *DEEP, *MODELS]:
+    for name in [*RECURRENT, *DEEP, DRIVEN, *MODELS]:
         if args.contains in name:
             subprocess.run(
                 [sys.executable, pathlib.Path(__file__), "--case", name, *flags],
