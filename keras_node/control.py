@@ -81,10 +81,11 @@ class ControlPath(NamedTuple):
         # Counting works for any batch under XLA, where a search would compare with every knot as well.
         number = ops.sum(ops.cast(started(self.times[:, None], points), "int32"), axis=-1)
         index = ops.maximum(number - 1, 0)
-        start = ops.expand_dims(take_steps(self.times, index), -1)
-        length = ops.expand_dims(take_steps(increments(self.times), index), -1)
+        last = ops.sum(ops.ones_like(self.times[0], dtype="int32")) - 1  # a symbolic shape may not be known
+        stop = take_steps(self.times, ops.minimum(index + 1, last))
+        start, coefficients = take_steps(self.times, index), take_steps(self.coefficients, index)
+        start, length = ops.expand_dims(start, -1), ops.expand_dims(stop - start, -1)
         s = ops.maximum(ops.divide_no_nan(points - start, length), 0)
-        coefficients = take_steps(self.coefficients, index)
         return coefficients, *(ops.cast(x, coefficients.dtype) for x in (s, length))
 
 
@@ -249,13 +250,14 @@ def take_steps(x: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
 
 
 def _take_steps(x: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
-    # `ops.take_along_axis` makes several times as many operations, each of which takes time to trace.
+    # `ops.take_along_axis` and its gradient make several times as many operations, each of which takes time to trace.
     if len(index.shape) == 3:
         x, index = (tf.transpose(a, (0, 2, 1)) for a in (x, index))
         return tf.transpose(tf.gather(x, index, batch_dims=2), (0, 2, 1))
+    sample = tf.cumsum(tf.ones_like(index), axis=0, exclusive=True)
     if x.shape[0] is None or x.shape[0] != index.shape[0]:
-        x = tf.broadcast_to(x, tf.concat([tf.shape(index)[:1], tf.shape(x)[1:]], axis=0))
-    return tf.gather(x, index, batch_dims=1)
+        sample = tf.minimum(sample, tf.shape(x)[0] - 1)
+    return tf.gather_nd(x, tf.stack([sample, index], axis=-1))
 
 
 @keras.saving.register_keras_serializable(package="keras_node")
@@ -273,9 +275,9 @@ def increments(x: tf.Tensor) -> tf.Tensor:
 
 def polynomial(coefficients: tf.Tensor, s: tf.Tensor) -> tf.Tensor:
     """Returns `sum over k of coefficients[..., k, :] * s^k`."""
-    value = coefficients[..., -1, :]
-    for k in reversed(range(coefficients.shape[-2] - 1)):
-        value = coefficients[..., k, :] + s * value
+    *lower, value = ops.unstack(coefficients, axis=-2)
+    for coefficient in reversed(lower):
+        value = coefficient + s * value
     return value
 
 

@@ -214,6 +214,23 @@ def test_a_field_driven_by_data_trains_and_is_saved_and_exported(tmp_path):
     np.testing.assert_allclose(served.serve(data), model(data), atol=1e-5)
 
 
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_a_path_through_symbolic_knots_of_unknown_number(batch, tmp_path):
+    """A path of one sample serves all samples, also where nothing tells how many there are."""
+    data = control_path(TIMES[:batch].astype("float32"), VALUES[:batch].astype("float32"))
+    t, times, coefficients = keras.Input((1,)), keras.Input((None,)), keras.Input((None, 4, CHANNELS))
+    path = ControlPath(times, coefficients)
+    model = keras.Model([t, times, coefficients], [path(t), path.derivative(t)])
+    model.save(tmp_path / "model.keras")
+    now = tf.linspace(-0.5, 3.5, BATCH)[:, None]
+    for each in (model, keras.models.load_model(tmp_path / "model.keras")):
+        for call in (each, tf.function(each, reduce_retracing=True)):
+            for computed, b in zip(call([now, *data]), (data(now), data.derivative(now)), strict=True):
+                np.testing.assert_allclose(computed, b, rtol=1e-5, atol=1e-6)
+    expected = [data(s[0])[i if batch > 1 else 0] for i, s in enumerate(now)]
+    np.testing.assert_allclose(data(now), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_solver_may_step_from_knot_to_knot_where_all_samples_have_the_same():
     times = [0.0, 0.7, 1.0, 2.0]
     path = control_path(times, tf.constant(VALUES[:, :4]), interpolation="linear")
