@@ -74,7 +74,7 @@ class ControlPath(NamedTuple):
         return _like_time(t, ops.where(inside, rate, 0))
 
     def _started(self, times: tf.Tensor, points: tf.Tensor) -> tf.Tensor:
-        return ops.where(points == times[..., -1:], times < points, times <= points)
+        return ops.where(ops.equal(points, times[..., -1:]), ops.less(times, points), ops.less_equal(times, points))
 
     def _piece(self, points: tf.Tensor, started: Callable) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Returns, for every point, the coefficients of its piece, the fraction `s` that has passed, and the length."""
@@ -246,7 +246,8 @@ def take_steps(x: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
 
     If there is an index for every channel, `(batch, N, channels)`, these are the values `x[b, index[b, i, c], c]`.
     """
-    return TakeSteps()(x, index) if isinstance(x, keras.KerasTensor) else _take_steps(x, index)
+    symbolic = isinstance(x, keras.KerasTensor) or isinstance(index, keras.KerasTensor)
+    return TakeSteps()(x, index) if symbolic else _take_steps(x, index)
 
 
 def _take_steps(x: tf.Tensor, index: tf.Tensor) -> tf.Tensor:

@@ -227,6 +227,9 @@ def test_a_path_through_symbolic_knots_of_unknown_number(batch, tmp_path):
         for call in (each, tf.function(each, reduce_retracing=True)):
             for computed, b in zip(call([now, *data]), (data(now), data.derivative(now)), strict=True):
                 np.testing.assert_allclose(computed, b, rtol=1e-5, atol=1e-6)
+    known = keras.Model(t, [data(t), data.derivative(t)])  # only the time is symbolic
+    for computed, b in zip(known(now), (data(now), data.derivative(now)), strict=True):
+        np.testing.assert_allclose(computed, b, rtol=1e-5, atol=1e-6)
     expected = [data(s[0])[i if batch > 1 else 0] for i, s in enumerate(now)]
     np.testing.assert_allclose(data(now), expected, rtol=1e-5, atol=1e-6)
 

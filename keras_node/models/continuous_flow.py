@@ -267,7 +267,6 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
             return tf.reshape(matching(rows, condition, training=True), shape[:-1]), {}
         return -(self(x, training=training) if y_pred is None else y_pred), {}
 
-    @tf.autograph.experimental.do_not_convert
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> tf.Tensor:

@@ -254,6 +254,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         counts = np.sum(observed, axis=0)[1:]
         return np.sqrt(np.divide(squares, counts, out=np.full_like(squares, np.nan), where=counts > 0))
 
+    @tf.autograph.experimental.do_not_convert
     def sample_losses(self, x: Any, y: Any, y_pred: Any, training: bool) -> tuple[tf.Tensor, dict[str, tuple]]:
         """Returns the loss of each trajectory, `(batch,)`, and the errors that the metrics report."""
         _refuse_targets(y)

@@ -287,7 +287,6 @@ class LatentODE(NestedLayers, LikelihoodModel):
         """
         return self(inputs)
 
-    @tf.autograph.experimental.do_not_convert
     def extrapolate(self, inputs: tuple, times: Any) -> tf.Tensor:
         """Returns the means of observations at other times, from the mean of the posterior.
 
@@ -300,7 +299,6 @@ class LatentODE(NestedLayers, LikelihoodModel):
         """
         return self.decode(self.posterior(inputs).loc, times)
 
-    @tf.autograph.experimental.do_not_convert
     def sample(self, n: int, times: Any) -> tf.Tensor:
         """Returns the means of observations on paths that start at draws from the prior.
 
@@ -360,6 +358,7 @@ class LatentODE(NestedLayers, LikelihoodModel):
         )
         return {**config, **self.dynamics.options.get_config()}
 
+    @tf.autograph.experimental.do_not_convert
     def _series(self, series: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Returns the times, values and mask of a batch, and makes the weights of the model for them."""
         times, values, observed = prepare(series, self.variable_dtype, self.dynamics.t0)

@@ -49,7 +49,6 @@ class LikelihoodModel(keras.Model):
         """
         raise NotImplementedError
 
-    @tf.autograph.experimental.do_not_convert
     def compute_loss(
         self, x: Any = None, y: Any = None, y_pred: Any = None, sample_weight: Any = None, training: bool = True
     ) -> tf.Tensor:
@@ -78,7 +77,6 @@ class LikelihoodModel(keras.Model):
             tracker.update_state(tf.stop_gradient(values), counts)
         return loss * ops.cast(_share_of_replica(count), loss.dtype)
 
-    @tf.autograph.experimental.do_not_convert
     def train_step(self, data: Any) -> dict[str, Any]:
         x, y, sample_weight = _unpacked(data)
         with tf.GradientTape() as tape:
@@ -89,7 +87,6 @@ class LikelihoodModel(keras.Model):
         self.optimizer.apply(tape.gradient(loss, self.trainable_weights), self.trainable_weights)
         return self.get_metrics_result()
 
-    @tf.autograph.experimental.do_not_convert
     def test_step(self, data: Any) -> dict[str, Any]:
         x, y, sample_weight = _unpacked(data)
         self.compute_loss(x, y, sample_weight=sample_weight, training=False)
