@@ -81,7 +81,8 @@ class ControlPath(NamedTuple):
         # Counting works for any batch under XLA, where a search would compare with every knot as well.
         number = ops.sum(ops.cast(started(self.times[:, None], points), "int32"), axis=-1)
         index = ops.maximum(number - 1, 0)
-        last = ops.sum(ops.ones_like(self.times[0], dtype="int32")) - 1  # a symbolic shape may not be known
+        # A sum, because a symbolic shape may not be known.
+        last = ops.sum(ops.ones_like(self.times, dtype="int32"), axis=1, keepdims=True) - 1
         stop = take_steps(self.times, ops.minimum(index + 1, last))
         start, coefficients = take_steps(self.times, index), take_steps(self.coefficients, index)
         start, length = ops.expand_dims(start, -1), ops.expand_dims(stop - start, -1)

@@ -29,9 +29,9 @@ def expand(x: tf.Tensor, rank: int) -> tf.Tensor:
     if missing == 0:
         return x
     sizes = x.shape.as_list()
-    if sizes.count(None) > 1:
+    if sizes.count(None) + sizes.count(0) > 1:
         return x[(..., *[tf.newaxis] * missing)]
-    # In a graph, a shape of numbers takes two operations, and a subscript four.
+    # In a graph, a shape of numbers takes two operations, and a subscript four. It tells one size that is not known.
     return tf.reshape(x, [-1 if size is None else size for size in sizes] + [1] * missing)
 
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 from scipy.interpolate import CubicHermiteSpline
 
 import keras_node
-from keras_node import ControlPath, control_path
+from keras_node import ControlPath, control_path, trees
 from keras_node.control import INTERPOLATIONS, running_maximum
 
 BATCH, STEPS, CHANNELS = 3, 6, 2
@@ -232,6 +232,25 @@ def test_a_path_through_symbolic_knots_of_unknown_number(batch, tmp_path):
         np.testing.assert_allclose(computed, b, rtol=1e-5, atol=1e-6)
     expected = [data(s[0])[i if batch > 1 else 0] for i, s in enumerate(now)]
     np.testing.assert_allclose(data(now), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+def test_a_path_of_no_samples_has_no_values(mode):
+    def both(times, values):
+        path = control_path(times, values)
+        return path(0.5), path.derivative(0.5)
+
+    function = {"eager": both, "graph": tf.function(both), "xla": tf.function(both, jit_compile=True)}[mode]
+    assert [x.shape for x in function(tf.zeros((0, 4)), tf.zeros((0, 4, 2)))] == [(0, 2), (0, 2)]
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (0, 3), (2, 0), (0, 0), (5,)])
+@pytest.mark.parametrize("known", [True, False])
+def test_axes_are_added_at_the_end(shape, known):
+    x = tf.reshape(tf.range(float(np.prod(shape))), shape)
+    for spec in ([None] * len(shape), [None, *shape[1:]], [*shape[:-1], None]):
+        function = tf.function(lambda x: trees.expand(x, 4), input_signature=[tf.TensorSpec(shape if known else spec)])
+        np.testing.assert_array_equal(function(x), np.reshape(x, shape + (1,) * (4 - len(shape))))
 
 
 def test_a_solver_may_step_from_knot_to_knot_where_all_samples_have_the_same():
