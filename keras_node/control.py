@@ -12,6 +12,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from keras_node.autograph import without_autograph
 from keras_node.times import prepare_times
 
 INTERPOLATIONS = ("linear", "hermite", "rectilinear")
@@ -36,7 +37,7 @@ class ControlPath(NamedTuple):
     times: Any
     coefficients: Any
 
-    @tf.autograph.experimental.do_not_convert
+    @without_autograph
     def __call__(self, t: Any) -> tf.Tensor:
         """Returns the value of the path.
 
@@ -52,7 +53,7 @@ class ControlPath(NamedTuple):
         coefficients, s, _ = self._piece(_points(t, self.times.dtype), ops.less_equal)
         return _like_time(t, polynomial(coefficients, s))
 
-    @tf.autograph.experimental.do_not_convert
+    @without_autograph
     def derivative(self, t: Any) -> tf.Tensor:
         """Returns the rate of change of the path.
 

@@ -292,3 +292,11 @@ def test_autograph_rewrites_what_a_subclass_overrides(overridden, method):
         assert results[2] == pytest.approx(2 * results[0])
     else:
         assert results[3] == pytest.approx(2 * results[0])
+
+
+def test_a_method_may_be_an_argument_of_a_tf_function():
+    model = flow(keras.layers.Dense(4))
+    expected = model.log_prob(X)
+    np.testing.assert_allclose(tf.function(lambda method, x: method(x))(model.log_prob, X), expected, rtol=1e-6)
+    np.testing.assert_allclose(tf.function(model.log_prob)(X), expected, rtol=1e-6)
+    assert list(inspect.signature(model.log_prob).parameters) == ["x", "condition"]

@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_node.arguments import positive_integer
+from keras_node.autograph import without_autograph
 from keras_node.control import INTERPOLATIONS, differentiate, increments, is_observed, pieces, polynomial
 from keras_node.layers.irregular_times import as_array, check_order, check_steps
 from keras_node.layers.series import SeriesRNN, for_short_intervals
@@ -131,7 +132,7 @@ class NeuralCDE(SolvingLayer):
         self.set_options(solver, gradient, jit_compile, track_stats, counts_backward=False)
         self.supports_masking = True
 
-    @tf.autograph.experimental.do_not_convert
+    @without_autograph
     def __call__(self, x: Any, times: Any, *args: Any, **kwargs: Any) -> tf.Tensor:
         check_steps(x, self)
         return super().__call__(x, as_array(times), *args, **kwargs)

@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_node.arguments import non_negative_integer, positive_integer
+from keras_node.autograph import without_autograph
 from keras_node.events import Event, as_events
 from keras_node.layers.call_times import (
     args_to_call,
@@ -209,7 +210,7 @@ class ODELayer(SolvingLayer):
     def local_error(self) -> float:
         return self.penalties.local_error
 
-    @tf.autograph.experimental.do_not_convert
+    @without_autograph
     def __call__(self, inputs: Nest, ts: Any = None, args: Any = None, jumps: Any = None, **kwargs: Any) -> Nest:
         arguments = {
             "ts": times_to_call(ts, self.variable_dtype),

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
+from keras_node.autograph import without_autograph
 from keras_node.layers.irregular_times import as_array, check_order, check_steps, elapsed_times
 from keras_node.layers.ode_rnn_cell import ODERNNCell
 from keras_node.layers.series import SeriesRNN
@@ -165,7 +166,7 @@ class ODERNN(SolvingLayer):
         )
         keep_frozen(self)
 
-    @tf.autograph.experimental.do_not_convert
+    @without_autograph
     def __call__(self, x: Any, times: Any = None, *args: Any, **kwargs: Any) -> Any:
         check_steps(x, self)
         return super().__call__(x, as_array(times), *args, **kwargs)

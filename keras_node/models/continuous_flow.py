@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_node.arguments import non_negative_integer, positive_integer
+from keras_node.autograph import without_autograph
 from keras_node.layers.concat_squash import ConcatSquashField
 from keras_node.models.density_field import DensityField, draw_noise
 from keras_node.models.flow_inputs import as_rows, check_features, check_length, leading_axes, split
@@ -273,7 +274,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         refuse_weights(self.coupling if training else None, sample_weight)
         return super().compute_loss(x, y, y_pred, sample_weight, training)
 
-    @tf.autograph.experimental.do_not_convert
+    @without_autograph
     def log_prob(self, x: Any, condition: Any = None) -> tf.Tensor:
         """Returns the log-density of vectors, in nats.
 
@@ -287,7 +288,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         x, condition = (None if a is None else ops.convert_to_tensor(a, self.variable_dtype) for a in (x, condition))
         return self(x if condition is None else (x, condition))
 
-    @tf.autograph.experimental.do_not_convert
+    @without_autograph
     def sample(self, n: int, condition: Any = None, seed: Any = None) -> tf.Tensor:
         """Draws samples from the flow.
 
@@ -307,7 +308,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         solution = self.options.solve(self.vector_field, rows, [0.0, self.t1], args=condition)
         return tf.reshape(solution.ys[-1], tf.shape(z))
 
-    @tf.autograph.experimental.do_not_convert
+    @without_autograph
     def forward(self, z: Any, condition: Any = None) -> tuple[tf.Tensor, tf.Tensor]:
         """Maps noise to data.
 
@@ -321,7 +322,7 @@ class ContinuousFlow(SolvingLayer, LikelihoodModel):
         x, integrals = self._solve(z, condition, [0.0, self.t1])
         return x, integrals[0]
 
-    @tf.autograph.experimental.do_not_convert
+    @without_autograph
     def inverse(self, x: Any, condition: Any = None) -> tuple[tf.Tensor, tf.Tensor]:
         """Maps data to noise.
 

@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_node.arguments import number, one_of, positive_integer
+from keras_node.autograph import without_autograph
 from keras_node.control import ControlPath, control_path
 from keras_node.layers.call_times import shape_of, times_first
 from keras_node.models.likelihood_model import LikelihoodModel
@@ -213,7 +214,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
             scaled.scale.assign(scale)
         self.is_adapted.assign(True)
 
-    @tf.autograph.experimental.do_not_convert
+    @without_autograph
     def forecast(self, y0: Any, times: Any, args: Any = None, jumps: Any = None) -> tf.Tensor:
         """Returns the states at given times.
 
@@ -254,7 +255,7 @@ class DynamicsModel(SolvingLayer, LikelihoodModel):
         counts = np.sum(observed, axis=0)[1:]
         return np.sqrt(np.divide(squares, counts, out=np.full_like(squares, np.nan), where=counts > 0))
 
-    @tf.autograph.experimental.do_not_convert
+    @without_autograph
     def sample_losses(self, x: Any, y: Any, y_pred: Any, training: bool) -> tuple[tf.Tensor, dict[str, tuple]]:
         """Returns the loss of each trajectory, `(batch,)`, and the errors that the metrics report."""
         _refuse_targets(y)

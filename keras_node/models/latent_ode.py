@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_node.arguments import non_negative_integer, positive_integer, positive_number
+from keras_node.autograph import without_autograph
 from keras_node.control import running_maximum
 from keras_node.layers.irregular_times import check_order, elapsed_times, with_start
 from keras_node.layers.ode_layer import ODELayer
@@ -221,7 +222,7 @@ class LatentODE(NestedLayers, LikelihoodModel):
         steps = ops.cast(self.optimizer.iterations, self.variable_dtype)
         return ops.minimum(steps / self.kl_annealing_steps, 1)
 
-    @tf.autograph.experimental.do_not_convert
+    @without_autograph
     def posterior(self, inputs: tuple, training: bool | None = None) -> Any:
         """Returns the approximate posterior of the latent state at `t0`.
 
@@ -252,7 +253,7 @@ class LatentODE(NestedLayers, LikelihoodModel):
         loc = ops.where(ordered, loc, float("nan"))
         return tfd.MultivariateNormalDiag(loc, ops.softplus(scale) + _SMALLEST_SCALE)
 
-    @tf.autograph.experimental.do_not_convert
+    @without_autograph
     def decode(self, z0: Any, times: Any, training: bool | None = None) -> tf.Tensor:
         """Returns the means of observations on paths that start at given latent states.
 
@@ -275,7 +276,7 @@ class LatentODE(NestedLayers, LikelihoodModel):
         z = self.dynamics(z0, ts=times, training=training)
         return ops.cast(self.decoder(z, training=training), self.compute_dtype)
 
-    @tf.autograph.experimental.do_not_convert
+    @without_autograph
     def reconstruct(self, inputs: tuple) -> tf.Tensor:
         """Returns the means of observations at the times of the inputs, as calling the model does.
 
@@ -358,7 +359,7 @@ class LatentODE(NestedLayers, LikelihoodModel):
         )
         return {**config, **self.dynamics.options.get_config()}
 
-    @tf.autograph.experimental.do_not_convert
+    @without_autograph
     def _series(self, series: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Returns the times, values and mask of a batch, and makes the weights of the model for them."""
         times, values, observed = prepare(series, self.variable_dtype, self.dynamics.t0)
