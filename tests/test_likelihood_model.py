@@ -261,6 +261,7 @@ def test_what_is_no_integer_is_refused(value):
     assert non_negative_integer("n", 0) == 0
 
 
+@pytest.mark.traced_twice
 def test_weights_that_are_made_in_the_first_trace_are_trained():
     class Lazy(keras.layers.Layer):
         def __init__(self):
