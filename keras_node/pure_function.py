@@ -276,4 +276,4 @@ def _components(variables: Iterable[keras.Variable]) -> set[int]:
 
 def _graph() -> tf.Graph | None:
     """The graph that is being built, or `None` in eager mode."""
-    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    return None if tf.executing_eagerly() else tf.constant(0).graph

@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from keras_node.control import last_valid
+from keras_node.control import is_observed, last_valid
 from keras_node.layers.irregular_times import with_start
 from keras_node.times import prepare_times, refuse_rounded_arrays
 
@@ -22,10 +22,7 @@ def prepare(series: Any, dtype: str, t0: float) -> tuple[tf.Tensor, tf.Tensor, t
     values, *masks = (ops.convert_to_tensor(x) for x in series[1:])
     check_shapes([tuple(x.shape) for x in (times, values, *masks)])
     values = ops.cast(values, dtype)
-    observed = ~ops.isnan(values)
-    for mask in masks:
-        mask = ops.cast(mask, "bool")
-        observed &= mask if len(mask.shape) == 3 else mask[..., None]
+    observed = is_observed(values, masks[0] if masks else None)
     values = ops.where(observed, values, 0)
     if len(times.shape) == 2:
         # The time of a step without observations may be anything, and must not make a solve turn back.

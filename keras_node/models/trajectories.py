@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from keras_node.control import control_path, fill_linearly, last_valid, running_maximum
+from keras_node.control import control_path, fill_linearly, is_observed, last_valid, running_maximum
 from keras_node.layers.irregular_times import check_order, elapsed_times
 from keras_node.times import as_numbers, prepare_times, refuse_rounded_arrays
 
@@ -71,9 +71,7 @@ def prepare(x: Any, layer: keras.Layer, interpolation: str, keep_times: bool = F
     mask = None if x.get("mask") is None else ops.cast(x["mask"], "bool")
     check_shapes({**x, "times": times, "values": values, "mask": mask})
     values = ops.cast(values, dtype)
-    observed = ~ops.isnan(values)
-    if mask is not None:
-        observed &= mask if len(mask.shape) == 3 else mask[..., None]
+    observed = is_observed(values, mask)
     values = ops.where(observed, values, 0)
     given = ops.broadcast_to(times, ops.shape(values)[:2])
     valid = ops.any(observed, axis=-1)
